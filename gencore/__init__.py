@@ -1,0 +1,1 @@
+from gencore.noise import Key as Key

@@ -1,0 +1,331 @@
+"""Counter-based noise: keys, streams, sample ids, and the written definition of every noise value.
+
+A noise value is a pure function of four integers, ``(seed, sample id, stream, element index)``: it does not
+depend on the device, the SIMD level, the number of threads, the batch it is drawn in or the memory format.
+
+**Bits.** Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Element ``e`` of
+a sample, counted in logical C order, takes word ``e % 4`` of the block whose counter and key are::
+
+    counter = (e // 4, stream, sample id mod 2^32, sample id div 2^32)      key = (seed mod 2^32, seed div 2^32)
+
+**Uniform.** ``u = (word >> 8) * 2^-24``, in [0, 1).
+
+**Normal.** Box and Muller (1958) on the word pairs (0, 1) and (2, 3) of a block, as a fixed sequence of IEEE-754
+binary32 operations (:func:`box_muller`), so that every backend gives the same bits.
+
+The functions named ``reference_*`` are the definition in NumPy. They are for reading and testing; the ops in
+:mod:`gencore.ops` are the fast ones and agree with them to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+# Sample ids are at most 2^63 - 1, so no noise block has this fourth counter word: folded keys never reuse noise.
+_FOLD_TAG = 0xFFFFFFFF
+MAX_ELEMENTS_PER_SAMPLE = 1 << 34
+
+
+def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10: four 32-bit words from a counter of four and a key of two 32-bit words.
+
+    The words may be Python ints, NumPy uint64 arrays or torch int64 tensors (all holding values in [0, 2^32)),
+    and broadcast; the result is of the same kind.
+
+    >>> [f"{word:08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+
+    Source: Salmon et al. (2011), section 3.3, with the constants of Random123.
+    """
+    if len(counter) != 4:
+        raise ValueError(f"counter must hold 4 words, got {len(counter)}")
+    if len(key) != 2:
+        raise ValueError(f"key must hold 2 words, got {len(key)}")
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
+        # The mask after the shift makes the arithmetic shift of signed torch integers a logical one.
+        c0, c1, c2, c3 = (
+            (product1 >> 32) & _MASK32 ^ c1 ^ k0,
+            product1 & _MASK32,
+            (product0 >> 32) & _MASK32 ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = (k0 + _PHILOX_W0) & _MASK32, (k1 + _PHILOX_W1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _wrap_int64(name: str, value: int) -> int:
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _check_integer(name: str, value: Any, *, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+
+
+def _check_int64_tensor(name: str, value: Tensor, max_dim: int) -> None:
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int or an int64 tensor, got a tensor of {value.dtype}")
+    if value.dim() > max_dim:
+        shapes = "a scalar" if max_dim == 0 else "a scalar or of shape (batch,)"
+        raise ValueError(f"{name} must be {shapes}, got shape {tuple(value.shape)}")
+
+
+class Key:
+    """What noise depends on: a seed, a stream, and the ids of the samples. Immutable.
+
+    ``Key(seed)`` numbers the samples of a batch 0, 1, 2, ... With one seed per sample, every sample has the id 0, so
+    that a request served in any batch gets what ``Key(its_seed)`` gives its first sample when served alone.
+
+    Args:
+        seed: an int of 64 bits, an int64 scalar tensor, or an int64 tensor (batch,) with one seed per sample.
+            Tensors may live on any device; under a captured CUDA graph, a new value in a seed tensor on the
+            device gives new noise.
+
+    Under ``torch.compile`` a key is a tensor input: new seeds, streams and sample ids cause no recompilation.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor an int64 tensor.
+        ValueError: an int beyond 64 bits, or a tensor of more than one dimension.
+
+    >>> key = Key(7).stream(2).samples(64)
+    >>> key
+    Key(seed=7, stream=2, samples=64...)
+    """
+
+    __slots__ = ("packed",)
+
+    packed: Tensor
+    """int64: ``[seed, stream, first sample id]``, or one row ``[seed, stream, sample id]`` per sample."""
+
+    def __init__(self, seed: int | Tensor):
+        if isinstance(seed, Tensor):
+            _check_int64_tensor("seed", seed, max_dim=1)
+            zero = torch.zeros_like(seed)
+            packed = torch.stack((seed, zero, zero), dim=-1)
+        else:
+            _check_integer("seed", seed, low=-(1 << 63), high=1 << 64)
+            packed = torch.tensor((_wrap_int64("seed", seed), 0, 0), dtype=torch.int64)
+        object.__setattr__(self, "packed", packed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Key is immutable: cannot set {name!r}; use stream(), samples() or fold_in()")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _key_from_packed, (self.packed,)
+
+    @classmethod
+    def from_generator(cls, generator: torch.Generator | None = None) -> Key:
+        """A key with 64 bits drawn from ``generator`` (default: torch's own, governed by ``torch.manual_seed``)."""
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        device = "cpu" if generator is None else generator.device
+        packed = torch.zeros(3, dtype=torch.int64, device=device)
+        packed[:1].random_(-(1 << 63), None, generator=generator)
+        return _key_from_packed(packed)
+
+    def stream(self, stream: int | Tensor) -> Key:
+        """The same key on another stream, 0 <= ``stream`` < 2^32: independent noise for another purpose."""
+        if isinstance(stream, Tensor):
+            _check_int64_tensor("stream", stream, max_dim=0)
+        else:
+            _check_integer("stream", stream, low=0, high=1 << 32)
+        return self._with(1, stream)
+
+    def samples(self, samples: int | Tensor | Sequence[int]) -> Key:
+        """The same key for other samples: for a shard of a batch, or for requests that share one.
+
+        Args:
+            samples: the id of the first sample (an int or an int64 scalar tensor; the batch counts on from it), or
+                explicit ids, one per sample (a sequence or an int64 tensor (batch,)); 0 <= id < 2^63. A key with one
+                seed per sample takes explicit ids only.
+
+        ``ops.normal((4, 8), key.samples(6))`` is rows 6 to 9 of ``ops.normal((10, 8), key)``.
+        """
+        if isinstance(samples, Tensor):
+            _check_int64_tensor("samples", samples, max_dim=1)
+            explicit = samples.dim() == 1
+        elif isinstance(samples, Sequence) and not isinstance(samples, (str, bytes)):
+            for sample in samples:
+                _check_integer("every id in samples", sample, low=0, high=1 << 63)
+            samples = torch.tensor(samples, dtype=torch.int64, device=self.packed.device)
+            explicit = True
+        else:
+            _check_integer("samples", samples, low=0, high=1 << 63)
+            explicit = False
+        if self.per_sample and not explicit:
+            raise ValueError("samples must be one id per sample for a key with one row per sample, got a single id")
+        if not explicit:
+            return self._with(2, samples)
+        if self.per_sample and len(samples) != len(self.packed):
+            raise ValueError(f"samples must hold {len(self.packed)} ids, one per seed, got {len(samples)}")
+        head = self.packed[..., :2].expand(len(samples), 2)
+        return _key_from_packed(torch.cat((head, samples.to(head.device).unsqueeze(1)), dim=1))
+
+    def fold_in(self, n: int | Tensor) -> Key:
+        """A new key, independent of this one and of every other ``n``; stream and sample ids stay.
+
+        The new seed is words 0 and 1 of Philox with the counter ``(n mod 2^32, n div 2^32, 0, 2^32 - 1)``.
+
+        Args:
+            n: an int of 64 bits or an int64 scalar tensor, such as the training step or the epoch.
+        """
+        if isinstance(n, Tensor):
+            _check_int64_tensor("n", n, max_dim=0)
+        else:
+            _check_integer("n", n, low=-(1 << 63), high=1 << 64)
+            n = _wrap_int64("n", n)
+        if torch.compiler.is_compiling() or self.per_sample or isinstance(n, Tensor) or self.packed.is_cuda:
+            seed = self.packed[..., 0]
+        else:
+            # The same arithmetic on Python ints: 20 times faster than a hundred operations on one-element tensors.
+            seed = int(self.packed[0])
+        counter = (n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG)
+        low, high, _, _ = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
+        if isinstance(seed, int):
+            return self._with(0, _wrap_int64("seed", low | high << 32))
+        return self._with(0, low | high << 32)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the key names each sample of its batch (one seed or one id per sample)."""
+        return self.packed.dim() == 2
+
+    def to(self, device: torch.device | str) -> Key:
+        """The same key with its words on another device; ops take keys on the CPU or on their own device."""
+        return _key_from_packed(self.packed.to(device))
+
+    def _with(self, column: int, value: int | Tensor) -> Key:
+        packed = self.packed.clone()
+        packed[..., column] = value
+        return _key_from_packed(packed)
+
+    def __repr__(self) -> str:
+        seed, stream, sample = self.packed.movedim(-1, 0).tolist()
+        if self.per_sample:
+            return f"Key(seed={seed}, stream={stream}, samples={sample})"
+        return f"Key(seed={seed}, stream={stream}, samples={sample}...)"
+
+
+def _key_from_packed(packed: Tensor) -> Key:
+    key = object.__new__(Key)
+    object.__setattr__(key, "packed", packed)
+    return key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definition, in NumPy.
+
+_f32 = np.float32
+
+
+def fma(a: Any, b: Any, c: Any) -> np.ndarray:
+    """``a * b + c`` in binary32 with one rounding (IEEE-754 fusedMultiplyAdd), for finite values.
+
+    The product of two binary32 numbers is exact in binary64; the sum is rounded to odd by its TwoSum error, which
+    makes the second rounding to binary32 the only one (Boldo and Melquiond, 2008).
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    addend = np.asarray(c, dtype=np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    even = (total.view(np.int64) & 1) == 0
+    odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & even, odd, total).astype(np.float32)
+
+
+# -2 ln(1 + f) = -2 f + f^2 Q(f) on [sqrt(1/2) - 1, sqrt(2) - 1]; relative error 3.4e-8.
+_LOG_Q = (
+    0.9999998211860657, -0.6666783690452576, 0.5000360012054443, -0.3992644250392914,
+    0.3313974142074585, -0.29812416434288025, 0.2861766219139099, -0.17537200450897217,
+)  # fmt: skip
+# sin(pi s / 2) = s S(s^2) and cos(pi s / 2) = 1 + s^2 C(s^2) on [-1/2, 1/2]; relative errors 3.3e-9 and 3.9e-8.
+_SIN_S = (1.5707963705062866, -0.6459634900093079, 0.07968003302812576, -0.004601658321917057)
+_COS_C = (-1.233697772026062, 0.2536035478115082, -0.020418191328644753)
+_MINUS_2_LN_2 = -1.3862943649291992
+_SQRT_HALF_BITS = 0x3F3504F3
+
+
+def _horner(x: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
+    value = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = fma(value, x, _f32(coefficient))
+    return value
+
+
+def box_muller(word0: np.ndarray, word1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two standard normals (binary32) from two 32-bit words (uint32 arrays): the definition, operation by operation.
+
+    ``u = (word0 + 1/2) / 2^32`` gives the radius ``r = sqrt(-2 ln u)``, up to 6.76. ``word1`` gives the angle: its
+    bit 31 turns it by half a turn, its bit 30 mirrors it at the diagonal, its low 30 bits are a signed fraction ``s``
+    of a quarter turn, in [-1/2, 1/2). Nothing depends on a math library: each step is one correctly rounded operation.
+    """
+    # u in [2^-33, 1]: the conversion keeps full relative precision where u is small, which is the normal's tail.
+    u = fma(word0.astype(np.float32), _f32(2.0**-32), _f32(2.0**-33))
+    bits = u.view(np.int32)
+    exponent = (bits - np.int32(_SQRT_HALF_BITS)) >> np.int32(23)
+    f = (bits - (exponent << np.int32(23))).view(np.float32) - _f32(1)
+    square = f * f
+    tail = fma(square, _horner(f, _LOG_Q), f * _f32(-2))
+    radius = np.sqrt(fma(exponent.astype(np.float32), _f32(_MINUS_2_LN_2), tail))
+    radius = (radius.view(np.uint32) ^ (word1 & np.uint32(0x80000000))).view(np.float32)
+
+    s = (word1 << np.uint32(2)).view(np.int32).astype(np.float32) * _f32(2.0**-32)
+    square = s * s
+    sine = s * _horner(square, _SIN_S)
+    cosine = fma(square, _horner(square, _COS_C), _f32(1))
+    mirrored = (word1 & np.uint32(0x40000000)) != 0
+    return radius * np.where(mirrored, sine, cosine), radius * np.where(mirrored, cosine, sine)
+
+
+def reference_bits(shape: Sequence[int], key: Key) -> np.ndarray:
+    """The uint32 words of every element of ``shape`` (first dimension = samples), by the definition above."""
+    if len(shape) == 0:
+        raise ValueError("shape must have at least one dimension, the samples; got ()")
+    batch = shape[0]
+    elements = int(np.prod(shape[1:], dtype=np.int64))
+    packed = key.packed.cpu().numpy()
+    if key.per_sample:
+        if len(packed) != batch:
+            raise ValueError(f"key must name {batch} samples, one per row of shape, but names {len(packed)}")
+        rows = packed
+    else:
+        rows = np.tile(packed, (batch, 1))
+        rows[:, 2] += np.arange(batch)
+    seed, stream, sample = (rows[:, i, None].astype(np.uint64) for i in range(3))
+    low, shift = np.uint64(_MASK32), np.uint64(32)
+    blocks = np.arange((elements + 3) // 4, dtype=np.uint64)[None, :]
+    words = philox4x32((blocks, stream, sample & low, sample >> shift), (seed & low, seed >> shift))
+    interleaved = np.stack(np.broadcast_arrays(*words), axis=-1).astype(np.uint32)
+    return interleaved.reshape(batch, -1)[:, :elements].reshape(tuple(shape))
+
+
+def reference_uniform(shape: Sequence[int], key: Key) -> np.ndarray:
+    """What :func:`gencore.ops.uniform` draws, float32 in [0, 1), by the definition above."""
+    return (reference_bits(shape, key) >> np.uint32(8)).astype(np.float32) * _f32(2.0**-24)
+
+
+def reference_normal(shape: Sequence[int], key: Key) -> np.ndarray:
+    """What :func:`gencore.ops.normal` draws, float32, by the definition above."""
+    if len(shape) == 0:
+        raise ValueError("shape must have at least one dimension, the samples; got ()")
+    elements = int(np.prod(shape[1:], dtype=np.int64))
+    padded = (elements + 3) // 4 * 4
+    pairs = reference_bits((shape[0], padded), key).reshape(shape[0], padded // 2, 2)
+    normals = np.stack(box_muller(pairs[..., 0], pairs[..., 1]), axis=-1)
+    return normals.reshape(shape[0], padded)[:, :elements].reshape(tuple(shape))
