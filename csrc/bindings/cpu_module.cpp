@@ -1,0 +1,115 @@
+// gencore._cpu: the CPU kernels for Python. Takes addresses and sizes, so it knows nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "gencore/normal.h"
+#include "gencore/reparameterize.h"
+#include "gencore/simd.h"
+#include "gencore/uniform.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+using namespace gencore;
+
+namespace {
+
+void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+NoiseKey noise_key(std::uintptr_t words, std::int64_t rows) {
+  return {static_cast<const std::int64_t*>(pointer(words)), rows};
+}
+
+// Runs a kernel without the interpreter lock; a bad status becomes an exception that names the op.
+template <class Kernel>
+void run(const char* op, Kernel&& kernel) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel();
+  }
+  if (status == Status::out_of_memory) throw std::bad_alloc();
+  if (status != Status::ok) throw std::invalid_argument(std::string("gencore._cpu.") + op + ": " + message(status));
+}
+
+std::vector<std::string> levels(bool (*holds)(cpu::SimdLevel)) {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::simd_levels; ++i) {
+    const auto level = static_cast<cpu::SimdLevel>(i);
+    if (holds(level)) names.emplace_back(cpu::name(level));
+  }
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = GENCORE_VERSION;
+  info["compiler"] = GENCORE_COMPILER;
+  info["simd_compiled"] = levels(cpu::is_compiled);
+  info["simd_supported"] = levels(cpu::is_supported);
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+  return info;
+}
+
+void set_simd_level(const std::string& wanted) {
+  for (int i = 0; i < cpu::simd_levels; ++i) {
+    const auto level = static_cast<cpu::SimdLevel>(i);
+    if (wanted == cpu::name(level) && cpu::set_simd_level(level)) return;
+  }
+  throw std::invalid_argument("level must be compiled and supported here, got '" + wanted + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of gencore, by address. Call gencore.ops instead.";
+
+  m.def("build_info", &build_info);
+  m.def("simd_level", [] { return cpu::name(cpu::simd_level()); });
+  m.def("set_simd_level", &set_simd_level);
+
+  m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+                     std::uintptr_t key, std::int64_t key_rows, int threads) {
+    run("normal", [&] {
+      return cpu::normal(pointer(out), DType(dtype), {samples, 1, elements, channels}, noise_key(key, key_rows), threads);
+    });
+  });
+  m.def("uniform", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+                      std::uintptr_t key, std::int64_t key_rows, int threads) {
+    run("uniform", [&] {
+      return cpu::uniform(pointer(out), DType(dtype), {samples, 1, elements, channels}, noise_key(key, key_rows),
+                          threads);
+    });
+  });
+  m.def("reparameterize", [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t kl, int dtype,
+                             std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels,
+                             std::uintptr_t key, std::int64_t key_rows, int threads) {
+    run("reparameterize", [&] {
+      return cpu::reparameterize({pointer(mu), pointer(logvar), pointer(z), pointer(kl), DType(dtype),
+                                  {samples, draws, elements, channels}, noise_key(key, key_rows)},
+                                 threads);
+    });
+  });
+  m.def("reparameterize_backward",
+        [](std::uintptr_t grad_z, std::uintptr_t grad_kl, std::uintptr_t mu, std::uintptr_t logvar,
+           std::uintptr_t grad_mu, std::uintptr_t grad_logvar, int dtype, std::int64_t samples, std::int64_t draws,
+           std::int64_t elements, std::int64_t channels, std::uintptr_t key, std::int64_t key_rows, int threads) {
+          run("reparameterize_backward", [&] {
+            return cpu::reparameterize_backward(
+                {pointer(grad_z), pointer(grad_kl), pointer(mu), pointer(logvar), pointer(grad_mu),
+                 pointer(grad_logvar), DType(dtype), {samples, draws, elements, channels}, noise_key(key, key_rows)},
+                threads);
+          });
+        });
+}

@@ -1,0 +1,92 @@
+// Chooses the SIMD level once, when the library is loaded.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace gencore {
+
+const char* message(Status status) {
+  switch (status) {
+    case Status::ok: return "ok";
+    case Status::invalid_argument: return "invalid argument: a size, a type or a pointer is not one the op takes";
+    case Status::out_of_memory: return "out of memory for the op's workspace";
+  }
+  return "unknown status";
+}
+
+namespace cpu {
+namespace {
+
+SimdLevel choose() {
+  SimdLevel best = SimdLevel::scalar;
+  for (int i = 0; i < simd_levels; ++i) {
+    const SimdLevel level = static_cast<SimdLevel>(i);
+    if (!is_compiled(level) || !is_supported(level)) continue;
+    best = level;
+    const char* wanted = std::getenv("GENCORE_SIMD");
+    if (wanted != nullptr && std::strcmp(wanted, name(level)) == 0) break;
+  }
+  return best;
+}
+
+std::atomic<SimdLevel> chosen{choose()};
+
+}  // namespace
+
+const char* name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::scalar: return "scalar";
+    case SimdLevel::avx2: return "avx2";
+    case SimdLevel::avx512: return "avx512";
+  }
+  return "unknown";
+}
+
+bool is_compiled([[maybe_unused]] SimdLevel level) {
+#ifdef GENCORE_X86_LEVELS
+  return true;
+#else
+  return level == SimdLevel::scalar;
+#endif
+}
+
+bool is_supported(SimdLevel level) {
+#ifdef GENCORE_X86_LEVELS
+  // These ask the operating system too, whether it saves the registers. Every processor with FMA has F16C.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == SimdLevel::avx2) return avx2;
+  if (level == SimdLevel::avx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return level == SimdLevel::scalar;
+}
+
+bool is_valid(const NoiseShape& shape, const NoiseKey& key) {
+  if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;
+  if (shape.channels > 1 && shape.elements % shape.channels != 0) return false;
+  if (key.words == nullptr || (key.rows != 0 && key.rows != shape.samples)) return false;
+  constexpr std::int64_t most_blocks = std::int64_t{1} << 32;
+  std::int64_t rows, total;
+  if (shape.elements > 4 * most_blocks) return false;
+  const std::int64_t blocks = (shape.elements + 3) / 4;
+  if (shape.draws > 1 && blocks > most_blocks / shape.draws) return false;
+  return !__builtin_mul_overflow(shape.samples, shape.draws, &rows) &&
+         !__builtin_mul_overflow(rows, shape.elements, &total);
+}
+
+SimdLevel simd_level() { return chosen.load(std::memory_order_relaxed); }
+
+bool set_simd_level(SimdLevel level) {
+  if (!is_compiled(level) || !is_supported(level)) return false;
+  chosen.store(level, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace cpu
+}  // namespace gencore

@@ -1,0 +1,77 @@
+// Per-element mathematics, written once as fixed sequences of correctly rounded binary32 operations.
+//
+// `V` names the operations: a SIMD level of the CPU kernels (csrc/cpu/vec_*.h), or one lane of a GPU. Every operation
+// of V is the IEEE-754 one, rounded once, so the results are the same bits whatever V is. Nothing here may be
+// contracted or reassociated by a compiler: multiply-adds that shall be fused say fma.
+#pragma once
+
+#include "gencore/types.h"
+
+namespace gencore {
+
+template <class V, int n>
+GENCORE_HOST_DEVICE typename V::F horner(typename V::F x, const float (&coefficient)[n]) {
+  typename V::F value = V::set(coefficient[n - 1]);
+#pragma GCC unroll 16
+  for (int i = n - 2; i >= 0; --i) value = V::fma(value, x, V::set(coefficient[i]));
+  return value;
+}
+
+// Two standard normals from two 32-bit words (Box and Muller 1958). The definition, step by step, is
+// gencore.noise.box_muller; the comments there say why each step is as it is.
+template <class V>
+GENCORE_HOST_DEVICE void box_muller(typename V::U word0, typename V::U word1, typename V::F& normal0,
+                                    typename V::F& normal1) {
+  using F = typename V::F;
+  using U = typename V::U;
+  // -2 ln(1 + f) = -2 f + f^2 Q(f) on [sqrt(1/2) - 1, sqrt(2) - 1]; relative error 3.4e-8.
+  constexpr float log_q[] = {0.9999998211860657f, -0.6666783690452576f,  0.5000360012054443f, -0.3992644250392914f,
+                             0.3313974142074585f, -0.29812416434288025f, 0.2861766219139099f, -0.17537200450897217f};
+  // sin(pi s / 2) = s S(s^2), cos(pi s / 2) = 1 + s^2 C(s^2) on [-1/2, 1/2]; relative errors 3.3e-9 and 3.9e-8.
+  constexpr float sin_s[] = {1.5707963705062866f, -0.6459634900093079f, 0.07968003302812576f, -0.004601658321917057f};
+  constexpr float cos_c[] = {-1.233697772026062f, 0.2536035478115082f, -0.020418191328644753f};
+
+  const F u = V::fma(V::float_from_unsigned(word0), V::set(0x1p-32f), V::set(0x1p-33f));
+  const U bits = V::as_bits(u);
+  const U exponent = V::template shift_right_signed<23>(V::sub(bits, V::set_bits(0x3F3504F3u)));
+  const F f = V::sub(V::as_float(V::sub(bits, V::template shift_left<23>(exponent))), V::set(1.0f));
+  const F f_square = V::mul(f, f);
+  const F tail = V::fma(f_square, horner<V>(f, log_q), V::mul(f, V::set(-2.0f)));
+  const F radius = V::sqrt(V::fma(V::float_from_signed(exponent), V::set(-1.3862943649291992f), tail));
+  const F turned = V::as_float(V::bit_xor(V::as_bits(radius), V::bit_and(word1, V::set_bits(0x80000000u))));
+
+  const F s = V::mul(V::float_from_signed(V::template shift_left<2>(word1)), V::set(0x1p-32f));
+  const F s_square = V::mul(s, s);
+  const F sine = V::mul(s, horner<V>(s_square, sin_s));
+  const F cosine = V::fma(s_square, horner<V>(s_square, cos_c), V::set(1.0f));
+  const auto mirrored = V::any_bit(word1, V::set_bits(0x40000000u));
+  normal0 = V::mul(turned, V::select(mirrored, sine, cosine));
+  normal1 = V::mul(turned, V::select(mirrored, cosine, sine));
+}
+
+// Uniform in [0, 1) with 24 bits from a 32-bit word.
+template <class V>
+GENCORE_HOST_DEVICE typename V::F unit_uniform(typename V::U word) {
+  return V::mul(V::float_from_signed(V::template shift_right<8>(word)), V::set(0x1p-24f));
+}
+
+// e^x, within 1.1 ulp of the real value; overflows to infinity, underflows gradually to 0, passes NaN on.
+template <class V>
+GENCORE_HOST_DEVICE typename V::F exp(typename V::F x) {
+  using F = typename V::F;
+  // e^r = 1 + r + r^2 P(r) on |r| <= ln(2) / 2; relative error 3.1e-9.
+  constexpr float p[] = {0.4999999403953552f, 0.1666652113199234f, 0.0416683629155159f, 0.00836868118494749f,
+                         0.0013815740821883082f};
+  // Beyond these the result is 0 or infinity. min and max give their second operand if one is NaN.
+  x = V::max(V::set(-104.0f), V::min(V::set(89.0f), x));
+  // Adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold.
+  const F magic = V::set(12582912.0f);
+  const F shifted = V::fma(x, V::set(1.4426950216293335f), magic);
+  const F n = V::sub(shifted, magic);
+  F r = V::fma(n, V::set(-0.693147182464599609375f), x);
+  r = V::fma(n, V::set(1.904654299957767878541e-9f), r);
+  const F mantissa = V::add(V::set(1.0f), V::fma(V::mul(r, r), horner<V>(r, p), r));
+  return V::scale(mantissa, n, V::sub(V::as_bits(shifted), V::as_bits(magic)));
+}
+
+}  // namespace gencore

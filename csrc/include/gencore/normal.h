@@ -1,0 +1,12 @@
+// Standard normal noise.
+#pragma once
+
+#include "gencore/types.h"
+
+namespace gencore::cpu {
+
+// Fills `out` (shape.draws x shape.samples x shape.elements values of `dtype`) with standard normals, the binary32
+// values of gencore/math.h rounded to `dtype`. The values depend on `key` and the element index alone.
+Status normal(void* out, DType dtype, const NoiseShape& shape, const NoiseKey& key, int threads);
+
+}  // namespace gencore::cpu
