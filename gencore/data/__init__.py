@@ -1,0 +1,5 @@
+"""Data sets: real images as uint8 in memory, named ``name`` or ``name:path``."""
+
+from gencore.data.base import DataError, DatasetPlugin, ImageDataset, Split, load
+
+__all__ = ["DataError", "DatasetPlugin", "ImageDataset", "Split", "load"]

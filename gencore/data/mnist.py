@@ -1,0 +1,129 @@
+"""MNIST and data sets of its format (Fashion-MNIST, KMNIST): IDX files in a folder, gzip-compressed or not.
+
+The IDX format (LeCun, Cortes and Burges 1998): two zero bytes, a type code (8 = unsigned byte), the number of
+dimensions, each dimension as a big-endian 32-bit number, then the values in C order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, Split
+
+ENVIRONMENT_VARIABLE = "GENCORE_DATA"
+
+_PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
+_UNSIGNED_BYTE = 8
+_CLASSES = 10
+_PIECE = 1 << 20
+
+
+def load_mnist(path: Path | None, split: Split) -> ImageDataset:
+    """The 60000 training or 10000 test images (1, 28, 28) with the classes 0 to 9.
+
+    Args:
+        path: the folder of ``train-images-idx3-ubyte`` and its siblings, with or without ``.gz``; without a path, the
+            folder ``mnist`` in the folder that the environment variable GENCORE_DATA names.
+        split: ``"train"`` or ``"test"`` (the files called ``t10k``).
+
+    Raises:
+        DataError: a file is missing, damaged or of another format; the message names it.
+    """
+    if path is None:
+        root = os.environ.get(ENVIRONMENT_VARIABLE)
+        if not root:
+            raise DataError(f"data set mnist needs a path (mnist:FOLDER), or {ENVIRONMENT_VARIABLE} set to its parent")
+        path = Path(root) / "mnist"
+    if not path.is_dir():
+        raise DataError(f"data set mnist: {path} is not a folder")
+    image_file = _find(path, f"{_PREFIX[split]}-images", 3)
+    label_file = _find(path, f"{_PREFIX[split]}-labels", 1)
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+    if len(images) != len(labels):
+        raise DataError(f"{image_file} holds {len(images)} images, but {label_file} holds {len(labels)} labels")
+    if images.size == 0:
+        raise DataError(f"{image_file} holds no pixels: its dimensions are {images.shape}")
+    wrong = np.flatnonzero(labels >= _CLASSES)
+    if len(wrong):
+        raise DataError(
+            f"{label_file}: label {wrong[0]} must be below {_CLASSES}, but is {labels[wrong[0]]} "
+            f"({len(wrong)} such labels)"
+        )
+    names = [str(digit) for digit in range(_CLASSES)]
+    label_tensor = torch.from_numpy(labels.astype(np.int64))
+    return ImageDataset("mnist", split, torch.from_numpy(images).unsqueeze(1), label_tensor, names)
+
+
+def read_idx(path: Path, dims: int) -> np.ndarray:
+    """The uint8 array of ``dims`` dimensions in an IDX file; gzip is known by its first bytes, not by the name.
+
+    Raises:
+        DataError: not an IDX file, another type or number of dimensions, shorter or longer than its header says.
+    """
+    with open(path, "rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        try:
+            if not compressed:
+                return _read(raw, path, dims)
+            with gzip.GzipFile(fileobj=raw) as stream:
+                return _read(stream, path, dims)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: the gzip data are damaged or truncated ({error})") from error
+
+
+def _read(stream: IO[bytes] | gzip.GzipFile, path: Path, dims: int) -> np.ndarray:
+    header = stream.read(4 + 4 * dims)
+    magic = header[:4]
+    expected = bytes((0, 0, _UNSIGNED_BYTE, dims))
+    if magic != expected:
+        found = magic.hex() or "nothing"
+        raise DataError(f"{path}: an IDX file of {dims} dimensions must begin with {expected.hex()}, not with {found}")
+    if len(header) < 4 + 4 * dims:
+        raise DataError(f"{path}: the header is truncated after {len(header)} of {4 + 4 * dims} bytes")
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4))
+    size = 1
+    for length in shape:
+        size *= length
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: the header claims {_times(shape)} values, more than the {MAX_BYTES} that are read")
+    # One byte more than the header says, to notice what follows; never more, whatever a compressed file holds; and in
+    # pieces, so that memory is taken for what is there, not for what a wrong header claims.
+    values = bytearray()
+    while len(values) <= size:
+        piece = stream.read(min(_PIECE, size + 1 - len(values)))
+        if not piece:
+            break
+        values += piece
+    if len(values) < size:
+        raise DataError(f"{path}: truncated: the header says {_times(shape)} values, but {len(values)} follow")
+    if len(values) > size:
+        raise DataError(f"{path}: too long: more follows the {_times(shape)} values that the header says")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(str(length) for length in shape)
+
+
+def _find(folder: Path, stem: str, dims: int) -> Path:
+    names = [f"{stem}{dot}idx{dims}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"data set mnist: {folder} holds no {names[0]} (nor {', '.join(names[1:])})")
+
+
+plugin = DatasetPlugin(
+    name="mnist",
+    load=load_mnist,
+    summary="handwritten digits, 28x28 gray, 70000 images; IDX files in mnist:FOLDER or GENCORE_DATA/mnist",
+)

@@ -1,0 +1,121 @@
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gencore.data import DataError
+from gencore.data.mnist import load_mnist, read_idx
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (7, 5, 4), dtype=np.uint8)
+LABELS = RNG.integers(0, 10, 7, dtype=np.uint8)
+
+
+def idx(array):
+    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(IMAGES))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(LABELS))
+    return tmp_path
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_reads(folder, compressed, split):
+    if compressed:
+        for file in list(folder.iterdir()):
+            Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
+            file.unlink()
+    data = load_mnist(folder, split)
+    assert data.image_shape == (1, 5, 4)
+    assert np.array_equal(data.images.squeeze(1).numpy(), IMAGES)
+    assert np.array_equal(data.labels.numpy(), LABELS)
+    assert data.class_names == tuple("0123456789")
+
+
+def test_reads_the_name_with_a_dot_and_gzip_without_suffix(folder):
+    file = folder / "train-images-idx3-ubyte"
+    file.rename(folder / "train-images.idx3-ubyte")
+    (folder / "train-labels-idx1-ubyte").write_bytes(gzip.compress(idx(LABELS)))
+    assert len(load_mnist(folder, "train")) == 7
+
+
+def test_environment_variable(folder, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.delenv("GENCORE_DATA", raising=False)
+    with pytest.raises(DataError, match=r"needs a path .mnist:FOLDER., or GENCORE_DATA set"):
+        load_mnist(None, "train")
+    monkeypatch.setenv("GENCORE_DATA", str(root))
+    with pytest.raises(DataError, match=r"root/mnist is not a folder"):
+        load_mnist(None, "train")
+    (root / "mnist").symlink_to(folder)
+    assert len(load_mnist(None, "train")) == 7
+
+
+GZ = gzip.compress(idx(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must begin with 00000803, not with nothing"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(30), "must begin with 00000803, not with 89504e47"),
+        (idx(LABELS), "of 3 dimensions must begin with 00000803, not with 00000801"),
+        (bytes((0, 0, 13, 3)) + bytes(40), "must begin with 00000803, not with 00000d03"),
+        (idx(IMAGES)[:11], "header is truncated after 11 of 16 bytes"),
+        (idx(IMAGES)[:-1], "truncated: the header says 7 x 5 x 4 values, but 139 follow"),
+        (idx(IMAGES) + b"x", "too long: more follows the 7 x 5 x 4 values"),
+        (bytes((0, 0, 8, 3)) + b"\xff" * 12 + bytes(9), "the header claims 4294967295 x 4294967295 x 4294967295 "),
+        # 2^34 values would fit the limit; memory must be taken for what is there only.
+        (bytes((0, 0, 8, 3)) + struct.pack(">3I", 1 << 14, 1 << 10, 1 << 10) + bytes(9), "but 9 follow"),
+        (GZ[: len(GZ) // 2], "gzip data are damaged or truncated"),
+        (GZ[:40] + bytes(20) + GZ[60:], "gzip data are damaged or truncated"),
+    ],
+)
+def test_bad_image_files_are_named(folder, content, message):
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as info:
+        load_mnist(folder, "train")
+    assert str(file) in str(info.value)
+    assert len(load_mnist(folder, "test")) == 7
+
+
+def test_counts_and_labels_must_fit(folder):
+    labels = folder / "train-labels-idx1-ubyte"
+    labels.write_bytes(idx(LABELS[:6]))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte holds 7 images, but .*labels.* holds 6 labels"):
+        load_mnist(folder, "train")
+    labels.write_bytes(idx(np.array([0, 1, 2, 10, 4, 200, 6], dtype=np.uint8)))
+    with pytest.raises(DataError, match=r"labels-idx1-ubyte: label 3 must be below 10, but is 10 \(2 such labels\)"):
+        load_mnist(folder, "train")
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(IMAGES[:0]))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(LABELS[:0]))
+    with pytest.raises(DataError, match=r"holds no pixels: its dimensions are \(0, 5, 4\)"):
+        load_mnist(folder, "test")
+
+
+def test_missing_file(folder):
+    (folder / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="holds no train-labels-idx1-ubyte "):
+        load_mnist(folder, "train")
+
+
+def test_read_idx_of_one_dimension(folder):
+    assert np.array_equal(read_idx(folder / "t10k-labels-idx1-ubyte", 1), LABELS)
+
+
+@pytest.mark.skipif("GENCORE_DATA" not in os.environ, reason="GENCORE_DATA is not set: no MNIST files")
+def test_the_real_files():
+    train, test = load_mnist(None, "train"), load_mnist(None, "test")
+    assert (len(train), len(test)) == (60000, 10000)
+    assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert abs(train.images.float().mean().item() / 255 - 0.1307) < 1e-4

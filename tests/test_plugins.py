@@ -1,0 +1,160 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from gencore import plugins
+from gencore.plugins import Entry, PluginError
+
+GOOD = """
+from dataclasses import dataclass
+from gencore.data import DatasetPlugin
+from gencore.models import ModelConfig, ModelPlugin
+@dataclass(frozen=True)
+class Settings(ModelConfig):
+    size: int = 3
+@dataclass(frozen=True)
+class Required(ModelConfig):
+    size: int = None
+    __dataclass_fields__ = {}
+class Undecorated(ModelConfig):
+    pass
+plugin = ModelPlugin("good", "vae", Settings, lambda config: None)
+data = DatasetPlugin("rings", lambda path, split: None)
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Writes a package's metadata and modules where Python finds them, as an installer would."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+
+    def install(package, entry_points, version="1.0", **modules):
+        folder = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        (folder / "entry_points.txt").write_text(textwrap.dedent(entry_points))
+        for name, source in modules.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+
+    yield install
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def test_lists_without_importing(install):
+    install("zoo", "[gencore.models]\ngood = zoo_bomb:plugin\n", "2.1", zoo_bomb="raise RuntimeError('imported')")
+    entries = [entry for entry in plugins.list_models() if entry.package == "zoo"]
+    assert entries == [Entry("good", "model", "zoo", "2.1", "zoo_bomb:plugin")]
+    assert "zoo_bomb" not in sys.modules
+
+
+def test_builtins_are_listed_without_importing_them():
+    code = """
+        import sys, gencore.plugins as plugins
+        plugins.list_models(); plugins.list_datasets()
+        loaded = [m for m in sys.modules if m.startswith(("gencore.models.", "gencore.data.")) or m == "sklearn"]
+        assert loaded in ([], ["gencore.models.base"]), loaded
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_loads_models_and_datasets(install):
+    install("zoo", "[gencore.models]\ngood = zoo_good:plugin\n[gencore.datasets]\nrings = zoo_good:data", zoo_good=GOOD)
+    model, data = plugins.load_model("good"), plugins.load_dataset("rings")
+    assert (model.name, model.family, model.config().size) == ("good", "vae", 3)
+    assert data.name == "rings"
+    for listed, name in ((plugins.list_models(), "good"), (plugins.list_datasets(), "rings")):
+        assert [plugins.status(entry) for entry in listed if entry.name == name] == ["ok"]
+
+
+def test_unknown_name_has_close_matches(install):
+    install("zoo", "[gencore.models]\ngood = zoo_good:plugin\n", zoo_good=GOOD)
+    with pytest.raises(PluginError, match=r"no model plugin is called 'god'; did you mean good.* available: .*good"):
+        plugins.load_model("god")
+    with pytest.raises(PluginError, match=r"no data set plugin is called 'qqqq'; available: "):
+        plugins.load_dataset("qqqq")
+    with pytest.raises(TypeError, match="name must be a string, got int"):
+        plugins.load_model(3)
+
+
+def test_clash_names_both_packages_and_breaks_nothing_else(install):
+    install("zoo", "[gencore.models]\ngood = zoo_good:plugin\ntwice = zoo_good:plugin\n", zoo_good=GOOD)
+    install("ark", "[gencore.models]\ntwice = ark:plugin\n", "3.0", ark=GOOD)
+    with pytest.raises(PluginError, match=r"two model plugins are called 'twice': in ark 3\.0 .* and zoo 1\.0"):
+        plugins.load_model("twice")
+    assert plugins.load_model("good").name == "good"
+    status = {entry.package: plugins.status(entry) for entry in plugins.list_models() if entry.name == "twice"}
+    assert status == {"ark": "clash: also in zoo 1.0", "zoo": "clash: also in ark 3.0"}
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("plugin = 1 +", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("x = 1", "AttributeError: .*no attribute 'plugin'"),
+        ("plugin = 3", "it must be a gencore.models.ModelPlugin, but is of type int"),
+        (GOOD + "plugin = ModelPlugin", "it must be a gencore.models.ModelPlugin, but is the class ModelPlugin"),
+        (GOOD, "its entry point is called 'bad', but the plugin calls itself 'good'"),
+        (
+            GOOD + "plugin = ModelPlugin('bad', 'vae', int, print)",
+            "its config must be a subclass of gencore.models.ModelConfig, but is the class int",
+        ),
+        (
+            GOOD + "plugin = ModelPlugin('bad', 'vae', Settings(), print)",
+            "its config must be a subclass of gencore.models.ModelConfig, but is of type Settings",
+        ),
+        (GOOD + "plugin = ModelPlugin('bad', 'vae', Undecorated, print)", "must be decorated with @dataclass"),
+        (GOOD + "plugin = ModelPlugin('bad', 'transformer', Settings, print)", "its family must be one of vae, gan"),
+        (GOOD + "plugin = ModelPlugin('bad', 'vae', Settings, 3)", "its build must be callable, but is of type int"),
+    ],
+)
+def test_broken_plugin_is_named_with_package_and_cause(install, source, cause):
+    install("zoo", "[gencore.models]\nbad = zoo_bad:plugin\ngood = zoo_good:plugin", zoo_bad=source, zoo_good=GOOD)
+    with pytest.raises(
+        PluginError, match=rf"model plugin 'bad' \(zoo_bad:plugin\) of package zoo 1\.0 is broken: .*{cause}"
+    ) as info:
+        plugins.load_model("bad")
+    assert info.value.__cause__ is not None
+    assert "\n" not in str(info.value)
+    assert plugins.load_model("good").name == "good"
+    (entry,) = (entry for entry in plugins.list_models() if entry.name == "bad")
+    assert plugins.status(entry).startswith("broken: ")
+
+
+def test_settings_without_default_are_refused(install):
+    source = """
+        from dataclasses import dataclass
+        from gencore.config import field
+        from gencore.models import ModelConfig, ModelPlugin
+        @dataclass(frozen=True, kw_only=True)
+        class Settings(ModelConfig):
+            size: int = field(ge=1)
+        plugin = ModelPlugin("bad", "vae", Settings, print)
+    """
+    install("zoo", "[gencore.models]\nbad = zoo_bad:plugin", zoo_bad=source)
+    with pytest.raises(PluginError, match="every setting of its config must have a default, but size has none"):
+        plugins.load_model("bad")
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("plugin = {}", "it must be a gencore.data.DatasetPlugin, but is of type dict"),
+        (GOOD + "plugin = data", "its entry point is called 'bad', but the plugin calls itself 'rings'"),
+        (GOOD + "plugin = DatasetPlugin('bad', 'folder')", "its load must be callable, but is of type str"),
+    ],
+)
+def test_broken_dataset(install, source, cause):
+    install("zoo", "[gencore.datasets]\nbad = zoo_bad:plugin", zoo_bad=source)
+    with pytest.raises(PluginError, match=rf"data set plugin 'bad' .* of package zoo 1\.0 is broken: {cause}"):
+        plugins.load_dataset("bad")
+
+
+def test_status_of_an_entry_that_is_gone():
+    assert plugins.status(Entry("gone", "model", "zoo", "1.0", "zoo:plugin")) == "broken: no longer installed"
