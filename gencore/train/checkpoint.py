@@ -1,0 +1,296 @@
+"""Checkpoints: safetensors and JSON, never pickle; each a folder that is whole or not there.
+
+::
+
+    RUN/run.json                          what the run trains, on what, how (written once, at the start)
+    RUN/metrics.jsonl
+    RUN/checkpoints/step-00001000/
+        model.safetensors                 the weights and buffers
+        ema.safetensors                   their moving average, if the run keeps one
+        optimizer.safetensors             "<phase>/<parameter>/<state>"
+        checkpoint.json                   format, run, step, small state, and size and SHA-256 of the other files
+
+A checkpoint is written to a folder with a temporary name, synced and renamed; only then are older ones removed. So
+whatever happens at whatever moment, the newest folder named ``step-*`` is a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from gencore.config import ConfigError
+from gencore.files import sync_directory, write_atomically, write_synced
+from gencore.models.base import GenerativeModel
+from gencore.plugins import load_model as load_plugin
+
+FORMAT = 1
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A run or checkpoint is missing, damaged, of another model, or from a newer gencore; says which and what."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is: enough to build its model and to go on with it. Kept in ``run.json`` and in every checkpoint."""
+
+    model: str
+    config: dict[str, Any]
+    data: str
+    images: int
+    train: dict[str, Any]
+
+    def differences(self, other: Run, allowed: tuple[str, ...] = ()) -> list[str]:
+        """One line for each setting that differs, those of ``train`` that ``allowed`` names aside."""
+        ours, theirs = asdict(self), asdict(other)
+        pairs = [(name, ours[name], theirs[name]) for name in ("model", "data", "images")]
+        if self.model == other.model:
+            names = sorted(ours["config"].keys() | theirs["config"].keys())
+            pairs += [(name, ours["config"].get(name), theirs["config"].get(name)) for name in names]
+        names = sorted((ours["train"].keys() | theirs["train"].keys()) - set(allowed))
+        pairs += [(f"train.{name}", ours["train"].get(name), theirs["train"].get(name)) for name in names]
+        return [f"{name}: the run has {a!r}, asked for is {b!r}" for name, a, b in pairs if a != b]
+
+
+def write_run(directory: Path, run: Run) -> None:
+    """Writes ``run.json``, whole or not at all."""
+    write_atomically(directory / "run.json", _json({"format": FORMAT, "run": asdict(run)}))
+
+
+def read_run(directory: Path) -> Run:
+    """The run in ``directory``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a newer gencore wrote it.
+    """
+    path = directory / "run.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no run (there is no run.json)")
+    return _run(path, _read_json(path))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, its JSON read and checked; tensors are read, and checked too, when asked for."""
+
+    directory: Path
+    run: Run
+    step: int
+    state: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the run keeps a moving average of the weights."""
+        return "ema.safetensors" in self.files
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of ``<name>.safetensors``, on the CPU.
+
+        Raises:
+            CheckpointError: the file is missing, or its bytes are not those that were written.
+        """
+        path = self.directory / f"{name}.safetensors"
+        entry = self.files.get(path.name)
+        if entry is None or not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        data = path.read_bytes()
+        if len(data) != entry["bytes"]:
+            raise CheckpointError(f"{path} is damaged: {len(data)} bytes, {entry['bytes']} were written")
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in checkpoint.json")
+        try:
+            return safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def save(
+    run_directory: Path, run: Run, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, keep: int
+) -> Path:
+    """Writes the checkpoint of ``step`` atomically, then removes all but the newest ``keep``; returns its folder.
+
+    Args:
+        tensors: for each file's stem, its tensors by name.
+        state: what else is needed to go on, as JSON can hold it.
+
+    Raises:
+        OSError: the disk is full or refuses; the checkpoints that were there are still there, unharmed.
+    """
+    parent = run_directory / "checkpoints"
+    final = parent / f"step-{step:08d}"
+    temporary = parent / f".{final.name}.tmp"
+    _remove_leftovers(parent)
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for stem, named in tensors.items():
+            data = safetensors.torch.save(_plain_tensors(named))
+            files[f"{stem}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            write_synced(temporary / f"{stem}.safetensors", data)
+        content = {"run": asdict(run), "step": step, "state": state, "files": files}
+        header = {"format": FORMAT, "sha256": _digest(content), **content}
+        write_synced(temporary / "checkpoint.json", _json(header).encode())
+        sync_directory(temporary)
+        temporary.rename(final)
+        sync_directory(parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints(run_directory)[:-keep]:
+        # Renamed first: a crash while it is being removed leaves no folder that looks like a checkpoint.
+        shutil.rmtree(old.rename(parent / f".{old.name}.old"), ignore_errors=True)
+    return final
+
+
+def checkpoints(run_directory: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    parent = run_directory / "checkpoints"
+    if not parent.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in parent.iterdir() if (m := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read(directory: Path) -> Checkpoint:
+    """The newest checkpoint of a run, or the checkpoint in ``directory`` itself.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a newer gencore wrote it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"there is no folder {directory}")
+    if not _STEP_FOLDER.fullmatch(directory.name) and not (directory / "checkpoint.json").exists():
+        found = checkpoints(directory)
+        if not found and (directory / "run.json").exists():
+            raise CheckpointError(f"the run in {directory} has no checkpoint yet")
+        if not found:
+            raise CheckpointError(f"{directory} holds no run (there is no run.json)")
+        directory = found[-1]
+    path = directory / "checkpoint.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    content = _read_json(path)
+    run = _run(path, content)
+    digest = content.pop("sha256", None)
+    del content["format"]
+    if digest != _digest(content):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its content")
+    return Checkpoint(directory, run, content["step"], content["state"], content["files"])
+
+
+def load_model(directory: Path | str, *, ema: bool | None = None, device: str = "cpu") -> GenerativeModel:
+    """The trained model of a run (its newest checkpoint) or of one checkpoint's folder, in evaluation mode.
+
+    Args:
+        directory: a run's folder, or one of its ``checkpoints/step-*``.
+        ema: whether to take the moving average of the weights; None takes it if the run keeps one.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: nothing there, damaged files, no moving average, or weights that do not fit the model.
+        PluginError: the model's plugin is not installed or is broken.
+    """
+    return restore_model(read(Path(directory)), ema=ema, device=device)
+
+
+def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: str = "cpu") -> GenerativeModel:
+    """:func:`load_model` for a checkpoint that has been read."""
+    if ema and not checkpoint.has_ema:
+        raise CheckpointError(f"{checkpoint.directory} holds no moving average (the run was trained without train.ema)")
+    plugin = load_plugin(checkpoint.run.model)
+    try:
+        config = plugin.config.from_dict(checkpoint.run.config)
+    except ConfigError as error:
+        faults = "; ".join(error.faults)
+        raise CheckpointError(f"{checkpoint.directory} is of another version of {plugin.name}: {faults}") from error
+    with torch.random.fork_rng(devices=[]):
+        model = plugin.build(config)
+    weights = checkpoint.tensors("ema" if (checkpoint.has_ema if ema is None else ema) else "model")
+    fill_model(model, weights, checkpoint.directory)
+    return model.to(device).eval()
+
+
+def fill_model(model: GenerativeModel, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Copies ``weights`` into ``model``.
+
+    Raises:
+        CheckpointError: names or shapes differ; the first of each kind is named.
+    """
+    own = model.state_dict()
+    faults = [f"without {name}" for name in own if name not in weights][:1]
+    faults += [f"with {name}, which the model lacks" for name in weights if name not in own][:1]
+    faults += [
+        f"{name} of shape {tuple(weights[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ][:1]
+    if faults:
+        raise CheckpointError(f"the weights in {directory} do not fit the model: {'; '.join(faults)}")
+    model.load_state_dict(weights)
+
+
+def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU where needed; tied weights become one copy per name, as safetensors demands."""
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        copy = tensor.detach().to("cpu").contiguous()
+        pointer = copy.untyped_storage().data_ptr()
+        if pointer in seen or copy.untyped_storage().nbytes() != copy.nbytes:
+            copy = copy.clone()
+        seen.add(pointer)
+        plain[name] = copy
+    return plain
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for path in parent.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise CheckpointError(f"{path} is damaged: it names no format")
+    if content["format"] > FORMAT:
+        newer = f"it has format {content['format']}, this gencore reads up to {FORMAT}"
+        raise CheckpointError(f"{path} was written by a newer gencore: {newer}")
+    return content
+
+
+def _run(path: Path, content: Mapping[str, Any]) -> Run:
+    values = content.get("run")
+    types = {"model": str, "config": dict, "data": str, "images": int, "train": dict}
+    if (
+        not isinstance(values, dict)
+        or values.keys() != types.keys()
+        or not all(isinstance(values[name], kind) for name, kind in types.items())
+    ):
+        raise CheckpointError(f"{path} is damaged: it does not describe a run")
+    return Run(**values)

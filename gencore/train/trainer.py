@@ -1,0 +1,361 @@
+"""One trainer for every model: it runs the phases that the model lists, and can be killed and go on at any moment.
+
+Order of the data, noise and learning rate are pure functions of the seed and the step (:mod:`gencore.train.order`),
+so a checkpoint holds weights, moving average, optimiser state, and nothing of any generator. A run that was killed
+and went on has, on the CPU with the same number of threads, the weights of one that was not, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from gencore.files import locked
+from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
+from gencore.train import checkpoint as checkpoints
+from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
+from gencore.train.config import RESUMABLE, TrainConfig
+from gencore.train.log import Meter, MetricsLog
+from gencore.train.order import batch_indices, phase_key
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot begin or go on: the folder holds another run, the loss is not finite, a device is missing."""
+
+
+class ImageSource(Protocol):
+    """What the trainer asks of a data set: its size, and minibatches by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> Batch: ...
+
+
+def choose_device(name: Device = "auto") -> torch.device:
+    """The device of that name; ``auto`` is a CUDA device if there is one, and the CPU otherwise.
+
+    Raises:
+        ValueError: an unknown name.
+        TrainingError: there is no CUDA device.
+    """
+    if name not in get_args(Device):
+        raise ValueError(f"device must be one of {', '.join(get_args(Device))}, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
+        raise TrainingError(f"there is no CUDA device: {why}")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """Trains the model of a plugin on a data set and writes the run's folder.
+
+    Args:
+        plugin: which model.
+        model_config: its configuration, its ``image_shape`` and ``num_classes`` those of the data set.
+        data: the training images.
+        config: how to train.
+        out: the run's folder, made if it is not there.
+        data_name: what :func:`gencore.data.load` takes to load ``data`` again; kept in the run.
+        device: ``auto``, ``cpu`` or ``cuda``. No part of the run: it may go on elsewhere.
+        progress: whether to show a bar on a terminal.
+    """
+
+    def __init__(
+        self,
+        plugin: ModelPlugin,
+        model_config: ModelConfig,
+        data: ImageSource,
+        config: TrainConfig,
+        out: Path | str,
+        *,
+        data_name: str,
+        device: Device = "auto",
+        progress: bool = True,
+    ):
+        self.data, self.config, self.out, self.progress = data, config, Path(out), progress
+        self.run = Run(plugin.name, model_config.to_dict(), data_name, len(data), config.to_dict())
+        self.device = choose_device(device)
+        # Accelerate keeps its settings for the whole process; a second trainer may have others.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        precision = "bf16" if config.precision == "bfloat16" else "no"
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
+        if self.accelerator.num_processes > 1:
+            raise TrainingError("training in several processes is not supported yet; start a single one")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model: GenerativeModel = plugin.build(model_config)
+        self.model.to(self.device).train()
+        phases = _checked_phases(plugin.name, self.model)
+        self.optimizers = [_PhaseOptimizer(i, phase, self.model, self.device) for i, phase in enumerate(phases)]
+        self.average = None if config.ema is None else _Average(self.model, config.ema)
+        self.total_steps = config.total_steps(len(data), max(phase.repeats for phase in phases))
+        self.step = 0
+        self.seconds = 0.0
+
+    def fit(self, *, resume: bool = False) -> GenerativeModel:
+        """Trains to the last step and returns the model, in evaluation mode. Draws nothing from torch's generators.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder (from the start, if the run was killed before its
+                first); what the run's settings were must be what they are now, except its length and what it writes.
+
+        Raises:
+            TrainingError: the folder holds a run already (without ``resume``), another process trains there, or a
+                loss or gradient is not finite.
+            CheckpointError: there is no run to go on with, it is of another model or has other settings, or it is
+                damaged.
+            OSError: the disk is full; the newest checkpoint is whole.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.out / ".lock"))
+            except BlockingIOError as error:
+                raise TrainingError(f"another process is training in {self.out}") from error
+            self._open_run(resume)
+            if self.step < self.total_steps:
+                devices = [self.device] if self.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices=devices))
+                self._train()
+        return self.model.eval()
+
+    def _open_run(self, resume: bool) -> None:
+        if not resume:
+            if (self.out / "run.json").exists() or checkpoints.checkpoints(self.out):
+                raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
+        else:
+            _refuse_other(self.out, checkpoints.read_run(self.out), self.run)
+            if checkpoints.checkpoints(self.out):
+                saved = checkpoints.read(self.out)
+                _refuse_other(saved.directory, saved.run, self.run)
+                self._restore(saved)
+        checkpoints.write_run(self.out, self.run)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        checkpoints.fill_model(self.model, saved.tensors("model"), saved.directory)
+        if self.average is not None:
+            self.average.load(saved.tensors("ema"))
+        tensors = saved.tensors("optimizer")
+        try:
+            self.seconds = float(saved.state["seconds"])
+            for optimizer in self.optimizers:
+                optimizer.load(tensors)
+                optimizer.meter.load_state(saved.state["meters"][optimizer.phase.name])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the training state in {saved.directory} does not fit the model: {error}") from error
+        self.step = saved.step
+
+    def _train(self) -> None:
+        started = time.monotonic() - self.seconds
+        with ExitStack() as stack:
+            log = MetricsLog(self.out / "metrics.jsonl", self.step)
+            stack.callback(log.close)
+            board = _board(self.out, self.step) if self.config.tensorboard else None
+            if board is not None:
+                stack.callback(board.close)
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.total_steps,
+                    initial=self.step,
+                    desc=self.run.model,
+                    unit="step",
+                    disable=None if self.progress else True,  # None: no bar where stderr is no terminal
+                )
+            )
+            while self.step < self.total_steps:
+                self._one_step()
+                last = self.step == self.total_steps
+                self.seconds = time.monotonic() - started
+                if last or self.step % self.config.log_every == 0:
+                    record = self._record()
+                    log.write(record)
+                    bar.set_postfix({o.phase.name: f"{record[f'{o.phase.name}/loss']:.4g}" for o in self.optimizers})
+                    if board is not None:
+                        for name, value in record.items():
+                            board.add_scalar(name, value, self.step)
+                if last or self.step % self.config.checkpoint_every == 0:
+                    self._refuse_divergence()
+                    self._save()
+                bar.update()
+
+    def _one_step(self) -> None:
+        config = self.config
+        factor = config.learning_rate_factor(self.step, self.total_steps)
+        for index, optimizer in enumerate(self.optimizers):
+            phase = optimizer.phase
+            for repetition in range(phase.repeats):
+                draw = self.step * phase.repeats + repetition
+                indices = batch_indices(config.seed, index, draw, config.batch_size, len(self.data))
+                batch = _moved(self.data.batch(indices), self.device)
+                key = phase_key(config.seed, self.step, index, repetition)
+                # For what draws from torch's generator, such as dropout: it too depends on seed and step alone.
+                torch.manual_seed(int(key.packed[0]))
+                with self.accelerator.autocast():
+                    loss = _checked_loss(phase, phase.loss(batch, key))
+                optimizer.descend(self.accelerator, loss, factor, config.clip, self.step + 1)
+                if self.device.type == "cpu":
+                    self._refuse_divergence()
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+        self.step += 1
+
+    def _refuse_divergence(self) -> None:
+        for optimizer in self.optimizers:
+            if (step := optimizer.meter.first_bad_step()) is not None:
+                saved = checkpoints.checkpoints(self.out)
+                kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+                raise TrainingError(
+                    f"the loss or gradient of phase {optimizer.phase.name!r} is not finite at step {step}; {kept}; "
+                    "a smaller learning rate or train.clip may help"
+                )
+
+    def _record(self) -> dict[str, Any]:
+        self._refuse_divergence()
+        record: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 3)}
+        for optimizer in self.optimizers:
+            name = optimizer.phase.name
+            record |= {f"{name}/{metric}": mean for metric, mean in optimizer.meter.means().items()}
+            record[f"{name}/learning_rate"] = optimizer.learning_rate
+        return record
+
+    def _save(self) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict())}
+        if self.average is not None:
+            tensors["ema"] = self.average.tensors
+        tensors["optimizer"] = {k: v for optimizer in self.optimizers for k, v in optimizer.tensors().items()}
+        meters = {optimizer.phase.name: optimizer.meter.state() for optimizer in self.optimizers}
+        state = {"seconds": self.seconds, "meters": meters}
+        checkpoints.save(self.out, self.run, self.step, tensors, state, self.config.keep)
+
+
+class _PhaseOptimizer:
+    """A phase with its Adam, its meter, and the names of its parameters in the model."""
+
+    def __init__(self, index: int, phase: Phase, model: nn.Module, device: torch.device):
+        self.index, self.phase, self.meter = index, phase, Meter()
+        self.parameters = list(phase.parameters)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names = [names[id(parameter)] for parameter in self.parameters]
+        adam = phase.optimizer
+        self.learning_rate = adam.lr
+        self.adam = torch.optim.AdamW(
+            self.parameters,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+
+    def descend(self, accelerator: Accelerator, loss: Loss, factor: float, clip: float | None, step: int) -> None:
+        """One step of Adam down ``loss``; ``step`` is only what the meter calls it."""
+        self.adam.zero_grad(set_to_none=True)
+        # Only this phase's parameters: the generator's loss leaves no gradient in the discriminator.
+        accelerator.backward(loss.value, inputs=self.parameters)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        self.meter.add(step, loss.value.detach(), norm, loss.metrics)
+        self.learning_rate = self.phase.optimizer.lr * factor
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate
+        self.adam.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state by phase, parameter and name."""
+        return {
+            f"{self.phase.name}/{name}/{key}": value
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            for key, value in self.adam.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`tensors`."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, name in enumerate(self.names):
+            prefix = f"{self.phase.name}/{name}/"
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # A parameter that never had a gradient has no state.
+            if found:
+                state[i] = {key: value.clone() for key, value in found.items()}
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+
+class _Average:
+    """The exponential moving average of a model's floating-point state; the rest is copied."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """One step of the average; early on it forgets faster, so that the initial weights are soon gone."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages: list[Tensor] = []
+        currents: list[Tensor] = []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                averages.append(self.tensors[name])
+                currents.append(tensor)
+            else:
+                self.tensors[name].copy_(tensor)
+        get_ema_multi_avg_fn(decay)(averages, currents, None)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on from a checkpoint's tensors."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+
+def _refuse_other(place: Path, saved: Run, wanted: Run) -> None:
+    differences = saved.differences(wanted, allowed=RESUMABLE)
+    if differences:
+        raise CheckpointError(f"{place} is of another run: {'; '.join(differences)}")
+
+
+def _checked_phases(name: str, model: GenerativeModel) -> Sequence[Phase]:
+    phases = list(model.phases())
+    if not phases:
+        raise ValueError(f"model {name!r} lists no training phases")
+    if len({phase.name for phase in phases}) < len(phases):
+        raise ValueError(f"model {name!r} lists two phases of one name: {[phase.name for phase in phases]}")
+    own = {id(parameter) for parameter in model.parameters()}
+    for phase in phases:
+        if phase.repeats < 1:
+            raise ValueError(f"phase {phase.name!r} of model {name!r} must have repeats >= 1, has {phase.repeats}")
+        if not phase.parameters or any(id(parameter) not in own for parameter in phase.parameters):
+            raise ValueError(f"phase {phase.name!r} of model {name!r} must train parameters of the model")
+    return phases
+
+
+def _checked_loss(phase: Phase, loss: Loss) -> Loss:
+    if not isinstance(loss, Loss) or loss.value.dim() != 0:
+        raise TypeError(f"the loss of phase {phase.name!r} must be a Loss with a scalar value, got {loss!r}")
+    return loss
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+    return Batch(batch.images.to(device, non_blocking=True), labels)
+
+
+def _board(out: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError("train.tensorboard needs TensorBoard: pip install 'gencore[tensorboard]'") from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

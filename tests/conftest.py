@@ -1,0 +1,33 @@
+"""Fixtures for every room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+_ENTRY_POINTS = """\
+[gencore.models]
+toy = gencore_toy:toy
+toy-sampler = gencore_toy:toy_sampler
+
+[gencore.datasets]
+bars = gencore_toy:bars
+"""
+
+
+@pytest.fixture(scope="session")
+def toy_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Installs the plugins of ``tests/toy`` for this process; returns the environment that does so for another."""
+    folder = tmp_path_factory.mktemp("toy")
+    shutil.copy(Path(__file__).parent / "toy" / "gencore_toy.py", folder)
+    info = folder / "gencore_toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gencore-toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    sys.path.insert(0, str(folder))
+    root = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), root, os.environ.get("PYTHONPATH", "")])}

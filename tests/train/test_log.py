@@ -1,0 +1,61 @@
+"""Meters and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+
+from gencore.train.log import Meter, MetricsLog, read_metrics
+
+
+def add(meter: Meter, step: int, loss: float, norm: float = 1.0) -> None:
+    meter.add(step, torch.tensor(loss), torch.tensor(norm), {"kl": torch.tensor(2.0, requires_grad=True)})
+
+
+def test_means():
+    meter = Meter()
+    assert meter.means() == {}
+    add(meter, 1, 1.0)
+    add(meter, 2, 4.0)
+    assert meter.means() == {"loss": 2.5, "gradient_norm": 1.0, "kl": 2.0}
+    assert meter.means() == {}
+
+
+def test_state_goes_through_json():
+    meter, other = Meter(), Meter()
+    add(meter, 1, 0.1)
+    other.load_state(json.loads(json.dumps(meter.state(), allow_nan=False)))
+    add(meter, 2, 0.7)
+    add(other, 2, 0.7)
+    assert meter.means() == other.means()
+
+
+def test_first_bad_step():
+    meter = Meter()
+    add(meter, 1, 1.0)
+    assert meter.first_bad_step() is None
+    add(meter, 2, 1.0, math.inf)
+    add(meter, 3, math.nan)
+    assert meter.first_bad_step() == 2
+
+
+def test_lines_of_later_steps_and_half_lines_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": math.nan if step == 1 else 0.5})
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    log = MetricsLog(path, 2)
+    log.write({"step": 3, "loss": 0.25})
+    log.close()
+    lines = path.read_text().splitlines()
+    assert lines == ['{"step": 1, "loss": null}', '{"step": 2, "loss": 0.5}', '{"step": 3, "loss": 0.25}']
+
+
+def test_no_file_no_records(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

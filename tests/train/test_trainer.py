@@ -1,0 +1,273 @@
+"""The trainer: phases, bits, resuming, refusals. Killing for real is in test_kill.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gencore import train
+from gencore.models.base import GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
+from gencore.train import CheckpointError, TrainConfig, Trainer, TrainingError, checkpoint
+from gencore.train.log import read_metrics
+
+EVERYTHING = {"ema": 0.9, "clip": 0.5, "schedule": "cosine", "warmup": 3}
+
+
+def weights(directory, name="model") -> dict[str, Tensor]:
+    return checkpoint.read(directory).tensors(name)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def without_time(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_training_lowers_the_loss(trainer, tmp_path):
+    trainer(tmp_path / "run", steps=200, log_every=10).fit()
+    losses = [record["autoencoder/loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_phase_runs_its_repeats_and_trains_its_parameters_only(trainer, tmp_path):
+    made = trainer(tmp_path / "run", steps=3)
+    seen = []
+    for optimizer in made.optimizers:
+        phase, loss = optimizer.phase, optimizer.phase.loss
+
+        def spy(batch, key, *, name=phase.name, loss=loss):
+            state = {k: v.clone() for k, v in made.model.named_parameters()}
+            seen.append((name, state))
+            return loss(batch, key)
+
+        object.__setattr__(phase, "loss", spy)
+    made.fit()
+    assert [name for name, _ in seen] == ["critic", "critic", "autoencoder"] * 3
+    for (name, before), (_, after) in itertools.pairwise(seen):
+        changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+        assert changed == ({"critic"} if name == "critic" else {"encoder", "decoder"})
+
+
+def test_repetitions_have_minibatches_and_keys_of_their_own(trainer, tmp_path):
+    made = trainer(tmp_path / "run", steps=2)
+    images, keys = [], []
+    for optimizer in made.optimizers:
+
+        def spy(batch, key, *, loss=optimizer.phase.loss):
+            images.append(tuple(batch.images.flatten().tolist()))
+            keys.append(repr(key))
+            return loss(batch, key)
+
+        object.__setattr__(optimizer.phase, "loss", spy)
+    made.fit()
+    assert len(set(images)) == len(set(keys)) == 6
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(trainer, tmp_path):
+    torch.manual_seed(1)
+    trainer(tmp_path / "a").fit()
+    torch.manual_seed(2)
+    trainer(tmp_path / "b").fit()
+    trainer(tmp_path / "c", seed=1).fit()
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not torch.equal(weights(tmp_path / "a")["critic.weight"], weights(tmp_path / "c")["critic.weight"])
+
+
+def test_torch_generator_is_left_alone(trainer, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    trainer(tmp_path / "run").fit()
+    train.load_model(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 11])
+def test_an_interrupted_run_goes_on_to_the_same_bits(trainer, tmp_path, stop_after):
+    trainer(tmp_path / "whole", **EVERYTHING).fit()
+    interrupted = trainer(tmp_path / "parts", **EVERYTHING)
+    one_step = interrupted._one_step
+
+    def stop() -> None:
+        if interrupted.step == stop_after:
+            raise KeyboardInterrupt
+        one_step()
+
+    interrupted._one_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.fit()
+    trainer(tmp_path / "parts", **EVERYTHING).fit(resume=True)
+    for name in ("model", "ema", "optimizer"):
+        assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
+    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert without_time(metrics[0]) == without_time(metrics[1])
+    assert [record["step"] for record in metrics[0]] == [3, 6, 9, 12]
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(trainer, tmp_path):
+    trainer(tmp_path / "whole", steps=10).fit()
+    trainer(tmp_path / "parts", steps=6).fit()
+    trainer(tmp_path / "parts", steps=6).fit(resume=True)
+    trainer(tmp_path / "parts", steps=10).fit(resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert checkpoint.read_run(tmp_path / "parts").train["steps"] == 10
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(trainer, tmp_path):
+    trainer(tmp_path / "run", precision="bfloat16").fit()
+    trainer(tmp_path / "exact").fit()
+    tensors, exact = weights(tmp_path / "run"), weights(tmp_path / "exact")
+    assert tensors["critic.weight"].dtype == torch.float32
+    assert not torch.equal(tensors["encoder.0.weight"], exact["encoder.0.weight"])
+
+
+def test_clip_bounds_the_gradient(trainer, tmp_path):
+    made = trainer(tmp_path / "run", clip=1e-3, steps=1)
+    made.fit()
+    for optimizer in made.optimizers:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters])
+        assert norm <= 1.001e-3
+
+
+def test_ema_is_the_average_of_the_weights(trainer, tmp_path):
+    made = trainer(tmp_path / "run", ema=0.5, steps=5)
+    expected = {k: v.clone().double() for k, v in made.model.named_parameters()}
+    one_step = made._one_step
+
+    def follow() -> None:
+        decay = min(0.5, (1 + made.step) / (10 + made.step))
+        one_step()
+        for name, value in made.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
+
+    made._one_step = follow
+    made.fit()
+    averaged = weights(tmp_path / "run", "ema")
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name].double(), value, rtol=1e-5, atol=1e-6)
+    loaded = train.load_model(tmp_path / "run")
+    assert_same(dict(loaded.state_dict()), averaged)
+    assert_same(dict(train.load_model(tmp_path / "run", ema=False).state_dict()), weights(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_names_phase_and_step_and_keeps_the_checkpoint(trainer, tmp_path):
+    # The critic draws twice a step: its 12th draw is in step 6, after the checkpoint of step 4.
+    with pytest.raises(TrainingError, match=r"'critic' is not finite at step 6; the last checkpoint is .*step-0*4"):
+        trainer(tmp_path / "run", {"explode_at": 12}).fit()
+    assert checkpoint.read(tmp_path / "run").step == 4
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "run").values())
+    with pytest.raises(TrainingError, match="not finite at step 1; there is no checkpoint yet"):
+        trainer(tmp_path / "other", {"explode_at": 1}).fit()
+
+
+def test_a_folder_with_a_run_is_refused(trainer, tmp_path):
+    trainer(tmp_path / "run").fit()
+    with pytest.raises(TrainingError, match="already holds a run; go on with --resume"):
+        trainer(tmp_path / "run").fit()
+
+
+def test_resuming_another_run_names_every_difference(trainer, tmp_path):
+    trainer(tmp_path / "run").fit()
+    with pytest.raises(CheckpointError) as caught:
+        trainer(tmp_path / "run", {"hidden": 8}, batch_size=4).fit(resume=True)
+    assert "hidden: the run has 16, asked for is 8" in str(caught.value)
+    assert "train.batch_size: the run has 16, asked for is 4" in str(caught.value)
+    with pytest.raises(CheckpointError, match="model: the run has 'toy', asked for is 'toy-sampler'"):
+        trainer(tmp_path / "run", plugin="toy-sampler").fit(resume=True)
+
+
+def test_resuming_nothing_is_refused(trainer, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run"):
+        trainer(tmp_path / "run").fit(resume=True)
+
+
+def test_checkpoints_of_another_run_are_refused(trainer, tmp_path):
+    trainer(tmp_path / "run").fit()
+    trainer(tmp_path / "other", {"hidden": 8}).fit()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"step-0*12 is of another run: hidden: the run has 8, asked for is 16"):
+        trainer(tmp_path / "run").fit(resume=True)
+
+
+def test_two_processes_do_not_train_in_one_folder(trainer, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(TrainingError, match="another process is training"):
+            trainer(tmp_path / "run").fit()
+
+
+def test_metrics_are_strict_json(trainer, tmp_path):
+    trainer(tmp_path / "run").fit()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line, parse_constant=refuse)
+        assert {"step", "seconds", "critic/loss", "critic/score", "autoencoder/gradient_norm"} <= record.keys()
+
+
+def test_tensorboard_is_written(trainer, tmp_path):
+    pytest.importorskip("tensorboard")
+    trainer(tmp_path / "run", tensorboard=True).fit()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_missing_cuda_device_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(TrainingError, match="there is no CUDA device"):
+        train.trainer.choose_device("cuda")
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda"):
+        train.trainer.choose_device("tpu")
+    assert train.trainer.choose_device("auto").type == "cpu"
+
+
+@dataclass(frozen=True)
+class _Config(ModelConfig):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("none", "lists no training phases"),
+        ("twice", "two phases of one name"),
+        ("repeats", "repeats >= 1"),
+        ("foreign", "must train parameters of the model"),
+        ("loss", "must be a Loss with a scalar value"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_named(trainer, tmp_path, fault, message):
+    class Broken(GenerativeModel):
+        def __init__(self, config):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def phases(self):
+            good = Phase("fit", [self.weight], lambda batch, key: Loss(self.weight.sum(), {}))
+            vector = Phase("fit", [self.weight], lambda batch, key: Loss(self.weight, {}))
+            return {
+                "none": [],
+                "twice": [good, good],
+                "repeats": [Phase("fit", [self.weight], good.loss, repeats=0)],
+                "foreign": [Phase("fit", [nn.Parameter(torch.zeros(1))], good.loss)],
+                "loss": [vector],
+            }[fault]
+
+    source = trainer(tmp_path / "unused").data
+    plugin = ModelPlugin("broken", "vae", _Config, Broken)
+    with pytest.raises((ValueError, TypeError), match=message):
+        Trainer(plugin, _Config(), source, TrainConfig(steps=1), tmp_path / "run", data_name="bars").fit()
