@@ -1,1 +1,7 @@
+"""gencore: fused, reproducible kernels and trainable model plugins for people who build image generators."""
+
+from gencore import ops as ops
 from gencore.noise import Key as Key
+
+__version__ = "0.1.0"
+__all__ = ["Key", "ops"]

@@ -312,7 +312,7 @@ def reference_bits(shape: Sequence[int], key: Key) -> np.ndarray:
     blocks = np.arange((elements + 3) // 4, dtype=np.uint64)[None, :]
     words = philox4x32((blocks, stream, sample & low, sample >> shift), (seed & low, seed >> shift))
     interleaved = np.stack(np.broadcast_arrays(*words), axis=-1).astype(np.uint32)
-    return interleaved.reshape(batch, -1)[:, :elements].reshape(tuple(shape))
+    return interleaved.reshape(batch, 4 * blocks.size)[:, :elements].reshape(tuple(shape))
 
 
 def reference_uniform(shape: Sequence[int], key: Key) -> np.ndarray:

@@ -65,7 +65,7 @@ class NoiseSource {
         n -= group_values;
       } else {
         float values[group_values];
-        if (block + group_blocks <= blocks_per_row_ || n <= 4 * (blocks_per_row_ - block)) {
+        if (block + group_blocks <= blocks_per_row_ || n <= inside) {
           one_row(at, block, values);
         } else {
           across_rows(row, block, values);

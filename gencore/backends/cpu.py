@@ -1,0 +1,116 @@
+"""The compiled CPU kernels: allocates outputs, passes addresses, sizes and the number of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencore import _cpu
+from gencore.backends.layout import empty_draws, memory_format_of
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CONTIGUOUS = torch.contiguous_format
+
+
+def build_info() -> dict[str, Any]:
+    """How the module was built: version, compiler, SIMD levels compiled and supported, OpenMP version (0: none)."""
+    return _cpu.build_info()
+
+
+def simd_level() -> str:
+    """The SIMD level in use: "scalar", "avx2" or "avx512"."""
+    return _cpu.simd_level()
+
+
+def set_simd_level(level: str) -> None:
+    """Changes the SIMD level for the whole process. Raises ValueError if it is not compiled or not supported."""
+    _cpu.set_simd_level(level)
+
+
+def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
+    return 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
+
+
+def _elements(tensor: Tensor, batch: int) -> int:
+    return tensor.numel() // batch if batch else 0
+
+
+def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
+    memory_format = memory_format_of(out)
+    key = key.contiguous()
+    dense = out
+    if not out.is_contiguous(memory_format=memory_format):
+        dense = torch.empty(out.shape, dtype=out.dtype)
+    batch = dense.shape[0]
+    kernel(
+        dense.data_ptr(), _DTYPE[dense.dtype], batch, _elements(dense, batch), _channels(dense, memory_format),
+        key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
+    )  # fmt: skip
+    if dense is not out:
+        out.copy_(dense)
+
+
+def normal_(out: Tensor, key: Tensor) -> None:
+    _fill(_cpu.normal, out, key)
+
+
+def uniform_(out: Tensor, key: Tensor) -> None:
+    _fill(_cpu.uniform, out, key)
+
+
+def _reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None, kl: Tensor | None) -> Tensor:
+    memory_format = memory_format_of(mu)
+    # The names keep what `contiguous` returns alive until the kernel has run.
+    mu, logvar, key = mu.contiguous(memory_format=memory_format), logvar.contiguous(memory_format=memory_format), key.contiguous()  # noqa: E501
+    z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
+    batch = mu.shape[0]
+    _cpu.reparameterize(
+        mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if kl is None else kl.data_ptr(), _DTYPE[mu.dtype],
+        batch, 1 if num_samples is None else num_samples, _elements(mu, batch), _channels(mu, memory_format),
+        key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
+    )  # fmt: skip
+    return z
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
+    return _reparameterize(mu, logvar, key, num_samples, None)
+
+
+def reparameterize_kl(
+    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    kl = torch.empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+    return _reparameterize(mu, logvar, key, num_samples, kl), kl
+
+
+def reparameterize_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor,
+    key: Tensor,
+    num_samples: int | None,
+    with_grad_mu: bool,
+) -> tuple[Tensor, Tensor]:
+    memory_format = memory_format_of(logvar)
+    logvar, key = logvar.contiguous(memory_format=memory_format), key.contiguous()
+    if mu is not None:
+        mu = mu.contiguous(memory_format=memory_format)
+    if grad_z is not None:
+        flat = grad_z if num_samples is None else grad_z.flatten(0, 1)
+        grad_z = flat.contiguous(memory_format=memory_format)
+    if grad_kl is not None:
+        grad_kl = grad_kl.contiguous()
+    grad_logvar = torch.empty_like(logvar)
+    grad_mu = torch.empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
+    batch = logvar.shape[0]
+    _cpu.reparameterize_backward(
+        0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
+        0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
+        grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
+        _elements(logvar, batch), _channels(logvar, memory_format), key.data_ptr(), 0 if key.dim() == 1 else batch,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_mu, grad_logvar

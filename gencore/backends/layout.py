@@ -1,0 +1,29 @@
+"""The memory formats that kernels read and write as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """The format an op keeps: channels_last (4-d) or channels_last_3d (5-d) if the tensor has it, else contiguous.
+
+    A tensor that is in both formats, such as one with a single channel or a single pixel, counts as contiguous.
+    """
+    if not tensor.is_contiguous():
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
+    """An uninitialised tensor like ``like`` in its kept format, or one of ``(num_samples, *like.shape)``."""
+    memory_format = memory_format_of(like)
+    if num_samples is None:
+        return torch.empty_like(like, memory_format=memory_format)
+    shape = (num_samples * like.shape[0], *like.shape[1:])
+    flat = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return flat.view(num_samples, *like.shape)

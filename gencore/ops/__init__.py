@@ -1,0 +1,8 @@
+"""The kernels: functions of tensors, each one pass over memory, each a ``torch.library`` op."""
+
+from gencore.ops.normal import normal as normal
+from gencore.ops.reparameterize import reparameterize as reparameterize
+from gencore.ops.reparameterize import reparameterize_kl as reparameterize_kl
+from gencore.ops.uniform import uniform as uniform
+
+__all__ = ["normal", "reparameterize", "reparameterize_kl", "uniform"]

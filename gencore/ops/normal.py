@@ -1,0 +1,52 @@
+"""Standard normal noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gencore.backends import cpu
+from gencore.noise import Key
+from gencore.ops._fill import fill
+from gencore.ops._library import define
+
+_normal_, _ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.normal_)
+
+
+def normal(
+    shape: Sequence[int],
+    key: Key | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Standard normal noise whose every value depends on (seed, sample id, stream, element index) alone.
+
+    The bits are the same on every device, for any SIMD level, number of threads, split of the batch and memory
+    format; :mod:`gencore.noise` defines them. The values reach 6.76; float64 holds the float32 values, the half
+    types hold them rounded.
+
+    Args:
+        shape: (samples, ...); the first dimension numbers the samples, the others count one sample's elements in C
+            order, at most 2^34 of them.
+        key: what the noise depends on; by default one drawn from torch's generator.
+        dtype: float32, bfloat16, float16 or float64; by default torch's default dtype.
+        device: the CPU.
+        memory_format: of the result; channels_last for four dimensions, channels_last_3d for five.
+        out: a tensor of ``shape`` to write to instead of a new one, with any strides.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which, and nothing is written.
+
+    >>> whole = normal((64, 3, 32, 32), Key(0))
+    >>> part = normal((8, 3, 32, 32), Key(0).samples(16))
+    >>> torch.equal(whole[16:24], part)
+    True
+
+    Source: Salmon et al. (2011) for the bits, Box and Muller (1958) for the transform.
+    """
+    return fill(_normal_, shape, key, dtype, device, memory_format, out)

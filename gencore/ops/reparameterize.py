@@ -1,0 +1,166 @@
+"""Fused reparameterized sampling: the noise is made in the kernel, and made again for the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencore.backends import cpu
+from gencore.backends.layout import empty_draws, memory_format_of
+from gencore.noise import Key
+from gencore.ops._checks import check_elements, check_same, check_tensor, resolve_key
+from gencore.ops._library import define
+
+
+def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
+    return empty_draws(mu, num_samples)
+
+
+def _fake_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    kl = mu.new_empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+    return empty_draws(mu, num_samples), kl
+
+
+def _fake_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor,
+    key: Tensor,
+    num_samples: int | None,
+    with_grad_mu: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_logvar = torch.empty_like(logvar, memory_format=memory_format_of(logvar))
+    return torch.empty_like(grad_logvar) if with_grad_mu else logvar.new_empty(0), grad_logvar
+
+
+_reparameterize_backward, _ = define(
+    "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
+    "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    cpu=cpu.reparameterize_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, logvar, key, ctx.num_samples = inputs
+    ctx.save_for_backward(logvar, key)
+
+
+def _backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    logvar, key = ctx.saved_tensors
+    grad_mu, grad_logvar = None, None
+    several = ctx.num_samples is not None
+    if ctx.needs_input_grad[1]:
+        grad_mu, grad_logvar = _reparameterize_backward(grad_z, None, None, logvar, key, ctx.num_samples, several)
+    elif several:
+        grad_mu = grad_z.sum(0)
+    # One draw per sample passes its gradient to mu as it is.
+    return grad_mu if several else grad_z, grad_logvar, None, None
+
+
+def _setup_context_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mu, logvar, key, ctx.num_samples = inputs
+    ctx.save_for_backward(mu, logvar, key)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_kl(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+    mu, logvar, key = ctx.saved_tensors
+    if grad_z is None and grad_kl is None:
+        return None, None, None, None
+    grad_mu, grad_logvar = _reparameterize_backward(grad_z, grad_kl, mu, logvar, key, ctx.num_samples, True)
+    return grad_mu, grad_logvar, None, None
+
+
+_ARGUMENTS = "(Tensor mu, Tensor logvar, Tensor key, SymInt? num_samples=None)"
+
+_plain, _with_grad = define(
+    f"reparameterize{_ARGUMENTS} -> Tensor",
+    fake=_fake,
+    cpu=cpu.reparameterize,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_plain_kl, _with_grad_kl = define(
+    f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
+    fake=_fake_kl,
+    cpu=cpu.reparameterize_kl,
+    setup_context=_setup_context_kl,
+    backward=_backward_kl,
+)
+
+
+def _check(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> tuple[Tensor, bool]:
+    """The key's words, and whether a gradient is wanted."""
+    check_tensor("mu", mu)
+    check_same("logvar", logvar, "mu", mu)
+    draws = 1
+    if num_samples is not None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
+            raise TypeError(f"num_samples must be an int or None, got {type(num_samples).__name__}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        draws = num_samples
+    check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
+    wanted = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
+    return resolve_key(key, mu.shape[0], mu.device), wanted
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
+    """Samples z = mu + exp(logvar / 2) * eps, eps standard normal noise, in one pass over memory.
+
+    Args:
+        mu: (B, ...), float32, bfloat16, float16 or float64: the means.
+        logvar: the same shape and dtype: the logarithms of the variances.
+        key: what eps depends on; by default one drawn from torch's generator.
+        num_samples: several draws per input: z is then (num_samples, B, ...). Draw s takes the elements from
+            4 s ceil(n / 4) on, n the elements of an input, so that more draws begin with the same ones.
+
+    Returns:
+        z: mu's shape, dtype and memory format (contiguous or channels_last). The arithmetic is in float32, for float64
+        inputs in float64; eps is never rounded to a half type. NaN and infinities propagate as in PyTorch.
+
+    The gradient is made in one pass too. eps is made again in it, so that only ``logvar`` is kept for it:
+    d/dmu = sum over draws of grad_z, d/dlogvar = sum over draws of grad_z * eps * exp(logvar / 2) / 2.
+
+    Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which.
+
+    >>> mu, logvar = torch.zeros(4, 2), torch.zeros(4, 2)
+    >>> from gencore.ops import normal
+    >>> torch.equal(reparameterize(mu, logvar, Key(0)), normal((4, 2), Key(0)))
+    True
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
+    """
+    packed, wanted = _check(mu, logvar, key, num_samples)
+    return (_with_grad if wanted else _plain)(mu, logvar, packed, num_samples)
+
+
+def reparameterize_kl(
+    mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Samples z as :func:`reparameterize` does, and gives the KL divergence from the standard normal, in one pass.
+
+    kl_b = 1/2 sum_i (mu_i^2 + exp(logvar_i) - 1 - logvar_i), over the elements i of sample b.
+
+    Args:
+        mu, logvar, key, num_samples: as for :func:`reparameterize`.
+
+    Returns:
+        (z, kl): z as :func:`reparameterize` returns it; kl (B,) in nats, float32 (float64 for float64 inputs), summed in
+        float32 and float64 in an order that depends on the shape and memory format alone.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
+    """
+    packed, wanted = _check(mu, logvar, key, num_samples)
+    return (_with_grad_kl if wanted else _plain_kl)(mu, logvar, packed, num_samples)

@@ -1,0 +1,35 @@
+"""Uniform noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gencore.backends import cpu
+from gencore.noise import Key
+from gencore.ops._fill import fill
+from gencore.ops._library import define
+
+_uniform_, _ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.uniform_)
+
+
+def uniform(
+    shape: Sequence[int],
+    key: Key | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Uniform noise: multiples of 2^-24 in [0, 1), the same bits everywhere.
+
+    Arguments, errors and guarantees are those of :func:`gencore.ops.normal`. The half types hold the float32 values
+    rounded to nearest, so that the largest become 1. Both ops read the same words: draw from different streams of a key
+    for uniforms and normals that are independent.
+
+    Source: Salmon et al. (2011) for the bits.
+    """
+    return fill(_uniform_, shape, key, dtype, device, memory_format, out)
