@@ -61,9 +61,12 @@ def uniform_(out: Tensor, key: Tensor) -> None:
 
 
 def _reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None, kl: Tensor | None) -> Tensor:
-    memory_format = memory_format_of(mu)
-    # The names keep what `contiguous` returns alive until the kernel has run.
-    mu, logvar, key = mu.contiguous(memory_format=memory_format), logvar.contiguous(memory_format=memory_format), key.contiguous()  # noqa: E501
+    memory_format = _CONTIGUOUS
+    if not (mu.is_contiguous() and logvar.is_contiguous() and key.is_contiguous()):
+        memory_format = memory_format_of(mu)
+        # The names keep what `contiguous` returns alive until the kernel has run.
+        mu = mu.contiguous(memory_format=memory_format)
+        logvar, key = logvar.contiguous(memory_format=memory_format), key.contiguous()
     z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
     batch = mu.shape[0]
     _cpu.reparameterize(

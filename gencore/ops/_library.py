@@ -14,6 +14,26 @@ import torch
 
 _library = torch.library.Library("gencore", "DEF")
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def is_unobserved() -> bool:
+    """Whether nothing stands between a call on plain CPU tensors and its kernel: then the kernel is called directly.
+
+    The dispatcher costs two microseconds, as much as a small kernel. It is needed by whatever looks at ops or changes
+    what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, the profiler.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._get_tracing_state() is not None
+    )
+
 
 def define(
     signature: str,

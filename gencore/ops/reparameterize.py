@@ -11,8 +11,8 @@ from torch import Tensor
 from gencore.backends import cpu
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
-from gencore.ops._checks import check_elements, check_same, check_tensor, resolve_key
-from gencore.ops._library import define
+from gencore.ops._checks import check_elements, check_same, check_tensor, is_plain, resolve_key
+from gencore.ops._library import define, is_unobserved
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -94,6 +94,10 @@ _plain_kl, _with_grad_kl = define(
 )
 
 
+def _wants_grad(mu: Tensor, logvar: Tensor) -> bool:
+    return (mu.requires_grad or logvar.requires_grad) and torch.is_grad_enabled()
+
+
 def _check(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> tuple[Tensor, bool]:
     """The key's words, and whether a gradient is wanted."""
     check_tensor("mu", mu)
@@ -106,8 +110,7 @@ def _check(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None)
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         draws = num_samples
     check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
-    wanted = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    return resolve_key(key, mu.shape[0], mu.device), wanted
+    return resolve_key(key, mu.shape[0], mu.device), _wants_grad(mu, logvar)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
@@ -139,6 +142,8 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
+    if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
+        return cpu.reparameterize(mu, logvar, key.packed)
     packed, wanted = _check(mu, logvar, key, num_samples)
     return (_with_grad if wanted else _plain)(mu, logvar, packed, num_samples)
 
@@ -162,5 +167,7 @@ def reparameterize_kl(
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
+    if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
+        return cpu.reparameterize_kl(mu, logvar, key.packed)
     packed, wanted = _check(mu, logvar, key, num_samples)
     return (_with_grad_kl if wanted else _plain_kl)(mu, logvar, packed, num_samples)
