@@ -1,0 +1,77 @@
+"""The likelihood bound of a model on a data set, in nats per image and bits per dimension."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gencore.data import ImageDataset
+from gencore.metrics.modes import evaluating
+from gencore.models.base import GenerativeModel, HasLikelihoodBound
+from gencore.noise import Key
+
+
+@dataclass(frozen=True)
+class LikelihoodBound:
+    """A lower bound of the mean log p(x) over ``images`` images, with ``num_samples`` draws each.
+
+    ``nats`` is the mean (higher is better; published tables print its negative), ``standard_error`` that of the mean
+    over images, ``dimensions`` the number of pixels times channels.
+    """
+
+    nats: float
+    standard_error: float
+    images: int
+    num_samples: int
+    dimensions: int
+
+    @property
+    def negative_nats(self) -> float:
+        """An upper bound of the mean -log p(x): what published tables print, lower is better."""
+        return -self.nats
+
+    @property
+    def bits_per_dimension(self) -> float:
+        """-log2 p(x) per pixel and channel: ``-nats / (dimensions ln 2)``."""
+        return -self.nats / (self.dimensions * math.log(2))
+
+
+@torch.no_grad()
+def likelihood_bound(
+    model: GenerativeModel,
+    data: ImageDataset,
+    key: Key,
+    *,
+    num_samples: int = 1,
+    batch_size: int = 250,
+    limit: int | None = None,
+) -> LikelihoodBound:
+    """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode.
+
+    Image ``i`` uses the noise of ``key.samples(i)``, so the figure does not depend on ``batch_size`` (beyond the
+    networks' rounding). The mean is in float64.
+
+    Args:
+        limit: use the first ``limit`` images only.
+
+    Raises:
+        TypeError: the model has no likelihood bound.
+        ValueError: ``batch_size`` or ``limit`` below 1, or what the model's bound refuses.
+    """
+    if not isinstance(model, HasLikelihoodBound):
+        raise TypeError(f"model must have a log_likelihood_bound, and {type(model).__name__} has none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None, got {limit}")
+    count = len(data) if limit is None else min(limit, len(data))
+    bounds = torch.empty(count, dtype=torch.float64)
+    with evaluating(model):
+        for first in range(0, count, batch_size):
+            indices = torch.arange(first, min(first + batch_size, count))
+            images = data.batch(indices).images.to(model.device)
+            bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
+    error = bounds.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return LikelihoodBound(bounds.mean().item(), error, count, num_samples, math.prod(data.image_shape))
