@@ -40,56 +40,68 @@ class NoiseSource {
  private:
   static constexpr int group_blocks = V::width, group_values = 4 * V::width;
 
-  struct Row {
-    std::uint64_t seed, sample;
-    std::uint32_t stream, first_block;
+  // A place in the tensor: an element of a row.
+  struct Cursor {
+    std::int64_t sample, first_block, offset;
   };
 
-  Row row_at(std::int64_t row) const {
-    const std::int64_t sample = row % shape_.samples, draw = row / shape_.samples;
+  struct Words {
+    std::uint64_t seed, sample;
+    std::uint32_t stream;
+  };
+
+  Cursor cursor_at(std::int64_t element) const {
+    const std::int64_t row = element / shape_.elements;
+    return {row % shape_.samples, row / shape_.samples * blocks_per_row_, element % shape_.elements};
+  }
+
+  void next_row(Cursor& at) const {
+    at.offset = 0;
+    if (++at.sample == shape_.samples) {
+      at.sample = 0;
+      at.first_block += blocks_per_row_;
+    }
+  }
+
+  // Moves on by n elements, over the ends of rows.
+  void advance(Cursor& at, std::int64_t n) const {
+    while (n >= shape_.elements - at.offset) {
+      n -= shape_.elements - at.offset;
+      next_row(at);
+    }
+    at.offset += n;
+  }
+
+  Words words_of(std::int64_t sample) const {
     const std::int64_t* words = key_.words + (key_.rows == 0 ? 0 : 3 * sample);
     const std::uint64_t first = static_cast<std::uint64_t>(words[2]);
     return {static_cast<std::uint64_t>(words[0]), key_.rows == 0 ? first + static_cast<std::uint64_t>(sample) : first,
-            static_cast<std::uint32_t>(words[1]), static_cast<std::uint32_t>(draw * blocks_per_row_)};
+            static_cast<std::uint32_t>(words[1])};
   }
 
   void fill_in_order(std::int64_t start, std::int64_t n, float* out) {
-    std::int64_t row = start / shape_.elements, offset = start % shape_.elements;
-    Row at = row_at(row);
-    while (n > 0) {
-      const std::int64_t block = offset / 4, inside = shape_.elements - offset;
-      if (offset % 4 == 0 && inside >= group_values && n >= group_values) {
-        one_row(at, block, out);
+    // Blocks of rows without a partial block follow each other in memory like those of one row.
+    const bool seamless = shape_.elements % 4 == 0;
+    for (Cursor at = cursor_at(start); n > 0;) {
+      const std::int64_t inside = shape_.elements - at.offset, skip = at.offset % 4;
+      if (skip == 0 && n >= group_values && (seamless || inside >= group_values)) {
+        group(at, group_values, out);
+        advance(at, group_values);
         out += group_values;
-        offset += group_values;
         n -= group_values;
-      } else {
-        float values[group_values];
-        if (block + group_blocks <= blocks_per_row_ || n <= inside) {
-          one_row(at, block, values);
-        } else {
-          across_rows(row, block, values);
-        }
-        for (std::int64_t i = offset % 4; i < group_values && n > 0;) {
-          std::int64_t run = shape_.elements - offset;
-          if (run > group_values - i) run = group_values - i;
-          if (run > n) run = n;
-          std::memcpy(out, values + i, static_cast<std::size_t>(run) * sizeof(float));
-          out += run;
-          n -= run;
-          offset += run;
-          i += run;
-          if (offset == shape_.elements) {
-            offset = 0;
-            ++row;
-            i = divide_up(i, 4) * 4;
-          }
-        }
-        if (n > 0) at = row_at(row);
+        continue;
       }
-      if (offset == shape_.elements) {
-        offset = 0;
-        if (n > 0) at = row_at(++row);
+      float values[group_values];
+      group(at, n, values);
+      for (std::int64_t i = skip; i < group_values && n > 0;) {
+        std::int64_t run = seamless ? n : shape_.elements - at.offset;
+        if (run > group_values - i) run = group_values - i;
+        if (run > n) run = n;
+        for (std::int64_t j = 0; j < run; ++j) out[j] = values[i + j];
+        out += run;
+        n -= run;
+        advance(at, run);
+        i = at.offset == 0 ? divide_up(i + run, 4) * 4 : i + run;
       }
     }
   }
@@ -131,42 +143,60 @@ class NoiseSource {
     }
   }
 
-  // One group of blocks of one row: all lanes share the seed, the stream and the sample.
-  void one_row(const Row& row, std::int64_t block, float* out) {
-    if (!scheduled_ || row.seed != scheduled_seed_) schedule(row.seed);
-    const V::U c0 = V::add(V::set_bits(row.first_block + static_cast<std::uint32_t>(block)), lane_blocks());
-    Wide c[4] = {V::widen(c0), V::wide_set(row.stream), V::wide_set(static_cast<std::uint32_t>(row.sample)),
-                 V::wide_set(static_cast<std::uint32_t>(row.sample >> 32))};
-    for (int i = 0; i < Philox::rounds; ++i) round(c, V::wide_set(round_key_[i][0]), V::wide_set(round_key_[i][1]));
+  // The values of one group of blocks from the block of `at` on, of which the first n are wanted.
+  void group(const Cursor& at, std::int64_t n, float* out) {
+    const std::int64_t block = at.offset / 4;
+    if (block + group_blocks <= blocks_per_row_ || n <= shape_.elements - at.offset) {
+      one_row(words_of(at.sample), at.first_block + block, out);
+    } else {
+      across_rows(at, block, out);
+    }
+  }
+
+  // All lanes share the seed, the stream and the sample.
+  void one_row(const Words& words, std::int64_t block, float* out) {
+    schedule(words.seed);
+    const V::U c0 = V::add(V::set_bits(static_cast<std::uint32_t>(block)), lane_blocks());
+    Wide c[4] = {V::widen(c0), V::wide_set(words.stream), V::wide_set(static_cast<std::uint32_t>(words.sample)),
+                 V::wide_set(static_cast<std::uint32_t>(words.sample >> 32))};
+    rounds(c);
     finish(c, out);
   }
 
-  // One group of blocks from `block` of `row` on, running into the rows after it: every lane has its own words.
-  void across_rows(std::int64_t row, std::int64_t block, float* out) const {
-    std::uint32_t words[6][V::width];
-    const std::int64_t rows = shape_.samples * shape_.draws;
-    Row at = row_at(row);
+  // The group runs into the rows after `at`: every lane has a sample of its own, and a seed if the key says so.
+  void across_rows(Cursor at, std::int64_t block, float* out) {
+    std::uint32_t lanes[6][V::width];
+    Words words = words_of(at.sample);
     for (int i = 0; i < V::width; ++i) {
       const int lane = lane_of_block(i);
-      words[0][lane] = at.first_block + static_cast<std::uint32_t>(block);
-      words[1][lane] = at.stream;
-      words[2][lane] = static_cast<std::uint32_t>(at.sample);
-      words[3][lane] = static_cast<std::uint32_t>(at.sample >> 32);
-      words[4][lane] = static_cast<std::uint32_t>(at.seed);
-      words[5][lane] = static_cast<std::uint32_t>(at.seed >> 32);
-      // Past the last row the lanes' values are not used.
-      if (++block == blocks_per_row_ && row + 1 < rows) {
+      lanes[0][lane] = static_cast<std::uint32_t>(at.first_block + block);
+      lanes[1][lane] = static_cast<std::uint32_t>(words.sample);
+      lanes[2][lane] = static_cast<std::uint32_t>(words.sample >> 32);
+      if (key_.rows != 0) {
+        lanes[3][lane] = words.stream;
+        lanes[4][lane] = static_cast<std::uint32_t>(words.seed);
+        lanes[5][lane] = static_cast<std::uint32_t>(words.seed >> 32);
+      }
+      // Past the last row comes the first one again: the values are not used.
+      if (++block == blocks_per_row_) {
         block = 0;
-        at = row_at(++row);
+        next_row(at);
+        words = words_of(at.sample);
       }
     }
-    Wide c[4], k[2];
-    for (int i = 0; i < 4; ++i) c[i] = V::widen(V::load_bits(words[i]));
-    for (int i = 0; i < 2; ++i) k[i] = V::widen(V::load_bits(words[4 + i]));
-    for (int i = 0; i < Philox::rounds; ++i) {
-      round(c, k[0], k[1]);
-      k[0] = V::wide_add(k[0], Philox::w0);
-      k[1] = V::wide_add(k[1], Philox::w1);
+    Wide c[4] = {V::widen(V::load_bits(lanes[0])), V::wide_set(words.stream), V::widen(V::load_bits(lanes[1])),
+                 V::widen(V::load_bits(lanes[2]))};
+    if (key_.rows == 0) {
+      schedule(words.seed);
+      rounds(c);
+    } else {
+      c[1] = V::widen(V::load_bits(lanes[3]));
+      Wide k0 = V::widen(V::load_bits(lanes[4])), k1 = V::widen(V::load_bits(lanes[5]));
+      for (int i = 0; i < Philox::rounds; ++i) {
+        round(c, k0, k1);
+        k0 = V::wide_add(k0, Philox::w0);
+        k1 = V::wide_add(k1, Philox::w1);
+      }
     }
     finish(c, out);
   }
@@ -181,6 +211,10 @@ class NoiseSource {
     c[1] = low1;
     c[2] = V::wide_xor(high0, c[3], k1);
     c[3] = low0;
+  }
+
+  void rounds(Wide (&c)[4]) const {
+    for (int i = 0; i < Philox::rounds; ++i) round(c, V::wide_set(round_key_[i][0]), V::wide_set(round_key_[i][1]));
   }
 
   static void finish(const Wide (&c)[4], float* out) {
@@ -202,7 +236,9 @@ class NoiseSource {
     return V::width == 1 ? 0 : block % (V::width / 4) * 4 + block / (V::width / 4);
   }
 
+  // Computes the round keys of a seed, unless they are there.
   void schedule(std::uint64_t seed) {
+    if (scheduled_ && seed == scheduled_seed_) return;
     std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
     for (int i = 0; i < Philox::rounds; ++i, k0 += Philox::w0, k1 += Philox::w1) {
       round_key_[i][0] = k0;

@@ -38,11 +38,11 @@ def _elements(tensor: Tensor, batch: int) -> int:
 
 
 def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
-    memory_format = memory_format_of(out)
-    key = key.contiguous()
-    dense = out
-    if not out.is_contiguous(memory_format=memory_format):
-        dense = torch.empty(out.shape, dtype=out.dtype)
+    memory_format, dense, key = _CONTIGUOUS, out, key.contiguous()
+    if not out.is_contiguous():
+        memory_format = memory_format_of(out)
+        if memory_format is _CONTIGUOUS:
+            dense = torch.empty(out.shape, dtype=out.dtype)
     batch = dense.shape[0]
     kernel(
         dense.data_ptr(), _DTYPE[dense.dtype], batch, _elements(dense, batch), _channels(dense, memory_format),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from gencore.noise import Key
 from gencore.ops._checks import check_device, check_elements, check_floating, check_tensor, resolve_key
+from gencore.ops._library import is_unobserved
 
 
 def fill(
-    op: Any,
+    op: Callable[[Tensor, Tensor], None],
+    kernel: Callable[[Tensor, Tensor], None],
     shape: Sequence[int],
     key: Key | None,
     dtype: torch.dtype | None,
@@ -46,7 +48,9 @@ def fill(
                 raise ValueError(f"{name} must be left out or be that of out, {actual}, got {value}")
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
-    op(out, resolve_key(key, out.shape[0], out.device))
+    packed = resolve_key(key, out.shape[0], out.device)
+    direct = is_unobserved() and type(out) is Tensor and out.is_cpu and packed.is_cpu and not out.is_neg()
+    (kernel if direct else op)(out, packed)
     return out
 
 

@@ -49,4 +49,4 @@ def normal(
 
     Source: Salmon et al. (2011) for the bits, Box and Muller (1958) for the transform.
     """
-    return fill(_normal_, shape, key, dtype, device, memory_format, out)
+    return fill(_normal_, cpu.normal_, shape, key, dtype, device, memory_format, out)

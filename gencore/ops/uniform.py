@@ -32,4 +32,4 @@ def uniform(
 
     Source: Salmon et al. (2011) for the bits.
     """
-    return fill(_uniform_, shape, key, dtype, device, memory_format, out)
+    return fill(_uniform_, cpu.uniform_, shape, key, dtype, device, memory_format, out)
