@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gencore import Key, ops
+from gencore.data import ImageDataset
+from gencore.metrics import likelihood_bound
+from gencore.models import GenerativeModel
+
+PIXELS = torch.arange(7 * 4, dtype=torch.uint8).reshape(7, 1, 2, 2)
+DATA = ImageDataset("toy", "test", PIXELS)
+
+
+class Known(GenerativeModel):
+    """A bound that is minus the sum of the pixels, plus noise by the key, plus the number of draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+        self.layer[1].eval()
+        self.seen = []
+
+    def log_likelihood_bound(self, images, key, num_samples=1):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.seen.append(len(images))
+        return -255 * images.flatten(1).sum(1) + ops.normal((len(images),), key) + num_samples
+
+
+def test_mean_error_and_units():
+    model = Known()
+    result = likelihood_bound(model, DATA, Key(3), num_samples=5, batch_size=3)
+    bounds = -PIXELS.flatten(1).double().sum(1) + ops.normal((7,), Key(3)).double() + 5
+    assert result.nats == pytest.approx(bounds.mean().item(), rel=1e-6)
+    assert result.negative_nats == -result.nats
+    assert result.standard_error == pytest.approx(bounds.std().item() / math.sqrt(7), rel=1e-6)
+    assert result.bits_per_dimension == pytest.approx(-bounds.mean().item() / 4 / math.log(2), rel=1e-6)
+    assert (result.images, result.num_samples, result.dimensions) == (7, 5, 4)
+    assert model.seen == [3, 3, 1]
+
+
+def test_does_not_depend_on_the_batch_size():
+    results = {likelihood_bound(Known(), DATA, Key(3), batch_size=size) for size in (1, 4, 100)}
+    assert len(results) == 1
+
+
+def test_limit():
+    assert likelihood_bound(Known(), DATA, Key(3), limit=2).images == 2
+    assert likelihood_bound(Known(), DATA, Key(3), limit=100).images == 7
+    assert math.isnan(likelihood_bound(Known(), DATA, Key(3), limit=1).standard_error)
+
+
+def test_every_module_keeps_its_own_mode():
+    model = Known().train()
+    model.layer[1].eval()
+    likelihood_bound(model, DATA, Key(3))
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+def test_refuses():
+    with pytest.raises(TypeError, match="model must have a log_likelihood_bound, and GenerativeModel has none"):
+        likelihood_bound(GenerativeModel(), DATA, Key(0))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        likelihood_bound(Known(), DATA, Key(0), batch_size=0)
+    with pytest.raises(ValueError, match="limit must be at least 1 or None, got 0"):
+        likelihood_bound(Known(), DATA, Key(0), limit=0)
