@@ -1,0 +1,66 @@
+# Runs everything in an environment of its own, $(VENV). Stamps in there remember what is installed, so that a second
+# run of a target is quick, and rebuilds only if the compiled code or the packaging changed.
+
+# The Python (3.10 or later) to begin with, and the PyTorch this repository is developed with.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Further arguments of pytest and of the quickstart: make test ARGS="-k noise"
+ARGS ?=
+
+BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installations into one environment at once would break it.
+.NOTPARALLEL:
+.PHONY: help quickstart test test-slow bench lint typecheck wheel clean
+
+help:  ## say what there is (the default)
+	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+quickstart: $(VENV)/.train  ## install, train a VAE and a GAN on real digits, draw pictures, time the fused op
+	$(BIN)/gencore quickstart $(ARGS)
+
+test: $(VENV)/.dev  ## install, run every test but the slow ones
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(VENV)/.dev  ## time every op against its peers and its floor
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: $(VENV)/.dev  ## check the style of Python and C++, and that CMake configures without a complaint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/cmake -S . -B build/lint -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja --fresh --log-level=WARNING \
+	  -DGENCORE_PYTHON=OFF -DGENCORE_WERROR=ON -Werror=dev --warn-uninitialized
+
+typecheck: $(VENV)/.dev  ## check the types
+	$(BIN)/mypy
+
+wheel: $(VENV)/.dev  ## build the source distribution, and from it the wheel, into dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was built; the environment and runs/ stay
+	rm -rf build dist wheelhouse *.egg-info gencore/_c*.so $(VENV)/.train $(VENV)/.dev
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find gencore tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gencore needs Python 3.10 or later, this is " \
+	  + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@touch $@
+
+# PyTorch is there before, so it is neither resolved anew nor brought into the isolated build.
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(BUILT_FROM)
+	@echo 'Building gencore and installing what it needs: a minute or two.'
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
