@@ -32,6 +32,7 @@ _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 # Sample ids are at most 2^63 - 1, so no noise block has this fourth counter word: folded keys never reuse noise.
 _FOLD_TAG = 0xFFFFFFFF
 MAX_ELEMENTS_PER_SAMPLE = 1 << 34
+_SEED_ONLY = torch.tensor((1, 0, 0))
 
 
 def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
@@ -134,9 +135,9 @@ class Key:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         device = "cpu" if generator is None else generator.device
-        packed = torch.zeros(3, dtype=torch.int64, device=device)
-        packed[:1].random_(-(1 << 63), None, generator=generator)
-        return _key_from_packed(packed)
+        # One draw and one multiplication: cheap, and both can be compiled.
+        words = torch.randint(-(1 << 63), (1 << 63) - 1, (3,), generator=generator, dtype=torch.int64, device=device)
+        return _key_from_packed(words * _SEED_ONLY.to(device))
 
     def stream(self, stream: int | Tensor) -> Key:
         """The same key on another stream, 0 <= ``stream`` < 2^32: independent noise for another purpose."""

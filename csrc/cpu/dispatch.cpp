@@ -70,7 +70,8 @@ bool is_supported(SimdLevel level) {
 bool is_valid(const NoiseShape& shape, const NoiseKey& key) {
   if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;
   if (shape.channels > 1 && shape.elements % shape.channels != 0) return false;
-  if (key.words == nullptr || (key.rows != 0 && key.rows != shape.samples)) return false;
+  if (key.rows != 0 && key.rows != shape.samples) return false;
+  if (key.words == nullptr && shape.samples != 0) return false;
   constexpr std::int64_t most_blocks = std::int64_t{1} << 32;
   std::int64_t rows, total;
   if (shape.elements > 4 * most_blocks) return false;

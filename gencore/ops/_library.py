@@ -65,3 +65,11 @@ def define(
         f"gencore::{name}.autograd", backward, setup_context=setup_context, lib=_library
     )
     return op.default, op.autograd
+
+
+def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The ``backward`` of an op that is itself a gradient."""
+    raise RuntimeError(
+        "gencore ops have a first derivative only: their noise is made again for the gradient, and there is no "
+        "gradient of that. Compute this gradient without create_graph=True, or in plain PyTorch from ops.normal"
+    )

@@ -12,7 +12,7 @@ from gencore.backends import cpu
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
 from gencore.ops._checks import check_elements, check_same, check_tensor, is_plain, resolve_key
-from gencore.ops._library import define, is_unobserved
+from gencore.ops._library import define, is_unobserved, refuse_second_derivative
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -37,12 +37,19 @@ def _fake_backward(
     return torch.empty_like(grad_logvar) if with_grad_mu else logvar.new_empty(0), grad_logvar
 
 
-_reparameterize_backward, _ = define(
+_plain_backward, _backward_with_grad = define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
     "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
     fake=_fake_backward,
     cpu=cpu.reparameterize_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=refuse_second_derivative,
 )
+
+
+def _reparameterize_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    # Gradients are on in a backward pass only when a second derivative is asked for.
+    return (_backward_with_grad if torch.is_grad_enabled() else _plain_backward)(*args)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

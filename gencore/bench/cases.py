@@ -1,0 +1,96 @@
+"""The one table of cases. Tests run every case at every dtype; benchmarks time those marked so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape that an op must serve.
+
+    Attributes:
+        shape: of the op's main tensor; the first dimension numbers the samples.
+        why: what the case is there for.
+        layout: the memory format.
+        draws: how many draws per input; None where the op draws once and adds no dimension.
+        timed: whether benchmarks time it.
+    """
+
+    shape: tuple[int, ...]
+    why: str
+    layout: str = "contiguous"
+    draws: int | None = None
+    timed: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return _FORMATS[self.layout]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        layout = "" if self.layout == "contiguous" else f"-{self.layout}"
+        draws = "" if self.draws is None else f"-{self.draws}draws"
+        return f"{size}{layout}{draws}"
+
+
+_SHAPES = (
+    Case((0, 4), "empty batch"),
+    Case((3, 0), "empty samples"),
+    Case((1, 1), "one element"),
+    Case((5,), "one element per sample, no further dimension"),
+    Case((9, 2), "less than a noise block per sample"),
+    Case((7, 33), "odd tail, rows shorter than a vector"),
+    Case((128, 20), "latents of a small VAE", timed=True),
+    Case((3, 1021), "a prime just below a tile"),
+    Case((2, 5003), "rows of several tiles with an odd tail"),
+    Case((2, 3, 5, 7), "odd image"),
+    Case((2, 4, 9, 9), "odd image", layout="channels_last"),
+    Case((3, 5, 16, 16), "more pixels than a run, odd number of channels", layout="channels_last"),
+    Case((1, 1100, 3, 3), "more channels than a tile", layout="channels_last"),
+    Case((2, 3, 4, 5, 6), "odd video", layout="channels_last_3d"),
+)
+_LATENTS = (64, 4, 64, 64)
+
+NOISE = (
+    *_SHAPES,
+    Case((1, 2560), "as many values as the smallest timed batch", timed=True),
+    Case(_LATENTS, "latents of Stable Diffusion", timed=True),
+    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=True),
+    Case((4, 1 << 20), "4 M values", timed=True),
+)
+
+REPARAMETERIZE = (
+    *_SHAPES,
+    Case((5, 6), "several draws of less than two noise blocks", draws=3),
+    Case((2, 3, 5, 7), "several draws", draws=2),
+    Case((2, 4, 9, 9), "several draws", layout="channels_last", draws=2),
+    Case((2, 1500), "several draws of several tiles", draws=3),
+    Case((128, 20), "a Monte-Carlo bound with 10 draws", draws=10, timed=True),
+    Case(_LATENTS, "latents of Stable Diffusion", timed=True),
+    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=True),
+)
+
+
+def small(cases: tuple[Case, ...]) -> list[Case]:
+    """The cases that tests run: those that the slow reference draws in milliseconds."""
+    return [case for case in cases if case.elements * (case.draws or 1) <= 1 << 15]
+
+
+def timed(cases: tuple[Case, ...]) -> list[Case]:
+    """The cases that benchmarks time."""
+    return [case for case in cases if case.timed]
