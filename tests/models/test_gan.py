@@ -79,6 +79,17 @@ def test_losses_are_functions_of_the_key_alone_and_train_every_parameter(phase):
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("phase", [0, 1])
+def test_trains_in_bfloat16_with_a_float32_loss(phase):
+    phase = build().phases()[phase]
+    exact = phase.loss(Batch(IMAGES, None), Key(7)).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = phase.loss(Batch(IMAGES, None), Key(7)).value
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.02)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, phase.parameters))
+
+
 def test_discriminator_step_leaves_the_generator_alone():
     model = build()
     model.phases()[0].loss(Batch(IMAGES, None), Key(7)).value.backward()

@@ -93,6 +93,18 @@ def test_loss_is_minus_the_bound_and_trains_every_parameter(model):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_trains_in_bfloat16_with_a_float32_loss(model):
+    (phase,) = model.phases()
+    batch = Batch(images_for(model.config), None)
+    exact = phase.loss(batch, Key(5)).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = phase.loss(batch, Key(5)).value
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.1)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in phase.parameters)
+
+
 def test_beta_weighs_the_kl():
     config = CONFIGS["mlp"]
     losses = {}
