@@ -1,0 +1,64 @@
+"""Tries an installed gencore that has torch and NumPy and nothing else; run it from outside the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import gencore
+from gencore import Key, ops
+from gencore.backends import cpu
+from gencore.noise import philox4x32, reference_normal, reference_uniform
+
+KNOWN_ANSWERS = (
+    ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+def check(holds: bool, what: str) -> None:
+    print(f"{'ok' if holds else 'WRONG':6}{what}")
+    if not holds:
+        sys.exit(1)
+
+
+def main() -> None:
+    installed = Path(gencore.__file__).resolve()
+    check(installed.is_relative_to(Path(sys.prefix).resolve()), f"gencore {gencore.__version__} comes from the wheel")
+    check(all(philox4x32(c, k) == words for c, k, words in KNOWN_ANSWERS), "Philox gives its three known answers")
+
+    key, shape = Key(2**50 + 3).stream(4).samples(2**35), (5, 3, 7, 11)
+    for level in cpu.build_info()["simd_supported"]:
+        cpu.set_simd_level(level)
+        for name, reference in (("normal", reference_normal), ("uniform", reference_uniform)):
+            drawn = getattr(ops, name)(shape, key)
+            check(torch.equal(drawn, torch.from_numpy(reference(shape, key))), f"{name} is its reference ({level})")
+
+    mu = torch.linspace(-2, 2, 40).reshape(4, 10).requires_grad_()
+    logvar = torch.zeros(4, 10, requires_grad=True)
+    z, kl = ops.reparameterize_kl(mu, logvar, key)
+    noise = torch.from_numpy(reference_normal((4, 10), key))
+    check(torch.equal(z, mu + noise), "reparameterize adds the noise")
+    check(torch.allclose(kl, mu.square().sum(1) / 2), "the divergence is mu^2 / 2 where the variance is 1")
+    z.sum().backward()
+    check(torch.allclose(logvar.grad, noise / 2), "the gradient makes the same noise again")
+
+    command = Path(sys.executable).with_name("gencore")
+    done = subprocess.run([command, "info"], capture_output=True, text=True)
+    said = done.stderr.strip()
+    check(
+        done.returncode == 2 and not done.stdout and len(said.splitlines()) == 1 and "gencore[train]" in said,
+        f"the command line says what it lacks: {said}",
+    )
+
+
+if __name__ == "__main__":
+    main()
