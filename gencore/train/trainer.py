@@ -201,7 +201,9 @@ class Trainer:
                 batch = _moved(self.data.batch(indices), self.device)
                 key = phase_key(config.seed, self.step, index, repetition)
                 # For what draws from torch's generator, such as dropout: it too depends on seed and step alone.
-                torch.manual_seed(int(key.packed[0]))
+                # (torch.manual_seed formats a stack trace for every kind of device that it has not started.)
+                seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+                seed(int(key.packed[0]))
                 with self.accelerator.autocast():
                     loss = _checked_loss(phase, phase.loss(batch, key))
                 optimizer.descend(self.accelerator, loss, factor, config.clip, self.step + 1)

@@ -1,0 +1,73 @@
+"""The application: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from gencore.cli import evaluate, info, latents, list_plugins, quickstart, sample, train
+from gencore.cli.common import UserError
+from gencore.config import ConfigError
+from gencore.data import DataError
+from gencore.plugins import PluginError
+from gencore.train import CheckpointError, TrainingError
+
+# No rich panels: an error is one line, in a terminal and in a log.
+app = typer.Typer(
+    name="gencore",
+    help="Train, sample and measure image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart.command)
+app.command("train")(train.command)
+app.command("sample")(sample.command)
+app.command("evaluate")(evaluate.command)
+app.command("reconstruct")(latents.reconstruct)
+app.command("interpolate")(latents.interpolate)
+app.command("traverse")(latents.traverse)
+app.command("list")(list_plugins.command)
+app.command("info")(info.command)
+
+# What every mistake on the command line itself derives from, whichever click typer is built on.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; every fault that is the user's or the system's becomes a line on stderr and exit code 2."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has gone (``gencore list | head -1``); nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ConfigError as error:
+        return _refuse(*error.faults)
+    except (UserError, PluginError, DataError, CheckpointError, TrainingError) as error:
+        return _refuse(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror or error}")
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)
+            return 2
+        return _refuse(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(*faults: str) -> int:
+    for fault in faults:
+        # One fault is one line, whatever a file name or a foreign message brings along.
+        print(f"gencore: {' '.join(fault.split())}", file=sys.stderr)
+    return 2

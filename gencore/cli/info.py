@@ -1,0 +1,51 @@
+"""``gencore info``: what is installed, what was built, what of it serves here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gencore.info import info
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs and bug reports.")] = False,
+) -> None:
+    """Show versions, the compiled kernels and the SIMD level in use."""
+    told = info()
+    print(json.dumps(told, indent=1) if as_json else "\n".join(lines(told)))
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """What :func:`gencore.info.info` tells, one aligned line for each thing."""
+    module, openmp = told["cpu_module"], told["openmp"]
+    rows = [
+        ("gencore", f"{told['gencore']}  (Python {told['python']}, torch {told['torch']}, NumPy {told['numpy']})"),
+        ("machine", f"{told['cpu']}, {told['threads']} threads, {told['system']}"),
+    ]
+    if module["available"]:
+        levels = ", ".join(module["simd_compiled"])
+        supported = ", ".join(module["simd_supported"])
+        rows += [
+            ("CPU kernels", f"built with {module['compiler']} for {levels}"),
+            ("SIMD level", f"{module['simd_level']} (this CPU supports {supported})"),
+            ("OpenMP", _openmp(module, openmp)),
+        ]
+    else:
+        rows.append(("CPU kernels", module["reason"]))
+    rows.append(("CUDA kernels", "built" if told["cuda_module"]["available"] else told["cuda_module"]["reason"]))
+    rows.append(("Triton", told["triton"].get("version") or told["triton"]["reason"]))
+    return [f"{name:<14}{value}" for name, value in rows]
+
+
+def _openmp(module: dict[str, Any], openmp: dict[str, Any]) -> str:
+    if not module["openmp"]:
+        return "the kernels were built without it and use one thread"
+    if openmp["shared"] == "unknown":
+        return "whether the kernels share torch's threads is unknown on this system"
+    runtimes = ", ".join(openmp["runtimes"])
+    if openmp["shared"]:
+        return f"{runtimes}, shared with torch"
+    return f"several runtimes are loaded ({runtimes}): their threads may get in each other's way"

@@ -1,0 +1,175 @@
+"""``gencore reconstruct``, ``interpolate`` and ``traverse``: pictures of what a latent code holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from gencore import ops
+from gencore.cli import pictures
+from gencore.cli.common import (
+    DataName,
+    DeviceOption,
+    RunFolder,
+    Seed,
+    UseEma,
+    UserError,
+    load,
+    load_images,
+)
+from gencore.data import ImageDataset
+from gencore.models.base import Autoencodes, GenerativeModel, HasLatents
+from gencore.noise import Key
+
+Out = Annotated[Path | None, typer.Option(metavar="PNG", help="[default: a file in DIR named after the command]")]
+# How far a traversal goes to each side, in standard deviations of the prior.
+_REACH = 2.5
+
+
+def reconstruct(
+    directory: RunFolder,
+    n: Annotated[int, typer.Option("-n", min=1, max=512, help="How many test images.")] = 16,
+    seed: Seed = 0,
+    out: Out = None,
+    data_name: DataName = None,
+    ema: UseEma = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw test images above their reconstructions by the model (of the mean of their code)."""
+    loaded = load(directory, ema, device)
+    images = load_images(loaded, data_name, "test")
+    path = out or directory / "reconstructions.png"
+    pictures.save(reconstruction_picture(loaded.model, images, n, seed), path)
+    print(f"{path}: test images and their reconstructions, {loaded.title}")
+
+
+def interpolate(
+    directory: RunFolder,
+    rows: Annotated[int, typer.Option(min=1, max=64, help="How many pairs of ends.")] = 8,
+    columns: Annotated[int, typer.Option(min=2, max=64, help="Images from end to end.")] = 10,
+    seed: Seed = 0,
+    out: Out = None,
+    data_name: DataName = None,
+    ema: UseEma = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw images between pairs of test images, or between pairs of samples if the model has no encoder."""
+    loaded = load(directory, ema, device)
+    path = out or directory / "interpolations.png"
+    if isinstance(loaded.model, Autoencodes):
+        images = load_images(loaded, data_name, "test")
+        codes, ends = _encoded(loaded.model, _chosen(images, 2 * rows, seed))[0], "test images"
+    else:
+        codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"
+    path_of_codes = torch.cat([spherical(a, b, columns) for a, b in zip(codes[:rows], codes[rows:], strict=True)])
+    pictures.save(pictures.grid(_decoded(loaded.model, path_of_codes), columns), path)
+    print(f"{path}: {rows} interpolations between {ends}, {loaded.title}")
+
+
+def traverse(
+    directory: RunFolder,
+    rows: Annotated[int, typer.Option(min=1, max=64, help="How many dimensions of the code.")] = 10,
+    columns: Annotated[int, typer.Option(min=2, max=64, help="Values of each dimension.")] = 11,
+    seed: Seed = 0,
+    out: Out = None,
+    data_name: DataName = None,
+    ema: UseEma = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw what each dimension of the code does, the most informative first if the model has an encoder."""
+    loaded = load(directory, ema, device)
+    images = load_images(loaded, data_name, "test") if isinstance(loaded.model, Autoencodes) else None
+    path = out or directory / "traversal.png"
+    pictures.save(traversal_picture(loaded.model, images, rows, columns, seed), path)
+    print(f"{path}: dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
+
+
+def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int, seed: int) -> Image.Image:
+    """Rows of images, each above the row of their reconstructions."""
+    originals = _chosen(images, n, seed)
+    pairs = torch.stack((originals, _decoded(model, _encoded(model, originals)[0]).cpu()))
+    columns = min(len(originals), 8)
+    rows = -(-len(originals) // columns)
+    # An unfinished last row is filled with white, so that the images below it stay below their originals.
+    blank = torch.ones(2, rows * columns - len(originals), *originals.shape[1:])
+    pairs = torch.cat((pairs, blank), dim=1).unflatten(1, (rows, columns))
+    labels = ["image", "model"] * rows
+    return pictures.grid(pairs.transpose(0, 1).flatten(0, 2), columns, labels, rows_per_group=2)
+
+
+def traversal_picture(
+    model: GenerativeModel, images: ImageDataset | None, rows: int, columns: int, seed: int
+) -> Image.Image:
+    """A row for each dimension, its value rising from left to right, the others those of one code.
+
+    With ``images`` and an encoder, that code is of one of them, and the rows are the dimensions with the largest
+    mean KL divergence from the prior; without, it is drawn from the prior, and the rows are the first dimensions.
+    """
+    shape = _latent_shape(model)
+    size = torch.Size(shape).numel()
+    rows = min(rows, size)
+    order, labels = list(range(size)), [f"z{i}" for i in range(rows)]
+    if images is not None and isinstance(model, Autoencodes):
+        mu, logvar = _encoded(model, _chosen(images, min(len(images), 512), seed))
+        divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
+        order = divergence.argsort(descending=True, stable=True).tolist()
+        labels = [f"z{i}  {float(divergence[i]):.2f} nats" for i in order[:rows]]
+        base = mu[0]
+    else:
+        base = _prior(model, 1, seed)[0]
+    codes = base.flatten().expand(rows, columns, size).clone()
+    for row, dimension in enumerate(order[:rows]):
+        codes[row, :, dimension] = torch.linspace(-_REACH, _REACH, columns)
+    return pictures.grid(_decoded(model, codes.reshape(-1, *shape)), columns, labels)
+
+
+def spherical(a: Tensor, b: Tensor, steps: int) -> Tensor:
+    """``steps`` codes from ``a`` to ``b`` along the arc between their directions, their lengths in between.
+
+    A straight line between codes of a normal prior passes through shorter ones than the prior ever draws.
+    """
+    t = torch.linspace(0, 1, steps, device=a.device).reshape(-1, *[1] * a.dim())
+    length_a, length_b = a.norm().clamp(min=1e-12), b.norm().clamp(min=1e-12)
+    cosine = (a * b).sum() / (length_a * length_b)
+    if abs(float(cosine)) > 0.9999:
+        return a + t * (b - a)
+    angle = cosine.acos()
+    direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / torch.sin(angle)
+    return direction * (length_a + t * (length_b - length_a))
+
+
+def _chosen(images: ImageDataset, n: int, seed: int) -> Tensor:
+    """``n`` of the images (all, if there are fewer), chosen by the seed."""
+    order = ops.uniform((len(images), 1), Key(seed))[:, 0].argsort(stable=True)
+    if n > len(images):
+        raise UserError(f"data set {images.name} has only {len(images)} {images.split} images, asked for are {n}")
+    return images.batch(order[:n]).images
+
+
+def _prior(model: GenerativeModel, n: int, seed: int) -> Tensor:
+    return ops.normal((n, *_latent_shape(model)), Key(seed), device=model.device)
+
+
+def _latent_shape(model: GenerativeModel) -> tuple[int, ...]:
+    if not isinstance(model, HasLatents):
+        raise UserError("this model has no latent code")
+    return model.latent_shape
+
+
+@torch.no_grad()
+def _encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(model, Autoencodes):
+        raise UserError("this model has no encoder, so it cannot reconstruct images")
+    return model.encode(images.to(model.device))
+
+
+@torch.no_grad()
+def _decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
+    if not isinstance(model, HasLatents):
+        raise UserError("this model has no latent code")
+    return model.decode(codes)

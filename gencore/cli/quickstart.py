@@ -1,0 +1,155 @@
+"""``gencore quickstart``: everything at work in about two minutes, on data that needs no download."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+
+from gencore import data, metrics, ops, plugins
+from gencore.cli import pictures
+from gencore.cli.evaluate import measure
+from gencore.cli.info import lines as info_lines
+from gencore.cli.latents import reconstruction_picture, traversal_picture
+from gencore.cli.sample import draw
+from gencore.info import info
+from gencore.models.base import Autoencodes
+from gencore.noise import Key
+from gencore.train import TrainConfig, Trainer
+from gencore.train.log import read_metrics
+
+# What the digits need; the models' own defaults are made for larger data sets.
+_RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vae": ({}, {"steps": 3000, "schedule": "cosine", "ema": 0.99}),
+    "gan": ({}, {"steps": 4000, "ema": 0.995}),
+}
+
+
+def command(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and pictures go.")] = Path("runs/quickstart"),
+) -> None:
+    """Train a VAE and a GAN on scikit-learn's digits, draw pictures, and time the kernels against PyTorch."""
+    started = time.monotonic()
+    print("\n".join(info_lines(info())), end="\n\n", flush=True)
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    paths: list[Path] = []
+    results: dict[str, dict[str, Any]] = {}
+    # Networks this small gain little from a second thread, and wait long for it when the machine is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    classifier = metrics.train_classifier(train, test)
+    curves = {}
+    for name in _RECIPES:
+        trainer = _trained(name, train, out / name)
+        model = trainer.model
+        curves[name.upper()] = read_metrics(out / name / "metrics.jsonl")
+        paths.append(out / name / "samples.png")
+        pictures.save(pictures.grid(draw(model, 64, Key(0), 64), columns=8), paths[-1])
+        if isinstance(model, Autoencodes):
+            paths.append(out / name / "reconstructions.png")
+            pictures.save(reconstruction_picture(model, test, 16, seed=0), paths[-1])
+        paths.append(out / name / "traversal.png")
+        images = test if isinstance(model, Autoencodes) else None
+        pictures.save(traversal_picture(model, images, 8, 11, seed=0), paths[-1])
+        results[name] = measure(model, test, classifier, Key(0), num_samples=50, n=1000)
+        results[name]["seconds"] = trainer.seconds
+    paths.append(out / "losses.png")
+    pictures.save(pictures.loss_curves(curves), paths[-1])
+    _print_models(results)
+    torch.set_num_threads(threads)
+    _print_timings(_timings())
+    print("\npictures:")
+    for path in paths:
+        print(f"  {path}")
+    print(f"\n{time.monotonic() - started:.0f} s in all; next: gencore sample {out / 'vae'} -n 100 --out samples.png")
+
+
+def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
+    """A run of the recipe, anew; its model is in evaluation mode, with the averaged weights."""
+    model_settings, train_settings = _RECIPES[name]
+    plugin = plugins.load_model(name)
+    shape = {"image_shape": images.image_shape, "num_classes": images.num_classes}
+    # The quickstart's own runs of before; its folder may be used again and again.
+    if (out / "run.json").exists():
+        shutil.rmtree(out)
+    config = TrainConfig.from_dict(train_settings)
+    trainer = Trainer(
+        plugin, plugin.config.from_dict({**shape, **model_settings}), images, config, out, data_name="digits"
+    )
+    trainer.fit()
+    if trainer.average is not None:
+        trainer.model.load_state_dict(trainer.average.tensors)
+    return trainer
+
+
+class _Timing(NamedTuple):
+    what: str
+    ours: float
+    torch: float
+
+
+def _timings() -> list[_Timing]:
+    """Medians in milliseconds, each op in turn with what PyTorch offers, so that both meet the same machine."""
+    shape = (64, 4, 64, 64)
+    mu, logvar = torch.randn(shape), torch.randn(shape)
+    noise, key = torch.empty(shape), Key(0)
+    with_grad = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+
+    def descend(z: torch.Tensor) -> None:
+        torch.autograd.grad(z.sum(), with_grad)
+
+    pairs: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
+        (
+            "ops.normal, 1 M values",
+            lambda: ops.normal(shape, key, out=noise),
+            lambda: torch.randn(shape, out=noise),
+        ),
+        (
+            "ops.reparameterize",
+            lambda: ops.reparameterize(mu, logvar, key),
+            lambda: mu + torch.exp(logvar / 2) * torch.randn_like(mu),
+        ),
+        (
+            "ops.reparameterize and backward",
+            lambda: descend(ops.reparameterize(*with_grad, key)),
+            lambda: descend(with_grad[0] + torch.exp(with_grad[1] / 2) * torch.randn_like(mu)),
+        ),
+    ]
+    return [_Timing(what, *_interleaved(ours, torchs)) for what, ours, torchs in pairs]
+
+
+def _interleaved(*functions: Callable[[], Any], rounds: int = 60) -> tuple[float, ...]:
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, own in zip(functions, times, strict=True):
+            started = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - started)
+    return tuple(1e3 * statistics.median(own[rounds // 6 :]) for own in times)
+
+
+def _print_models(results: dict[str, dict[str, Any]]) -> None:
+    header = ("digits, 8x8", "-log p(x) at most", "with 50 draws", "classes", "confidence", "seconds")
+    widths = (-14, 20, 16, 12, 12, 10)
+    rows: list[tuple[str, ...]] = [header]
+    for name, found in results.items():
+        bounds = [f"{-found[key]['nats']:.2f} nats" if key in found else "-" for key in ("bound", "bound_k")]
+        classes = found["classes"]
+        present = f"{classes['present']} of {len(classes['class_names'])}"
+        confidence, seconds = f"{classes['mean_confidence']:.2f}", f"{found['seconds']:.0f}"
+        rows.append((name, *bounds, present, confidence, seconds))
+    print()
+    for row in rows:
+        print("".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+
+
+def _print_timings(timings: list[_Timing]) -> None:
+    print(f"\n{'float32, (64,4,64,64)':<34}{'gencore':>12}{'PyTorch':>12}{'ratio':>8}")
+    for what, ours, torchs in timings:
+        print(f"{what:<34}{ours:>9.2f} ms{torchs:>9.2f} ms{torchs / ours:>7.1f}x")

@@ -1,0 +1,94 @@
+"""What is installed, what was built, and what of it serves here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+
+def info() -> dict[str, Any]:
+    """Versions, the compiled modules, and what they use on this machine, as JSON can hold it.
+
+    Keys: ``gencore``, ``python``, ``torch``, ``numpy``, ``system``, ``cpu``; ``cpu_module`` (compiler, SIMD levels
+    compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the runtimes in this process; ``shared`` says
+    whether the kernels use torch's), ``cuda_module``, ``triton`` (each ``available``, or a ``reason`` why not).
+
+    Needs torch and NumPy only, touches no GPU, and raises nothing: what is missing is said in the result.
+    """
+    return {
+        "gencore": _version("gencore"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_module": _cpu_module(),
+        "threads": torch.get_num_threads(),
+        "openmp": _openmp(),
+        "cuda_module": _cuda_module(),
+        "triton": _triton(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _cpu_module() -> dict[str, Any]:
+    try:
+        from gencore.backends import cpu
+    except ImportError as error:
+        return {"available": False, "reason": f"gencore._cpu cannot be loaded: {error}"}
+    built = cpu.build_info()
+    return {
+        "available": True,
+        "compiler": built["compiler"],
+        "simd_compiled": list(built["simd_compiled"]),
+        "simd_supported": list(built["simd_supported"]),
+        "simd_level": cpu.simd_level(),
+        "openmp": built["openmp"],
+    }
+
+
+def _openmp() -> dict[str, Any]:
+    """The OpenMP runtimes loaded into this process; a second one would be a second pool of threads."""
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return {"runtimes": "unknown", "shared": "unknown"}
+    runtimes = sorted(set(re.findall(r"(\S*/lib(?:gomp|omp|iomp5)\b[^/\s]*)$", maps, re.MULTILINE)))
+    built_with = _cpu_module().get("openmp", 0)
+    shared = bool(built_with) and len(runtimes) == 1
+    return {"runtimes": [Path(runtime).name for runtime in runtimes], "shared": shared}
+
+
+def _cuda_module() -> dict[str, Any]:
+    if importlib.util.find_spec("gencore._cuda") is None:
+        return {"available": False, "reason": "gencore._cuda was not built (no nvcc when gencore was built)"}
+    if torch.version.cuda is None:
+        return {"available": False, "reason": "built, but this torch is built without CUDA"}
+    return {"available": True}
+
+
+def _triton() -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        return {"available": False, "reason": "the package triton is not installed"}
+    return {"available": True, "version": _version("triton")}

@@ -1,0 +1,83 @@
+"""The command line as a whole: help, listing, info, errors, real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(environment, *arguments, **options):
+    command = [sys.executable, "-m", "gencore", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+
+
+def test_list_shows_every_plugin_and_its_state(gencore):
+    result = gencore("list")
+    assert (result.code, result.err) == (0, "")
+    toy = next(line for line in result.out.splitlines() if line.startswith("toy "))
+    assert toy.split()[:6] == ["toy", "vae", "gencore-toy", "1.0", "ok", "an"]
+    assert any(line.startswith("bars ") for line in result.out.splitlines())
+
+
+def test_list_shows_the_settings_of_a_model(gencore):
+    result = gencore("list", "toy")
+    assert "hidden" in result.out
+    assert "train.batch_size" in result.out
+    assert "image_shape" not in result.out
+    assert "did you mean toy" in gencore("list", "toyy").err
+
+
+def test_info(gencore):
+    assert "SIMD level" in gencore("info").out
+    assert json.loads(gencore("info", "--json").out)["threads"] >= 1
+
+
+def test_help_names_every_command(gencore):
+    result = gencore("--help")
+    assert result.code == 0
+    for command in (
+        "quickstart",
+        "train",
+        "sample",
+        "evaluate",
+        "reconstruct",
+        "interpolate",
+        "traverse",
+        "list",
+        "info",
+    ):
+        assert command in result.out
+
+
+@pytest.mark.parametrize("arguments", [("smaple",), ("sample",), ("--wrong",)])
+def test_a_wrong_command_line_is_one_line(gencore, arguments):
+    result = gencore(*arguments)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert result.err.startswith("gencore: ")
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback(toy_environment, tmp_path):
+    done = run(toy_environment, "train", "toyy", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("gencore: no model plugin is called 'toyy'; did you mean toy")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_extra_is_one_line(toy_environment):
+    for name in ("typer", "accelerate", "matplotlib.figure"):
+        program = f"import sys; sys.modules[{name!r}] = None; from gencore.cli import main; sys.exit(main(['info']))"
+        done = subprocess.run([sys.executable, "-c", program], env=toy_environment, capture_output=True, text=True)
+        if name == "matplotlib.figure":
+            assert done.returncode == 0
+        else:
+            assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+            assert "pip install 'gencore[train]'" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(toy_environment):
+    command = f"{sys.executable} -m gencore list | head -1"
+    done = subprocess.run(["bash", "-c", command], env=toy_environment, capture_output=True, text=True)
+    assert done.stderr == ""

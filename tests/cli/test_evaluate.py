@@ -1,0 +1,48 @@
+"""gencore evaluate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_bounds_and_classes_are_measured(gencore, trained, tmp_path):
+    out = tmp_path / "evaluation.json"
+    result = gencore("evaluate", trained / "toy", "--num-samples", 5, "-n", 40, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    told = json.loads(out.read_text())
+    assert (told["model"], told["data"], told["step"]) == ("toy", "bars", 30)
+    assert told["bound"]["images"] == 60
+    assert told["bound_k"]["nats"] >= told["bound"]["nats"] - 0.5
+    assert sum(told["classes"]["counts"]) == 40
+    assert f"{-told['bound']['nats']:.2f}" in result.out
+    assert "classes among the samples" in result.out
+
+
+def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
+    nats = []
+    for batch_size in (7, 60):
+        out = tmp_path / f"{batch_size}.json"
+        gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 1, "--batch-size", batch_size, "--out", out)
+        nats.append(json.loads(out.read_text())["bound"]["nats"])
+    assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_a_sampler_has_classes_only(gencore, trained, tmp_path):
+    result = gencore("evaluate", trained / "toy-sampler", "-n", 20, "--out", tmp_path / "e.json")
+    assert result.code == 0
+    assert json.loads((tmp_path / "e.json").read_text()).keys() & {"bound", "classes"} == {"classes"}
+
+
+def test_nothing_to_measure_is_an_error(gencore, trained, monkeypatch):
+    monkeypatch.setenv("GENCORE_TOY_NO_LABELS", "1")
+    result = gencore("evaluate", trained / "toy-sampler")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "nothing to measure" in result.err
+
+
+def test_images_of_another_shape_are_an_error(gencore, trained):
+    result = gencore("evaluate", trained / "toy", "--data", "digits")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "the model makes images of 1x4x4, data set digits has images of 1x8x8" in result.err

@@ -1,0 +1,48 @@
+"""Grids and curves."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gencore.cli import pictures
+
+
+def test_images_stand_where_they_belong_and_are_enlarged_pixel_by_pixel():
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 0, 1] = 1.0
+    images[2] = 0.5
+    pixels = np.asarray(pictures.grid(images, columns=2))
+    side, gap, margin = 56, pictures._GAP, pictures._MARGIN
+    assert pixels.shape == (2 * margin + 2 * side + gap,) * 2 + (3,)
+    second = pixels[margin : margin + side, margin + side + gap : margin + 2 * side + gap, 0]
+    assert (second[: side // 2, side // 2 :] == 255).all()
+    assert second.astype(int).sum() == 255 * (side // 2) ** 2
+    third = pixels[margin + side + gap : margin + 2 * side + gap, margin : margin + side]
+    assert (third == 128).all()
+    assert (pixels[margin + side + gap :, margin + side + gap :] == 255).all()
+
+
+def test_colour_large_images_labels_and_what_is_not_finite():
+    images = torch.rand(4, 3, 100, 80)
+    images[0, 0, 0, 0] = float("nan")
+    picture = pictures.grid(images, columns=2, row_labels=["one", "two"], rows_per_group=2)
+    assert picture.width > 2 * 80 + 3 * pictures._GAP
+    assert picture.height == 2 * pictures._MARGIN + 200 + pictures._GAP
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 2, 2), (1, 2, 2, 2), (1, 2, 2)])
+def test_what_is_no_image_is_an_error(shape):
+    with pytest.raises(ValueError, match="images must be"):
+        pictures.grid(torch.zeros(shape), columns=2)
+
+
+def test_loss_curves():
+    records = [{"step": s, "g/loss": 1 / s, "d/loss": None if s == 2 else s} for s in range(1, 5)]
+    picture = Image.open(io.BytesIO(pictures.loss_curves({"GAN": records, "VAE": []})))
+    assert picture.format == "PNG"
+    assert picture.width > picture.height
