@@ -54,8 +54,8 @@ FORBIDDEN_INCLUDES = {
 OP_ROOMS = {
     "gencore/ops": ("{}.py", {"__init__"}),
     "gencore/backends/reference": ("{}.py", {"__init__"}),
-    "csrc/include/gencore": ("{}.h", {"math", "philox", "simd", "types"}),
-    "csrc/cpu": ("{}.cpp", {"dispatch"}),
+    "csrc/include/gencore": ("{}.h", {"limits", "math", "philox", "simd", "types"}),
+    "csrc/cpu": ("{}.cpp", {"dispatch", "limits"}),
     "tests/ops": ("test_{}.py", set()),
     "benchmarks": ("test_{}.py", set()),
 }
