@@ -17,6 +17,11 @@ class Result(NamedTuple):
     err: str
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Every test here trains small networks."""
+
+
 @pytest.fixture
 def gencore(toy_environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """``gencore("sample", folder, "-n", 4)`` gives exit code, stdout and stderr."""

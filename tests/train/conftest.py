@@ -12,6 +12,11 @@ from gencore import data, plugins
 from gencore.train import TrainConfig, Trainer
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Every test here trains small networks."""
+
+
 @pytest.fixture
 def trainer(toy_environment: dict[str, str]) -> Callable[..., Trainer]:
     """``trainer(out, model={...}, plugin="toy", **train settings)``."""
