@@ -143,7 +143,7 @@ def stem_faults(root: Path) -> list[str]:
         before, after = pattern.split("{}")
         names = {
             path.name[len(before) : -len(after)]
-            for path in (root / folder).iterdir()
+            for path in (root / folder).glob("*")
             if path.name.startswith(before) and path.name.endswith(after)
         }
         stems[folder] = {name for name in names - others if not name.startswith("_")}
