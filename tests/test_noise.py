@@ -160,7 +160,8 @@ def test_key_says_what_is_wrong(make, error, message):
 
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(-(2**63), 2**64 - 1))
 def test_fold_in_is_the_documented_philox(seed, n):
-    low, high, _, _ = noise.philox4x32((n & 0xFFFFFFFF, n >> 32 & 0xFFFFFFFF, 0, 0xFFFFFFFF), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    mask = 0xFFFFFFFF
+    low, high, _, _ = noise.philox4x32((n & mask, n >> 32 & mask, 0, mask), (seed & mask, seed >> 32 & mask))
     folded = Key(seed).stream(4).samples(5).fold_in(n)
     assert folded.packed[0].item() & (2**64 - 1) == low | high << 32
     assert folded.packed[1:].tolist() == [4, 5]

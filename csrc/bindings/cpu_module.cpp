@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gencore/limits.h"
 #include "gencore/normal.h"
 #include "gencore/reparameterize.h"
 #include "gencore/simd.h"
@@ -78,11 +79,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("build_info", &build_info);
   m.def("simd_level", [] { return cpu::name(cpu::simd_level()); });
   m.def("set_simd_level", &set_simd_level);
+  m.def("multiplications_per_second", &cpu::multiplications_per_second);
+  m.def("vector_instructions_per_second", &cpu::vector_instructions_per_second);
 
   m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
                      std::uintptr_t key, std::int64_t key_rows, int threads) {
     run("normal", [&] {
-      return cpu::normal(pointer(out), DType(dtype), {samples, 1, elements, channels}, noise_key(key, key_rows), threads);
+      return cpu::normal(pointer(out), DType(dtype), {samples, 1, elements, channels}, noise_key(key, key_rows),
+                         threads);
     });
   });
   m.def("uniform", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
@@ -96,8 +100,13 @@ PYBIND11_MODULE(_cpu, m) {
                              std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels,
                              std::uintptr_t key, std::int64_t key_rows, int threads) {
     run("reparameterize", [&] {
-      return cpu::reparameterize({pointer(mu), pointer(logvar), pointer(z), pointer(kl), DType(dtype),
-                                  {samples, draws, elements, channels}, noise_key(key, key_rows)},
+      return cpu::reparameterize({pointer(mu),
+                                  pointer(logvar),
+                                  pointer(z),
+                                  pointer(kl),
+                                  DType(dtype),
+                                  {samples, draws, elements, channels},
+                                  noise_key(key, key_rows)},
                                  threads);
     });
   });
@@ -106,10 +115,16 @@ PYBIND11_MODULE(_cpu, m) {
            std::uintptr_t grad_mu, std::uintptr_t grad_logvar, int dtype, std::int64_t samples, std::int64_t draws,
            std::int64_t elements, std::int64_t channels, std::uintptr_t key, std::int64_t key_rows, int threads) {
           run("reparameterize_backward", [&] {
-            return cpu::reparameterize_backward(
-                {pointer(grad_z), pointer(grad_kl), pointer(mu), pointer(logvar), pointer(grad_mu),
-                 pointer(grad_logvar), DType(dtype), {samples, draws, elements, channels}, noise_key(key, key_rows)},
-                threads);
+            return cpu::reparameterize_backward({pointer(grad_z),
+                                                 pointer(grad_kl),
+                                                 pointer(mu),
+                                                 pointer(logvar),
+                                                 pointer(grad_mu),
+                                                 pointer(grad_logvar),
+                                                 DType(dtype),
+                                                 {samples, draws, elements, channels},
+                                                 noise_key(key, key_rows)},
+                                                threads);
           });
         });
 }

@@ -31,11 +31,11 @@ bool is_valid(const NoiseShape& shape, const NoiseKey& key);
   namespace avx512 {                \
   __VA_ARGS__;                      \
   }
-#define GENCORE_DISPATCH(function, ...)                              \
-  switch (simd_level()) {                                            \
-    case SimdLevel::avx512: return avx512::function(__VA_ARGS__);    \
-    case SimdLevel::avx2: return avx2::function(__VA_ARGS__);        \
-    default: return scalar::function(__VA_ARGS__);                   \
+#define GENCORE_DISPATCH(function, ...)                           \
+  switch (simd_level()) {                                         \
+    case SimdLevel::avx512: return avx512::function(__VA_ARGS__); \
+    case SimdLevel::avx2: return avx2::function(__VA_ARGS__);     \
+    default: return scalar::function(__VA_ARGS__);                \
   }
 #else
 #define GENCORE_DECLARE_LEVELS(...) \

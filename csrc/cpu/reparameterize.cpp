@@ -139,7 +139,8 @@ Status backward(const ReparameterizeBackward& args, int threads) {
       for_vectors<P>(n, [&](std::int64_t i, std::int64_t count) {
         const F g = load_part<P>(grad_z + at + i, count);
         store_part<P>(plain + i, P::add(load_part<P>(plain + i, count), g), count);
-        store_part<P>(weighted + i, P::fma(g, load_part<P>(noise + i, count), load_part<P>(weighted + i, count)), count);
+        store_part<P>(weighted + i, P::fma(g, load_part<P>(noise + i, count), load_part<P>(weighted + i, count)),
+                      count);
       });
     }
     // Row by row, because each sample has a grad_kl of its own; a tile is whole rows or a piece of one.
@@ -170,7 +171,8 @@ Status backward(const ReparameterizeBackward& args, int threads) {
 }  // namespace
 
 Status reparameterize(const Reparameterize& args, int threads) {
-  return with_type(args.dtype, [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(args, threads); });
+  return with_type(args.dtype,
+                   [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(args, threads); });
 }
 
 Status reparameterize_backward(const ReparameterizeBackward& args, int threads) {

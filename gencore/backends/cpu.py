@@ -29,12 +29,21 @@ def set_simd_level(level: str) -> None:
     _cpu.set_simd_level(level)
 
 
-def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
-    return 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
+def multiplications_per_second() -> float:
+    """Products of 32-bit integers into 64 bits that one core makes per second at the SIMD level in use."""
+    return _cpu.multiplications_per_second()
 
 
-def _elements(tensor: Tensor, batch: int) -> int:
-    return tensor.numel() // batch if batch else 0
+def vector_instructions_per_second() -> float:
+    """Vector instructions of the simplest kind that one core issues per second at the SIMD level in use."""
+    return _cpu.vector_instructions_per_second()
+
+
+def _sizes(tensor: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int]:
+    """Samples, elements per sample, and channels (0: elements lie in logical order)."""
+    batch = tensor.shape[0]
+    channels = 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
+    return batch, tensor.numel() // batch if batch else 0, channels
 
 
 def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
@@ -43,9 +52,9 @@ def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
         memory_format = memory_format_of(out)
         if memory_format is _CONTIGUOUS:
             dense = torch.empty(out.shape, dtype=out.dtype)
-    batch = dense.shape[0]
+    batch, elements, channels = _sizes(dense, memory_format)
     kernel(
-        dense.data_ptr(), _DTYPE[dense.dtype], batch, _elements(dense, batch), _channels(dense, memory_format),
+        dense.data_ptr(), _DTYPE[dense.dtype], batch, elements, channels,
         key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
     )  # fmt: skip
     if dense is not out:
@@ -68,10 +77,10 @@ def _reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | 
         mu = mu.contiguous(memory_format=memory_format)
         logvar, key = logvar.contiguous(memory_format=memory_format), key.contiguous()
     z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
-    batch = mu.shape[0]
+    batch, elements, channels = _sizes(mu, memory_format)
     _cpu.reparameterize(
         mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if kl is None else kl.data_ptr(), _DTYPE[mu.dtype],
-        batch, 1 if num_samples is None else num_samples, _elements(mu, batch), _channels(mu, memory_format),
+        batch, 1 if num_samples is None else num_samples, elements, channels,
         key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
     )  # fmt: skip
     return z
@@ -81,9 +90,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | N
     return _reparameterize(mu, logvar, key, num_samples, None)
 
 
-def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
-) -> tuple[Tensor, Tensor]:
+def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
     kl = torch.empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
     return _reparameterize(mu, logvar, key, num_samples, kl), kl
 
@@ -108,12 +115,12 @@ def reparameterize_backward(
         grad_kl = grad_kl.contiguous()
     grad_logvar = torch.empty_like(logvar)
     grad_mu = torch.empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
-    batch = logvar.shape[0]
+    batch, elements, channels = _sizes(logvar, memory_format)
     _cpu.reparameterize_backward(
         0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
         0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
         grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
-        _elements(logvar, batch), _channels(logvar, memory_format), key.data_ptr(), 0 if key.dim() == 1 else batch,
+        elements, channels, key.data_ptr(), 0 if key.dim() == 1 else batch,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_mu, grad_logvar

@@ -29,7 +29,7 @@ def is_plain(tensor: Any, other: Any, key: Any) -> bool:
         and tensor.shape == other.shape
         and tensor.is_cpu
         and other.is_cpu
-        and 0 < tensor.dim()
+        and tensor.dim() > 0
         and tensor.numel() < 1 << 31
         and key.packed.dim() == 1
         and key.packed.is_cpu
@@ -86,6 +86,6 @@ def resolve_key(key: Key | None, samples: int, device: torch.device) -> Tensor:
     return packed
 
 
-def check_elements(name: str, elements: int) -> None:
+def check_elements(name: str, elements: int | torch.SymInt) -> None:
     if elements > MAX_ELEMENTS_PER_SAMPLE:
         raise ValueError(f"{name} must have at most 2^34 elements per sample, got {elements}")

@@ -43,9 +43,10 @@ def fill(
             raise ValueError(f"out must have the shape {tuple(shape)}, got {tuple(out.shape)}")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out must not require a gradient: noise is written over it")
-        for name, value, actual in (("dtype", dtype, out.dtype), ("device", device, out.device)):
-            if value is not None and (torch.device(value) if name == "device" else value) != actual:
-                raise ValueError(f"{name} must be left out or be that of out, {actual}, got {value}")
+        if dtype is not None and dtype != out.dtype:
+            raise ValueError(f"dtype must be left out or be that of out, {out.dtype}, got {dtype}")
+        if device is not None and torch.device(device) != out.device:
+            raise ValueError(f"device must be left out or be that of out, {out.device}, got {device}")
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
     packed = resolve_key(key, out.shape[0], out.device)
@@ -59,7 +60,7 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
         raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
     if len(shape) == 0:
         raise ValueError("shape must have at least one dimension, the samples; got ()")
-    elements = 1
+    elements: int | torch.SymInt = 1
     for position, size in enumerate(shape):
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"shape must hold ints, got {type(size).__name__} at position {position}")

@@ -61,9 +61,7 @@ def define(
     op = getattr(torch.ops.gencore, name)
     if backward is None:
         return op.default, op.default
-    torch.library.register_autograd(
-        f"gencore::{name}.autograd", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"gencore::{name}.autograd", backward, setup_context=setup_context, lib=_library)
     return op.default, op.autograd
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
     if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
-        return cpu.reparameterize(mu, logvar, key.packed)
+        return cpu.reparameterize(mu, logvar, cast(Key, key).packed)
     packed, wanted = _check(mu, logvar, key, num_samples)
     return (_with_grad if wanted else _plain)(mu, logvar, packed, num_samples)
 
@@ -166,8 +166,8 @@ def reparameterize_kl(
         mu, logvar, key, num_samples: as for :func:`reparameterize`.
 
     Returns:
-        (z, kl): z as :func:`reparameterize` returns it; kl (B,) in nats, float32 (float64 for float64 inputs), summed in
-        float32 and float64 in an order that depends on the shape and memory format alone.
+        (z, kl): z as :func:`reparameterize` returns it; kl (B,) in nats, float32 (float64 for float64 inputs), summed
+        in float32 and float64 in an order that depends on the shape and memory format alone.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
@@ -175,6 +175,6 @@ def reparameterize_kl(
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
     if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
-        return cpu.reparameterize_kl(mu, logvar, key.packed)
+        return cpu.reparameterize_kl(mu, logvar, cast(Key, key).packed)
     packed, wanted = _check(mu, logvar, key, num_samples)
     return (_with_grad_kl if wanted else _plain_kl)(mu, logvar, packed, num_samples)

@@ -137,9 +137,7 @@ def test_more_draws_begin_with_the_same_ones():
     assert same_bits(
         ops.reparameterize(mu, logvar, Key(3), num_samples=5)[:2], ops.reparameterize(mu, logvar, Key(3), num_samples=2)
     )
-    assert same_bits(
-        ops.reparameterize(mu, logvar, Key(3), num_samples=1)[0], ops.reparameterize(mu, logvar, Key(3))
-    )
+    assert same_bits(ops.reparameterize(mu, logvar, Key(3), num_samples=1)[0], ops.reparameterize(mu, logvar, Key(3)))
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

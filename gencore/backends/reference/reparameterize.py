@@ -26,9 +26,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key, num_samples: int | None
     return mu + torch.exp(logvar / 2) * noise(mu, key, num_samples)
 
 
-def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, key: Key, num_samples: int | None = None
-) -> tuple[Tensor, Tensor]:
+def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Key, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
     """(z, kl) with kl_b = 1/2 sum_i (mu_i^2 + exp(logvar_i) - 1 - logvar_i)."""
     terms = mu.square() + torch.exp(logvar) - 1 - logvar
     kl = terms.reshape(mu.shape[0], math.prod(mu.shape[1:])).sum(1) / 2

@@ -23,7 +23,7 @@ class VAEConfig(ModelConfig):
     hidden_sizes: tuple[int, ...] = field(
         (512, 512), ge=1, doc="mlp: units of each layer; conv: channels of each level, each level half the resolution"
     )
-    latent_size: int = field(32, ge=1, doc="dimensions of the latent z")
+    latent_size: int = field(40, ge=1, doc="dimensions of the latent z")
     likelihood: Literal["bernoulli", "gaussian"] = field("bernoulli", doc="p(x|z) of a pixel")
     variance: Literal["shared", "pixel", "predicted"] = field(
         "shared", doc="gaussian: one learned variance for all pixels, one per pixel, or one per pixel from the decoder"

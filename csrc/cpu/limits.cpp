@@ -1,0 +1,90 @@
+#include "gencore/limits.h"
+
+#include <chrono>
+
+#include "vec.h"
+
+namespace gencore::cpu::GENCORE_SIMD {
+namespace {
+
+// As many as hide the latency of an instruction, and fit in the registers.
+constexpr int chains = 10;
+
+// Makes the compiler believe that the value is needed and was changed, without an instruction.
+#if GENCORE_SIMD_NUMBER == 0
+#define GENCORE_KEEP(x) asm volatile("" : "+r"(x))
+#elif GENCORE_SIMD_NUMBER == 1
+#define GENCORE_KEEP(x) asm volatile("" : "+x"((x).v))
+#else
+#define GENCORE_KEEP(x) asm volatile("" : "+v"((x).v))
+#endif
+
+// The best of several short runs: a limit is what the machine does undisturbed.
+template <class Body>
+double per_second(double work, Body&& body) {
+  double best = 0;
+  for (int run = 0; run < 20; ++run) {
+    const auto begin = std::chrono::steady_clock::now();
+    body();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    if (work / seconds > best) best = work / seconds;
+  }
+  return best;
+}
+
+constexpr int repeats = 100'000;
+
+}  // namespace
+
+double multiplications_per_second() {
+  // A wide product is as many products as lanes: two instructions, one for the even and one for the odd ones.
+  return per_second(static_cast<double>(repeats) * chains * V::width, [] {
+    V::Wide state[chains];
+#pragma GCC unroll 16
+    for (int i = 0; i < chains; ++i) state[i] = V::wide_set(static_cast<std::uint32_t>(i) + 0x9E3779B9u);
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+#pragma GCC unroll 16
+      for (int i = 0; i < chains; ++i) {
+        V::Wide high;
+        V::wide_mul(state[i], 0xD2511F53u, high, state[i]);
+#if GENCORE_SIMD_NUMBER == 0
+        GENCORE_KEEP(state[i]);
+#elif GENCORE_SIMD_NUMBER == 1
+        asm volatile("" : "+x"(state[i].even), "+x"(state[i].odd));
+#else
+        asm volatile("" : "+v"(state[i].even), "+v"(state[i].odd));
+#endif
+      }
+    }
+  });
+}
+
+double vector_instructions_per_second() {
+  return per_second(static_cast<double>(repeats) * chains, [] {
+    V::U state[chains];
+#pragma GCC unroll 16
+    for (int i = 0; i < chains; ++i) state[i] = V::set_bits(static_cast<std::uint32_t>(i));
+    const V::U step = V::set_bits(0x9E3779B9u);
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+#pragma GCC unroll 16
+      for (int i = 0; i < chains; ++i) {
+        state[i] = V::add(state[i], step);
+        GENCORE_KEEP(state[i]);
+      }
+    }
+  });
+}
+
+}  // namespace gencore::cpu::GENCORE_SIMD
+
+#if GENCORE_SIMD_NUMBER == 0
+namespace gencore::cpu {
+
+GENCORE_DECLARE_LEVELS(double multiplications_per_second())
+GENCORE_DECLARE_LEVELS(double vector_instructions_per_second())
+
+double multiplications_per_second() { GENCORE_DISPATCH(multiplications_per_second); }
+double vector_instructions_per_second() { GENCORE_DISPATCH(vector_instructions_per_second); }
+
+}  // namespace gencore::cpu
+#endif
