@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from gencore import ops
 from gencore.files import locked
 from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
+from gencore.noise import Key
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
 from gencore.train.config import RESUMABLE, TrainConfig
@@ -44,18 +46,26 @@ class ImageSource(Protocol):
 
 
 def choose_device(name: Device = "auto") -> torch.device:
-    """The device of that name; ``auto`` is a CUDA device if there is one, and the CPU otherwise.
+    """The device of that name; ``auto`` is a CUDA device if there is one that gencore has kernels for, else the CPU.
 
     Raises:
         ValueError: an unknown name.
-        TrainingError: there is no CUDA device.
+        TrainingError: ``cuda``, and there is no such device, or there are no kernels for it.
     """
     if name not in get_args(Device):
         raise ValueError(f"device must be one of {', '.join(get_args(Device))}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds none"
         raise TrainingError(f"there is no CUDA device: {why}")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        ops.normal((1, 1), Key(0), device="cuda")
+    except ValueError as error:
+        if name == "cuda":
+            raise TrainingError(f"models cannot run on CUDA: {error}") from error
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 class Trainer:

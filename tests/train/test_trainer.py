@@ -235,6 +235,17 @@ def test_a_missing_cuda_device_is_an_error():
     assert train.trainer.choose_device("auto").type == "cpu"
 
 
+def test_a_device_without_kernels_is_not_chosen(monkeypatch):
+    def no_kernels(*arguments, **options):
+        raise ValueError("this version of gencore has CPU kernels only")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.trainer.ops, "normal", no_kernels)
+    assert train.trainer.choose_device("auto").type == "cpu"
+    with pytest.raises(TrainingError, match="models cannot run on CUDA: this version of gencore has CPU kernels only"):
+        train.trainer.choose_device("cuda")
+
+
 @dataclass(frozen=True)
 class _Config(ModelConfig):
     pass
