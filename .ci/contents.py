@@ -31,4 +31,4 @@ def faults(path: Path) -> list[str]:
 
 if __name__ == "__main__":
     wrong = [fault for name in sys.argv[1:] for fault in faults(Path(name))]
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or 0)
