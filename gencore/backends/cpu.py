@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +14,15 @@ from gencore.backends.layout import empty_draws, memory_format_of
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
+
+_wanted = os.environ.get("GENCORE_SIMD", "")
+if _wanted not in ("", _cpu.simd_level()):
+    warnings.warn(
+        f"GENCORE_SIMD must be one of {', '.join(_cpu.build_info()['simd_supported'])} here, got {_wanted!r}; "
+        f"the kernels run at {_cpu.simd_level()}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def build_info() -> dict[str, Any]:
