@@ -12,7 +12,7 @@ from gencore.train import TrainConfig
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="A model, to list its settings.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model, to list its settings.")] = None,
 ) -> None:
     """List the models and data sets that are installed, or the settings of a model."""
     if model is None:

@@ -19,6 +19,7 @@ from gencore.cli.evaluate import measure
 from gencore.cli.info import lines as info_lines
 from gencore.cli.latents import reconstruction_picture, traversal_picture
 from gencore.cli.sample import draw
+from gencore.cli.train import run
 from gencore.info import info
 from gencore.models.base import Autoencodes
 from gencore.noise import Key
@@ -92,7 +93,7 @@ def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
     trainer = Trainer(
         plugin, plugin.config.from_dict({**shape, **model_settings}), images, config, out, data_name="digits"
     )
-    trainer.fit()
+    run(trainer)
     if trainer.average is not None:
         trainer.model.load_state_dict(trainer.average.tensors)
     return trainer

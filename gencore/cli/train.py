@@ -16,7 +16,7 @@ from gencore.train.log import read_metrics
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help="Which model (see gencore list).")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Which model (see gencore list).")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder, made if it is not there.")] = ...,  # type: ignore[assignment]
     data_name: Annotated[
         str | None, typer.Option("--data", metavar="NAME[:PATH]", help="The images to learn.  [default: digits]")
