@@ -12,7 +12,7 @@ from gencore.models.base import Adam, ModelConfig
 
 def _adam() -> Adam:
     # beta1 = 0.5: momentum makes the two players circle each other (Radford et al. 2016, section 3).
-    return Adam(lr=2e-4, beta1=0.5)
+    return Adam(lr=5e-4, beta1=0.5)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GANConfig(ModelConfig):
     loss: Literal["non-saturating", "minimax"] = field("non-saturating", doc="of the generator")
     discriminator_steps: int = field(1, ge=1, doc="k of Algorithm 1: steps of the discriminator per generator step")
     label_smoothing: float = field(0.0, ge=0, lt=0.5, doc="the discriminator's target for real images is 1 less this")
-    dropout: float = field(0.3, ge=0, lt=1, doc="fraction of the discriminator's hidden units left out")
+    dropout: float = field(0.0, ge=0, lt=1, doc="fraction of the discriminator's hidden units left out")
     gradient_penalty: float = field(1.0, ge=0, doc="weight of the R1 penalty on real images; 0: none")
     generator_optimizer: Adam = dataclasses.field(default_factory=_adam)
     discriminator_optimizer: Adam = dataclasses.field(default_factory=_adam)
