@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # package right under gencore; "gencore" is the package's own __init__, which offers what needs no plugin.
 LEVELS = (
     ("__main__",),
-    ("cli", "bench"),
+    ("cli",),
+    ("bench",),
     ("train", "metrics"),
     ("data",),
     ("plugins",),

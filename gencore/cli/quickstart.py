@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from gencore import data, metrics, ops, plugins
+from gencore.bench.measure import Candidate, Timing, interleave
 from gencore.cli import pictures
+from gencore.cli.common import UserError
 from gencore.cli.evaluate import measure
 from gencore.cli.info import lines as info_lines
 from gencore.cli.latents import reconstruction_picture, traversal_picture
 from gencore.cli.sample import draw
 from gencore.cli.train import run
+from gencore.files import write_atomically
 from gencore.info import info
 from gencore.models.base import Autoencodes
 from gencore.noise import Key
@@ -46,6 +48,7 @@ def command(
 ) -> None:
     """Train a VAE and a GAN on scikit-learn's digits, draw pictures, and time the kernels against PyTorch."""
     started = time.monotonic()
+    _claim(out)
     print("\n".join(info_lines(info())), end="\n\n", flush=True)
     train, test = data.load("digits", "train"), data.load("digits", "test")
     paths: list[Path] = []
@@ -81,14 +84,22 @@ def command(
     print(f"\n{time.monotonic() - started:.0f} s in all; next: gencore sample {out / 'vae'} -n 100 --out samples.png")
 
 
+def _claim(out: Path) -> None:
+    """Removes what an earlier quickstart left in its folder, and nothing else."""
+    marker = out / "quickstart.json"
+    for name in _RECIPES:
+        if (out / name).exists():
+            if not marker.exists():
+                raise UserError(f"{out / name} is there and no quickstart made it; choose another folder with --out")
+            shutil.rmtree(out / name)
+    write_atomically(marker, json.dumps({"gencore": info()["gencore"], "models": list(_RECIPES)}) + "\n")
+
+
 def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
     """A run of the recipe, anew; its model is in evaluation mode, with the averaged weights."""
     model_settings, train_settings = _RECIPES[name]
     plugin = plugins.load_model(name)
     shape = {"image_shape": images.image_shape, "num_classes": images.num_classes}
-    # The quickstart's own runs of before; its folder may be used again and again.
-    if (out / "run.json").exists():
-        shutil.rmtree(out)
     config = TrainConfig.from_dict(train_settings)
     trainer = Trainer(
         plugin, plugin.config.from_dict({**shape, **model_settings}), images, config, out, data_name="digits"
@@ -99,50 +110,29 @@ def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
     return trainer
 
 
-class _Timing(NamedTuple):
-    what: str
-    ours: float
-    torch: float
-
-
-def _timings() -> list[_Timing]:
-    """Medians in milliseconds, each op in turn with what PyTorch offers, so that both meet the same machine."""
+def _timings() -> dict[str, tuple[Timing, Timing]]:
+    """Each op in turn with what PyTorch offers."""
     shape = (64, 4, 64, 64)
-    mu, logvar = torch.randn(shape), torch.randn(shape)
+    mu, logvar, grad = torch.randn(shape), torch.randn(shape), torch.randn(shape)
     noise, key = torch.empty(shape), Key(0)
     with_grad = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
 
-    def descend(z: torch.Tensor) -> None:
-        torch.autograd.grad(z.sum(), with_grad)
+    def sample(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+        return mu + torch.exp(logvar / 2) * torch.randn_like(mu)
 
-    pairs: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
-        (
-            "ops.normal, 1 M values",
+    pairs: dict[str, tuple[Candidate, Candidate]] = {
+        "ops.normal, 1 M values": (
             lambda: ops.normal(shape, key, out=noise),
             lambda: torch.randn(shape, out=noise),
         ),
-        (
-            "ops.reparameterize",
-            lambda: ops.reparameterize(mu, logvar, key),
-            lambda: mu + torch.exp(logvar / 2) * torch.randn_like(mu),
+        "ops.reparameterize": (lambda: ops.reparameterize(mu, logvar, key), lambda: sample(mu, logvar)),
+        "ops.reparameterize and backward": (
+            lambda: torch.autograd.grad(ops.reparameterize(*with_grad, key), with_grad, grad),
+            lambda: torch.autograd.grad(sample(*with_grad), with_grad, grad),
         ),
-        (
-            "ops.reparameterize and backward",
-            lambda: descend(ops.reparameterize(*with_grad, key)),
-            lambda: descend(with_grad[0] + torch.exp(with_grad[1] / 2) * torch.randn_like(mu)),
-        ),
-    ]
-    return [_Timing(what, *_interleaved(ours, torchs)) for what, ours, torchs in pairs]
-
-
-def _interleaved(*functions: Callable[[], Any], rounds: int = 60) -> tuple[float, ...]:
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, own in zip(functions, times, strict=True):
-            started = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - started)
-    return tuple(1e3 * statistics.median(own[rounds // 6 :]) for own in times)
+    }
+    timings = {what: interleave({"ours": ours, "torch": theirs}) for what, (ours, theirs) in pairs.items()}
+    return {what: (timing["ours"], timing["torch"]) for what, timing in timings.items()}
 
 
 def _print_models(results: dict[str, dict[str, Any]]) -> None:
@@ -166,7 +156,8 @@ def _print_load() -> None:
         print(f"(the machine is busy, load {load:.1f} on {cores} cores: other times will come out on a quiet one)")
 
 
-def _print_timings(timings: list[_Timing]) -> None:
+def _print_timings(timings: dict[str, tuple[Timing, Timing]]) -> None:
     print(f"\n{'float32, (64,4,64,64)':<34}{'gencore':>12}{'PyTorch':>12}{'ratio':>8}")
-    for what, ours, torchs in timings:
-        print(f"{what:<34}{ours:>9.2f} ms{torchs:>9.2f} ms{torchs / ours:>7.1f}x")
+    for what, (ours, theirs) in timings.items():
+        ratio = ours.ratio_of(theirs)
+        print(f"{what:<34}{1e3 * ours.median:>9.2f} ms{1e3 * theirs.median:>9.2f} ms{ratio:>7.1f}x")

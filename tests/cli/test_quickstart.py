@@ -10,8 +10,8 @@ from gencore.cli import quickstart
 def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
     recipes = {name: (model, {**train, "steps": 4}) for name, (model, train) in quickstart._RECIPES.items()}
     monkeypatch.setattr(quickstart, "_RECIPES", recipes)
-    interleaved = quickstart._interleaved
-    monkeypatch.setattr(quickstart, "_interleaved", lambda *functions: interleaved(*functions, rounds=3))
+    interleave = quickstart.interleave
+    monkeypatch.setattr(quickstart, "interleave", lambda candidates: interleave(candidates, rounds=3))
     for _ in range(2):  # its folder may be used again
         result = gencore("quickstart", "--out", tmp_path / "out")
         assert result.code == 0, result.err
@@ -22,3 +22,12 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
     assert "SIMD level" in result.out
     assert "ops.reparameterize" in result.out
     assert gencore("sample", tmp_path / "out" / "vae", "-n", 4).code == 0
+
+
+def test_a_run_of_the_users_is_not_touched(gencore, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "run.json").write_text("{}")
+    result = gencore("quickstart", "--out", tmp_path)
+    assert result.code == 2
+    assert "no quickstart made it; choose another folder with --out" in result.err
+    assert (tmp_path / "vae" / "run.json").read_text() == "{}"
