@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ ROWS: list[tuple[str, float, dict[str, float], float, str]] = []
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit."""
 
     def run(ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], floor: float, limit: str) -> None:
@@ -37,7 +37,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         ROWS.append((request.node.name, mine.median, ratios, floor, limit))
         benchmark.pedantic(ours, rounds=10, iterations=max(1, int(0.005 / mine.median)), warmup_rounds=1)
 
-    return run
+    yield run
+    # The compiler gives up on a function that was compiled for many shapes; the next case begins afresh.
+    torch.compiler.reset()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
