@@ -34,9 +34,10 @@ test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 bench: $(VENV)/.dev  ## time every op against its peers and its floor
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+# Code in Markdown is laid out for reading.
 lint: $(VENV)/.dev  ## check the style of Python and C++, and that CMake configures without a complaint
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/cmake -S . -B build/lint -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja --fresh --log-level=WARNING \
 	  -DGENCORE_PYTHON=OFF -DGENCORE_WERROR=ON -Werror=dev --warn-uninitialized
