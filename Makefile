@@ -40,7 +40,7 @@ lint: $(VENV)/.dev  ## check the style of Python and C++, and that CMake configu
 	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/cmake -S . -B build/lint -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja --fresh --log-level=WARNING \
-	  -DGENCORE_PYTHON=OFF -DGENCORE_WERROR=ON -Werror=dev --warn-uninitialized
+	  -DGENCORE_PYTHON=OFF -DGENCORE_WERROR=ON -Werror=dev
 
 typecheck: $(VENV)/.dev  ## check the types
 	$(BIN)/mypy
