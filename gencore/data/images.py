@@ -245,19 +245,9 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _load_unlabelled(path: Path | None, split: Split) -> ImageDataset:
-    return load_images(path, split, labelled=False)
-
-
 plugin = DatasetPlugin(
     name="images",
     load=load_images,
     needs_path=True,
     summary="a folder or zip archive of images, class per folder: images:PATH",
-)
-unlabelled = DatasetPlugin(
-    name="images-unlabelled",
-    load=_load_unlabelled,
-    needs_path=True,
-    summary="the same without classes, whatever the folders: images-unlabelled:PATH",
 )

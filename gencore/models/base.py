@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gencore.config import Config, field
 from gencore.noise import Key
 
-Family = Literal["vae", "gan", "diffusion", "autoregressive"]
+Family = Literal["vae", "gan", "diffusion", "autoregressive", "other"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from gencore.data import DataError
-from gencore.data.images import load_images, plugin, unlabelled
+from gencore.data.images import load_images, plugin
 
 RNG = np.random.default_rng(0)
 
@@ -93,10 +93,10 @@ def test_flat_splits(make):
     assert load_images(path, "test").labels is None
 
 
-def test_unlabelled(make):
+def test_labels_can_be_left_out(make):
     path = make({f"{name}/{i}.png": png() for name in "ab" for i in range(3)})
     assert plugin.load(path, "train").num_classes == 2
-    data = unlabelled.load(path, "train")
+    data = load_images(path, "train", labelled=False)
     assert (len(data), data.labels, data.num_classes) == (4, None, 0)
 
 

@@ -76,7 +76,7 @@ class Mixture(GenerativeModel):
 
 plugin = ModelPlugin(
     name="mixture",
-    family="autoregressive",
+    family="other",
     config=MixtureConfig,
     build=Mixture,
     summary="mixture of Bernoullis with an exact likelihood",
