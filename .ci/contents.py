@@ -8,8 +8,25 @@ import zipfile
 from pathlib import Path
 
 # By the beginning of a path, and by its end where the name depends on the machine.
-SDIST_HOLDS = ("setup.py", "CMakeLists.txt", "LICENSE", "README.md", "cmake/", "csrc/", "gencore/", "tests/")
-WHEEL_HOLDS = ("gencore/__init__.py", "gencore/_cpu.", "gencore/backends/reference/", "gencore/models/vae/")
+SDIST_HOLDS = (
+    "setup.py",
+    "CMakeLists.txt",
+    "Makefile",
+    "LICENSE",
+    "README.md",
+    "cmake/",
+    "csrc/",
+    "gencore/",
+    "tests/",
+)
+WHEEL_HOLDS = (
+    "gencore/__init__.py",
+    "gencore/_cpu.cpython",
+    "gencore/py.typed",
+    "gencore/_cpu.pyi",
+    "gencore/backends/reference/",
+    "gencore/models/vae/",
+)
 WHEEL_TOPS = ("gencore/", "gencore-")
 
 
