@@ -80,7 +80,9 @@ def uniform_(out: Tensor, key: Tensor) -> None:
     _fill(_cpu.uniform, out, key)
 
 
-def _reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None, kl: Tensor | None) -> Tensor:
+def reparameterize(
+    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None, kl: Tensor | None = None
+) -> Tensor:
     memory_format = _CONTIGUOUS
     if not (mu.is_contiguous() and logvar.is_contiguous() and key.is_contiguous()):
         memory_format = memory_format_of(mu)
@@ -97,13 +99,9 @@ def _reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | 
     return z
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
-    return _reparameterize(mu, logvar, key, num_samples, None)
-
-
 def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
     kl = torch.empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
-    return _reparameterize(mu, logvar, key, num_samples, kl), kl
+    return reparameterize(mu, logvar, key, num_samples, kl), kl
 
 
 def reparameterize_backward(
