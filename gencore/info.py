@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
@@ -12,13 +13,16 @@ from typing import Any
 import numpy
 import torch
 
+from gencore.backends import cpu
+
 
 def info() -> dict[str, Any]:
     """Versions, the compiled modules, and what they use on this machine, as JSON can hold it.
 
     Keys: ``gencore``, ``python``, ``torch``, ``numpy``, ``system``, ``cpu``; ``cpu_module`` (compiler, SIMD levels
-    compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the runtimes in this process; ``shared`` says
-    whether the kernels use torch's), ``cuda_module``, ``triton`` (each ``available``, or a ``reason`` why not).
+    compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the kernels' ``runtime``; ``shared`` says
+    whether it is torch's too, so that both use one pool of threads), ``cuda_module``, ``triton`` (each ``available``,
+    or a ``reason`` why not).
 
     Needs torch and NumPy only, touches no GPU, and raises nothing: what is missing is said in the result.
     """
@@ -53,31 +57,31 @@ def _cpu_name() -> str:
 
 
 def _cpu_module() -> dict[str, Any]:
-    try:
-        from gencore.backends import cpu
-    except ImportError as error:
-        return {"available": False, "reason": f"gencore._cpu cannot be loaded: {error}"}
     built = cpu.build_info()
     return {
-        "available": True,
         "compiler": built["compiler"],
         "simd_compiled": list(built["simd_compiled"]),
         "simd_supported": list(built["simd_supported"]),
         "simd_level": cpu.simd_level(),
-        "openmp": built["openmp"],
     }
 
 
 def _openmp() -> dict[str, Any]:
-    """The OpenMP runtimes loaded into this process; a second one would be a second pool of threads."""
+    """The OpenMP runtime that answers the kernels, and whether it is the one that answers torch."""
+    ours = cpu.openmp_address()
+    if not ours:
+        return {"runtime": None, "shared": False}
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
-    except OSError:
-        return {"runtimes": "unknown", "shared": "unknown"}
-    runtimes = sorted(set(re.findall(r"(\S*/lib(?:gomp|omp|iomp5)\b[^/\s]*)$", maps, re.MULTILINE)))
-    built_with = _cpu_module().get("openmp", 0)
-    shared = bool(built_with) and len(runtimes) == 1
-    return {"runtimes": [Path(runtime).name for runtime in runtimes], "shared": shared}
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        theirs = ctypes.cast(torch_library.omp_get_max_threads, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return {"runtime": "unknown", "shared": "unknown"}
+    runtime = "unknown"
+    for begin, end, path in re.findall(r"^(\w+)-(\w+) \S+ \S+ \S+ \d+ +(/.+)$", maps, re.MULTILINE):
+        if int(begin, 16) <= ours < int(end, 16):
+            runtime = Path(path).name
+    return {"runtime": runtime, "shared": ours == theirs}
 
 
 def _cuda_module() -> dict[str, Any]:

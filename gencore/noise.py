@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
+_MASK32, _MASK63 = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 # Sample ids are at most 2^63 - 1, so no noise block has this fourth counter word: folded keys never reuse noise.
 _FOLD_TAG = 0xFFFFFFFF
 MAX_ELEMENTS_PER_SAMPLE = 1 << 34
-_SEED_ONLY = torch.tensor((1, 0, 0))
+_SEED_ONLY = torch.tensor((1, 0, 0), device="cpu")
 
 
 def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
@@ -72,7 +72,7 @@ def _wrap_int64(name: str, value: int) -> int:
 
 
 def _check_integer(name: str, value: object, *, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     if not low <= value < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
@@ -94,8 +94,8 @@ class Key:
 
     Args:
         seed: an int of 64 bits, an int64 scalar tensor, or an int64 tensor (batch,) with one seed per sample.
-            Tensors may live on any device; under a captured CUDA graph, a new value in a seed tensor on the
-            device gives new noise.
+            Tensors may live on any device. The key copies them: for a captured CUDA graph, make the key inside the
+            capture from a seed tensor on the device, whose new values then give new noise.
 
     Under ``torch.compile`` a key is a tensor input: new seeds, streams and sample ids cause no recompilation.
 
@@ -120,7 +120,7 @@ class Key:
             packed = torch.stack((seed, zero, zero), dim=-1)
         else:
             _check_integer("seed", seed, low=-(1 << 63), high=1 << 64)
-            packed = torch.tensor((_wrap_int64("seed", seed), 0, 0), dtype=torch.int64)
+            packed = torch.tensor((_wrap_int64("seed", int(seed)), 0, 0), dtype=torch.int64, device="cpu")
         object.__setattr__(self, "packed", packed)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -140,9 +140,13 @@ class Key:
         return _key_from_packed(words * _SEED_ONLY.to(device))
 
     def stream(self, stream: int | Tensor) -> Key:
-        """The same key on another stream, 0 <= ``stream`` < 2^32: independent noise for another purpose."""
+        """The same key on another stream, 0 <= ``stream`` < 2^32: independent noise for another purpose.
+
+        The value of an int64 scalar tensor is taken modulo 2^32: looking at it would wait for its device.
+        """
         if isinstance(stream, Tensor):
             _check_int64_tensor("stream", stream, max_dim=0)
+            stream = stream & _MASK32
         else:
             _check_integer("stream", stream, low=0, high=1 << 32)
         return self._with(1, stream)
@@ -152,17 +156,18 @@ class Key:
 
         Args:
             samples: the id of the first sample (an int or an int64 scalar tensor; the batch counts on from it), or
-                explicit ids, one per sample (a sequence or an int64 tensor (batch,)); 0 <= id < 2^63. A key with one
-                seed per sample takes explicit ids only.
+                explicit ids, one per sample (a sequence or an int64 tensor (batch,)); 0 <= id < 2^63, those
+                of a tensor modulo 2^63. A key with one seed per sample takes explicit ids only.
 
         ``ops.normal((4, 8), key.samples(6))`` is rows 6 to 9 of ``ops.normal((10, 8), key)``.
         """
         if isinstance(samples, Sequence) and not isinstance(samples, (str, bytes)):
             for sample in samples:
                 _check_integer("every id in samples", sample, low=0, high=1 << 63)
-            samples = torch.tensor(samples, dtype=torch.int64, device=self.packed.device)
+            samples = torch.tensor([int(sample) for sample in samples], dtype=torch.int64, device=self.packed.device)
         if isinstance(samples, Tensor):
             _check_int64_tensor("samples", samples, max_dim=1)
+            samples = samples & _MASK63
             if samples.dim() == 1:
                 return self._with_ids(samples)
         else:
@@ -189,9 +194,9 @@ class Key:
             _check_int64_tensor("n", n, max_dim=0)
         else:
             _check_integer("n", n, low=-(1 << 63), high=1 << 64)
-            n = _wrap_int64("n", n)
+            n = _wrap_int64("n", int(n))
         seed: int | Tensor = self.packed[..., 0]
-        if not (torch.compiler.is_compiling() or self.per_sample or isinstance(n, Tensor) or self.packed.is_cuda):
+        if not (torch.compiler.is_compiling() or self.per_sample or isinstance(n, Tensor) or not self.packed.is_cpu):
             # The same arithmetic on Python ints is quicker than a hundred operations on one-element tensors.
             seed = int(seed)
         counter = (n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG)

@@ -99,6 +99,7 @@ def test_box_muller_extremes():
 
 def test_key_holds_what_it_is_given():
     assert Key(7).stream(2).samples(64).packed.tolist() == [7, 2, 64]
+    assert Key(np.int64(7)).stream(np.uint8(2)).samples(np.int32(64)).packed.tolist() == [7, 2, 64]
     assert Key(2**64 - 1).packed.tolist() == [-1, 0, 0]
     assert Key(torch.tensor([5, 6])).stream(3).packed.tolist() == [[5, 3, 0], [6, 3, 0]]
     assert Key(5).samples([9, 4]).packed.tolist() == [[5, 0, 9], [5, 0, 4]]

@@ -77,6 +77,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of gencore, by address. Call gencore.ops instead.";
 
   m.def("build_info", &build_info);
+#ifdef _OPENMP
+  // Which OpenMP runtime answers this module: the address of one of its functions tells.
+  m.def("openmp_address", [] { return reinterpret_cast<std::uintptr_t>(&omp_get_max_threads); });
+#else
+  m.def("openmp_address", [] { return std::uintptr_t{0}; });
+#endif
   m.def("simd_level", [] { return cpu::name(cpu::simd_level()); });
   m.def("set_simd_level", &set_simd_level);
   m.def("multiplications_per_second", &cpu::multiplications_per_second);

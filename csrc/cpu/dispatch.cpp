@@ -67,7 +67,8 @@ bool is_supported(SimdLevel level) {
   return level == SimdLevel::scalar;
 }
 
-bool is_valid(const NoiseShape& shape, const NoiseKey& key) {
+bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads) {
+  if (threads < 1) return false;
   if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;
   if (shape.channels > 1 && shape.elements % shape.channels != 0) return false;
   if (key.rows != 0 && key.rows != shape.samples) return false;

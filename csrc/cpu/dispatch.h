@@ -15,8 +15,9 @@
 
 namespace gencore::cpu {
 
-// Whether the sizes fit together and in the counters: at most 2^34 values per sample, key rows for every sample.
-bool is_valid(const NoiseShape& shape, const NoiseKey& key);
+// Whether the sizes fit together and in the counters: at most 2^34 values per sample, key rows for every sample, and a
+// thread to do the work.
+bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads);
 
 }  // namespace gencore::cpu
 

@@ -7,8 +7,8 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-// As many as hide the latency of an instruction, and fit in the registers.
-constexpr int chains = 10;
+// As many as hide the latency of an instruction, and fit in the registers, two for each: AVX2 has 16.
+constexpr int chains = GENCORE_SIMD_NUMBER == 2 ? 10 : 6;
 
 // Makes the compiler believe that the value is needed and was changed, without an instruction.
 #if GENCORE_SIMD_NUMBER == 0

@@ -31,7 +31,7 @@ Status forward(const Reparameterize& args, int threads) {
   using A = Accumulator<T>;
   using F = typename P::F;
   const NoiseShape& shape = args.shape;
-  const Tiles tiles(shape.samples, shape);
+  const Tiles tiles(shape.samples, shape, shape.draws);
   const std::int64_t capacity = tiles.capacity(), draw_size = shape.samples * shape.elements;
   const T* const mu = static_cast<const T*>(args.mu);
   const T* const logvar = static_cast<const T*>(args.logvar);
@@ -103,7 +103,7 @@ Status backward(const ReparameterizeBackward& args, int threads) {
   using A = Accumulator<T>;
   using F = typename P::F;
   const NoiseShape& shape = args.shape;
-  const Tiles tiles(shape.samples, shape);
+  const Tiles tiles(shape.samples, shape, shape.draws);
   const std::int64_t capacity = tiles.capacity(), draw_size = shape.samples * shape.elements;
   const T* const grad_z = static_cast<const T*>(args.grad_z);
   const A* const grad_kl = static_cast<const A*>(args.grad_kl);
@@ -189,7 +189,7 @@ GENCORE_DECLARE_LEVELS(Status reparameterize(const Reparameterize&, int))
 GENCORE_DECLARE_LEVELS(Status reparameterize_backward(const ReparameterizeBackward&, int))
 
 Status reparameterize(const Reparameterize& args, int threads) {
-  if (!is_valid(args.shape, args.key)) return Status::invalid_argument;
+  if (!is_valid(args.shape, args.key, threads)) return Status::invalid_argument;
   if (args.shape.samples == 0) return Status::ok;
   if (args.shape.elements > 0 && (args.mu == nullptr || args.logvar == nullptr || args.z == nullptr)) {
     return Status::invalid_argument;
@@ -198,7 +198,7 @@ Status reparameterize(const Reparameterize& args, int threads) {
 }
 
 Status reparameterize_backward(const ReparameterizeBackward& args, int threads) {
-  if (!is_valid(args.shape, args.key)) return Status::invalid_argument;
+  if (!is_valid(args.shape, args.key, threads)) return Status::invalid_argument;
   if (args.shape.samples == 0 || args.shape.elements == 0) return Status::ok;
   if (args.logvar == nullptr || args.grad_logvar == nullptr || (args.grad_kl != nullptr && args.mu == nullptr)) {
     return Status::invalid_argument;

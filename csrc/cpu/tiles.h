@@ -16,24 +16,27 @@ namespace {
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Tiles {
-  // Elements of a tile that stay in the first-level cache with what the op reads and writes beside them.
+  // Elements of a tile: they stay in the first-level cache with what the op reads and writes beside them. Channels-last
+  // tiles of many channels are larger, and stay in the second level.
   static constexpr std::int64_t target = 1024;
   // Values of one channel that are worth making at once.
   static constexpr std::int64_t channel_run = 64;
   // Elements below which waking a second thread costs more than it saves.
   static constexpr std::int64_t grain = 16384;
 
-  std::int64_t rows, elements, rows_per_tile, tiles_per_row, piece, count;
+  std::int64_t rows, elements, repeats, rows_per_tile, tiles_per_row, piece, count;
 
-  // The tiles of `rows` rows of the shape's elements.
-  Tiles(std::int64_t rows_, const NoiseShape& shape) : rows(rows_), elements(shape.elements) {
+  // The tiles of `rows` rows of the shape's elements, on each of which the op works `repeats` times.
+  Tiles(std::int64_t rows_, const NoiseShape& shape, std::int64_t repeats_ = 1)
+      : rows(rows_), elements(shape.elements), repeats(repeats_) {
     std::int64_t unit = 64;
-    std::int64_t size = target;
+    // Much work on few elements is cut finer, so that there is some for every thread.
+    std::int64_t size = repeats < 8 ? target : 2 * unit;
     if (shape.channels > 1) {
       // Channels-last noise is made channel by channel, so a tile holds a run of pixels with all their channels.
       const std::int64_t run = shape.channels <= 1024 ? channel_run : 16;
       unit = run * shape.channels;
-      size = unit > target ? unit : divide_up(target, unit) * unit;
+      size = divide_up(size, unit) * unit;
     }
     tiles_per_row = elements > size ? divide_up(elements, size) : 1;
     rows_per_tile = elements > 0 && elements < size ? size / elements : 1;
@@ -67,7 +70,8 @@ struct Tiles {
 
   // How many threads the tiles are worth.
   int team(int threads) const {
-    const std::int64_t worth = rows * elements / grain;
+    std::int64_t worth = rows * elements * repeats / grain;
+    if (worth > count) worth = count;
     return static_cast<int>(threads < worth ? threads : (worth > 1 ? worth : 1));
   }
 

@@ -15,6 +15,10 @@
 
 #include "dispatch.h"
 
+#ifdef __FAST_MATH__
+#error "gencore's noise is defined operation by operation: build it without -ffast-math"
+#endif
+
 #define GENCORE_SIMD_IS_scalar 0
 #define GENCORE_SIMD_IS_avx2 1
 #define GENCORE_SIMD_IS_avx512 2

@@ -22,7 +22,7 @@ class Workspace {
   T* of_thread(int thread) const { return memory_ + thread * per_thread_; }
 
  private:
-  // A cache line and more between two threads' slices; also room for a whole vector past the end.
+  // A cache line and more between two threads' slices.
   static constexpr std::int64_t padding = 32;
   std::int64_t per_thread_;
   T* memory_;

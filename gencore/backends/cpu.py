@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore import _cpu
 from gencore.backends.layout import empty_draws, memory_format_of
+
+try:
+    from gencore import _cpu
+except ImportError as error:
+    raise ImportError(
+        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
+        "from another folder or install with `pip install -e .`)"
+    ) from error
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
@@ -28,6 +35,11 @@ if _wanted not in ("", _cpu.simd_level()):
 def build_info() -> dict[str, Any]:
     """How the module was built: version, compiler, SIMD levels compiled and supported, OpenMP version (0: none)."""
     return _cpu.build_info()
+
+
+def openmp_address() -> int:
+    """The address of ``omp_get_max_threads`` in the OpenMP runtime of the kernels; 0 if they were built without one."""
+    return _cpu.openmp_address()
 
 
 def simd_level() -> str:
@@ -62,7 +74,7 @@ def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
     if not out.is_contiguous():
         memory_format = memory_format_of(out)
         if memory_format is _CONTIGUOUS:
-            dense = torch.empty(out.shape, dtype=out.dtype)
+            dense = torch.empty(out.shape, dtype=out.dtype, device="cpu")
     batch, elements, channels = _sizes(dense, memory_format)
     kernel(
         dense.data_ptr(), _DTYPE[dense.dtype], batch, elements, channels,
@@ -70,6 +82,8 @@ def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
     )  # fmt: skip
     if dense is not out:
         out.copy_(dense)
+    # Autograd must know that what it may have saved was written over.
+    torch.autograd.graph.increment_version(out)
 
 
 def normal_(out: Tensor, key: Tensor) -> None:
@@ -100,7 +114,8 @@ def reparameterize(
 
 
 def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
-    kl = torch.empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    kl = torch.empty(mu.shape[0], dtype=dtype, device="cpu")
     return reparameterize(mu, logvar, key, num_samples, kl), kl
 
 

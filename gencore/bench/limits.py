@@ -49,7 +49,7 @@ def memory_floor(nbytes: int) -> float:
 def noise_floor(op: str, values: int) -> tuple[float, str]:
     """Seconds that ``values`` values of noise take at best, and the limit that says so.
 
-    The limits are one core's integer multiplications and its instruction issue, times the number of threads.
+    The limits are one core's integer multiplications and its instruction issue, times the threads that the kernels use.
     """
     level = cpu.simd_level()
     multiplications, instructions = _core(level)
@@ -57,4 +57,6 @@ def noise_floor(op: str, values: int) -> tuple[float, str]:
     if (op, level) in _INSTRUCTIONS:
         floors["instruction issue"] = values * _INSTRUCTIONS[op, level] / instructions
     limit = max(floors, key=lambda name: floors[name])
-    return floors[limit] / torch.get_num_threads(), limit
+    # As csrc/cpu/tiles.h gives out threads: one for every 16,384 values.
+    threads = max(1, min(torch.get_num_threads(), values // 16384))
+    return floors[limit] / threads, limit

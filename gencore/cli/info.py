@@ -25,27 +25,21 @@ def lines(told: dict[str, Any]) -> list[str]:
         ("gencore", f"{told['gencore']}  (Python {told['python']}, torch {told['torch']}, NumPy {told['numpy']})"),
         ("machine", f"{told['cpu']}, {told['threads']} threads, {told['system']}"),
     ]
-    if module["available"]:
-        levels = ", ".join(module["simd_compiled"])
-        supported = ", ".join(module["simd_supported"])
-        rows += [
-            ("CPU kernels", f"built with {module['compiler']} for {levels}"),
-            ("SIMD level", f"{module['simd_level']} (this CPU supports {supported})"),
-            ("OpenMP", _openmp(module, openmp)),
-        ]
-    else:
-        rows.append(("CPU kernels", module["reason"]))
+    rows += [
+        ("CPU kernels", f"built with {module['compiler']} for {', '.join(module['simd_compiled'])}"),
+        ("SIMD level", f"{module['simd_level']} (this CPU supports {', '.join(module['simd_supported'])})"),
+        ("OpenMP", _openmp(openmp)),
+    ]
     rows.append(("CUDA kernels", "built" if told["cuda_module"]["available"] else told["cuda_module"]["reason"]))
     rows.append(("Triton", told["triton"].get("version") or told["triton"]["reason"]))
     return [f"{name:<14}{value}" for name, value in rows]
 
 
-def _openmp(module: dict[str, Any], openmp: dict[str, Any]) -> str:
-    if not module["openmp"]:
+def _openmp(openmp: dict[str, Any]) -> str:
+    if openmp["runtime"] is None:
         return "the kernels were built without it and use one thread"
     if openmp["shared"] == "unknown":
         return "whether the kernels share torch's threads is unknown on this system"
-    runtimes = ", ".join(openmp["runtimes"])
     if openmp["shared"]:
-        return f"{runtimes}, shared with torch"
-    return f"several runtimes are loaded ({runtimes}): their threads may get in each other's way"
+        return f"{openmp['runtime']}, shared with torch"
+    return f"{openmp['runtime']}, which is not torch's: two pools of threads may get in each other's way"

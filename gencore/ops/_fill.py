@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor
 
 from gencore.noise import Key
 from gencore.ops._checks import check_device, check_elements, check_floating, check_tensor, resolve_key
-from gencore.ops._library import is_unobserved
+from gencore.ops._library import Op
 
 
 def fill(
-    op: Callable[[Tensor, Tensor], None],
-    kernel: Callable[[Tensor, Tensor], None],
+    op: Op,
     shape: Sequence[int],
     key: Key | None,
     dtype: torch.dtype | None,
@@ -37,6 +36,7 @@ def fill(
         if ranks[memory_format] not in (None, len(shape)):
             raise ValueError(f"memory_format {memory_format} needs {ranks[memory_format]} dimensions, got {len(shape)}")
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        check_device("torch's default device", out.device)
     else:
         check_tensor("out", out)
         if out.shape != torch.Size(shape):
@@ -50,8 +50,13 @@ def fill(
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
     packed = resolve_key(key, out.shape[0], out.device)
-    direct = is_unobserved() and type(out) is Tensor and out.is_cpu and packed.is_cpu and not out.is_neg()
-    (kernel if direct else op)(out, packed)
+    if not torch.compiler.is_compiling() and out.is_neg():
+        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
+        dense = torch.empty(shape, dtype=out.dtype, device=out.device)
+        op(dense, packed)
+        out.copy_(dense)
+    else:
+        op(out, packed)
     return out
 
 

@@ -1,8 +1,6 @@
-"""How an op enters PyTorch's dispatcher, written once.
+"""How an op enters PyTorch's dispatcher, and when a call may pass the dispatcher by, written once.
 
-Every op is a ``torch.library`` op with a schema, a fake and the CPU kernel. An op that has a gradient has a second
-overload, ``autograd``: the Python autograd layer costs several microseconds even when no gradient is wanted, so public
-functions call it only when an input needs one.
+Every op is a ``torch.library`` op with a schema, a fake, the CPU kernel and, where it has one, its gradient.
 """
 
 from __future__ import annotations
@@ -11,28 +9,109 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("gencore", "DEF")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
+try:
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _function_modes = torch._C._len_torch_function_stack
+    _transforms = torch._C._functorch.peek_interpreter_stack
+    _tracing_state = torch._C._get_tracing_state
+    _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
+    _forward_ad._current_level, _profiler._is_profiler_enabled  # noqa: B018
+    _CAN_TELL = True
+except AttributeError:  # Private names, which another PyTorch may not have: every call then takes the dispatcher.
+    _CAN_TELL = False
 
 
 def is_unobserved() -> bool:
     """Whether nothing stands between a call on plain CPU tensors and its kernel: then the kernel is called directly.
 
     The dispatcher costs two microseconds, as much as a small kernel. It is needed by whatever looks at ops or changes
-    what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, the profiler.
+    what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, forward-mode
+    differentiation, the profiler.
     """
-    return not (
+    return _CAN_TELL and not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transforms() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-        or torch._C._get_tracing_state() is not None
+        or _forward_ad._current_level >= 0
+        or _profiler._is_profiler_enabled
+        or _tracing_state() is not None
     )
+
+
+class Op:
+    """A ``torch.library`` op, and the ways to it. Calling it takes the cheapest one that is right for the arguments.
+
+    - No observer, no gradient wanted: the kernel itself.
+    - No observer, a gradient wanted: an ``autograd.Function`` around the kernel, a third of the library op's cost.
+    - A transform of ``torch.func`` or forward-mode differentiation, which tensors do not show: a Function they know.
+    - Everything else (the compiler, modes, subclasses, views with a negative bit): the library op.
+    """
+
+    def __init__(
+        self,
+        library: Callable[..., Any],
+        kernel: Callable[..., Any],
+        setup_context: Callable[..., None] | None,
+        backward: Callable[..., Any] | None,
+    ):
+        self.library = library
+        self.kernel = kernel
+        self._eager, self._transformed = None, None
+        if backward is None:
+            return
+
+        class Eager(torch.autograd.Function):
+            # With a setup_context of its own, apply() would look at the signature at every call: 15 microseconds.
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                outputs = kernel(*args)
+                if setup_context is not None:
+                    setup_context(ctx, args, outputs)
+                return outputs
+
+        class Transformed(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return library(*args)
+
+        Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+        Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+        Transformed.setup_context = staticmethod(setup_context or _nothing)  # type: ignore[method-assign]
+        self._eager, self._transformed = Eager, Transformed
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.library(*args)
+        if self._transformed is not None and is_transformed():
+            return self._transformed.apply(*args)
+        if not is_unobserved():
+            return self.library(*args)
+        wanted = False
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in _PLAIN or not arg.is_cpu or arg.is_neg() or arg.layout is not torch.strided:
+                    return self.library(*args)
+                wanted = wanted or arg.requires_grad
+        if wanted and self._eager is not None and torch.is_grad_enabled():
+            return self._eager.apply(*args)
+        return self.kernel(*args)
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """The ``setup_context`` of an op that keeps nothing for its gradient."""
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    return _CAN_TELL and (_transforms() is not None or _forward_ad._current_level >= 0)
 
 
 def define(
@@ -42,8 +121,8 @@ def define(
     cpu: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> tuple[Any, Any]:
-    """Registers an op; returns its plain overload and the one with a gradient (the same one if it has none).
+) -> Op:
+    """Registers an op.
 
     Args:
         signature: the schema, such as ``"normal_(Tensor(a!) out, Tensor key) -> ()"``.
@@ -51,18 +130,15 @@ def define(
         cpu: the kernel for CPU tensors.
         setup_context, backward: the autograd formula, as :func:`torch.library.register_autograd` takes it.
     """
-    name, arguments = signature.split("(", 1)
-    overloads = ("",) if backward is None else ("", ".autograd")
-    for overload in overloads:
-        # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
-        _library.define(f"{name}{overload}({arguments}", tags=(torch.Tag.needs_exact_strides,))
-        _library.impl(f"{name}{overload}", cpu, "CPU")
-        torch.library.register_fake(f"gencore::{name}{overload}", fake, lib=_library)
-    op = getattr(torch.ops.gencore, name)
-    if backward is None:
-        return op.default, op.default
-    torch.library.register_autograd(f"gencore::{name}.autograd", backward, setup_context=setup_context, lib=_library)
-    return op.default, op.autograd
+    name = signature.split("(", 1)[0]
+    # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
+    _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
+    _library.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"gencore::{name}", fake, lib=_library)
+    if backward is not None:
+        setup = setup_context or _nothing
+        torch.library.register_autograd(f"gencore::{name}", backward, setup_context=setup, lib=_library)
+    return Op(getattr(torch.ops.gencore, name).default, cpu, setup_context, backward)
 
 
 def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:

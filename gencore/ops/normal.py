@@ -12,7 +12,7 @@ from gencore.noise import Key
 from gencore.ops._fill import fill
 from gencore.ops._library import define
 
-_normal_, _ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.normal_)
+_normal_ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.normal_)
 
 
 def normal(
@@ -49,4 +49,4 @@ def normal(
 
     Source: Salmon et al. (2011) for the bits, Box and Muller (1958) for the transform.
     """
-    return fill(_normal_, cpu.normal_, shape, key, dtype, device, memory_format, out)
+    return fill(_normal_, shape, key, dtype, device, memory_format, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from gencore.backends import cpu
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
-from gencore.ops._checks import check_elements, check_same, check_tensor, is_plain, resolve_key
-from gencore.ops._library import define, is_unobserved, refuse_second_derivative
+from gencore.ops._checks import check_elements, check_same, check_tensor, is_plain_pair, resolve_key
+from gencore.ops._library import define, refuse_second_derivative
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -37,31 +37,26 @@ def _fake_backward(
     return torch.empty_like(grad_logvar) if with_grad_mu else logvar.new_empty(0), grad_logvar
 
 
-_plain_backward, _backward_with_grad = define(
+_reparameterize_backward = define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
     "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
     fake=_fake_backward,
     cpu=cpu.reparameterize_backward,
-    setup_context=lambda ctx, inputs, output: None,
     backward=refuse_second_derivative,
 )
 
 
-def _reparameterize_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    # Gradients are on in a backward pass only when a second derivative is asked for.
-    return (_backward_with_grad if torch.is_grad_enabled() else _plain_backward)(*args)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, logvar, key, ctx.num_samples = inputs
-    ctx.save_for_backward(logvar, key)
+    if ctx.needs_input_grad[1]:
+        ctx.save_for_backward(logvar, key)
 
 
 def _backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-    logvar, key = ctx.saved_tensors
     grad_mu, grad_logvar = None, None
     several = ctx.num_samples is not None
     if ctx.needs_input_grad[1]:
+        logvar, key = ctx.saved_tensors
         grad_mu, grad_logvar = _reparameterize_backward(grad_z, None, None, logvar, key, ctx.num_samples, several)
     elif several:
         grad_mu = grad_z.sum(0)
@@ -85,14 +80,14 @@ def _backward_kl(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tup
 
 _ARGUMENTS = "(Tensor mu, Tensor logvar, Tensor key, SymInt? num_samples=None)"
 
-_plain, _with_grad = define(
+_reparameterize = define(
     f"reparameterize{_ARGUMENTS} -> Tensor",
     fake=_fake,
     cpu=cpu.reparameterize,
     setup_context=_setup_context,
     backward=_backward,
 )
-_plain_kl, _with_grad_kl = define(
+_reparameterize_kl = define(
     f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
     fake=_fake_kl,
     cpu=cpu.reparameterize_kl,
@@ -101,12 +96,14 @@ _plain_kl, _with_grad_kl = define(
 )
 
 
-def _wants_grad(mu: Tensor, logvar: Tensor) -> bool:
-    return (mu.requires_grad or logvar.requires_grad) and torch.is_grad_enabled()
+def _checked(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> Tensor:
+    """The key's words, after every argument was looked at."""
+    if num_samples is not None or not is_plain_pair(mu, logvar):
+        _check(mu, logvar, num_samples)
+    return resolve_key(key, mu.shape[0], mu.device)
 
 
-def _check(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> tuple[Tensor, bool]:
-    """The key's words, and whether a gradient is wanted."""
+def _check(mu: Tensor, logvar: Tensor, num_samples: int | None) -> None:
     check_tensor("mu", mu)
     check_same("logvar", logvar, "mu", mu)
     draws = 1
@@ -117,7 +114,6 @@ def _check(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None)
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         draws = num_samples
     check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
-    return resolve_key(key, mu.shape[0], mu.device), _wants_grad(mu, logvar)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
@@ -149,10 +145,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
-    if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
-        return cpu.reparameterize(mu, logvar, cast(Key, key).packed)
-    packed, wanted = _check(mu, logvar, key, num_samples)
-    return (_with_grad if wanted else _plain)(mu, logvar, packed, num_samples)
+    return _reparameterize(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
 
 
 def reparameterize_kl(
@@ -167,14 +160,11 @@ def reparameterize_kl(
 
     Returns:
         (z, kl): z as :func:`reparameterize` returns it; kl (B,) in nats, float32 (float64 for float64 inputs), summed
-        in float32 and float64 in an order that depends on the shape and memory format alone.
+        in float32 and float64 in an order that depends on shapes and memory format alone.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
-    if num_samples is None and is_unobserved() and is_plain(mu, logvar, key) and not _wants_grad(mu, logvar):
-        return cpu.reparameterize_kl(mu, logvar, cast(Key, key).packed)
-    packed, wanted = _check(mu, logvar, key, num_samples)
-    return (_with_grad_kl if wanted else _plain_kl)(mu, logvar, packed, num_samples)
+    return _reparameterize_kl(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)

@@ -12,7 +12,7 @@ from gencore.noise import Key
 from gencore.ops._fill import fill
 from gencore.ops._library import define
 
-_uniform_, _ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.uniform_)
+_uniform_ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.uniform_)
 
 
 def uniform(
@@ -32,4 +32,4 @@ def uniform(
 
     Source: Salmon et al. (2011) for the bits.
     """
-    return fill(_uniform_, cpu.uniform_, shape, key, dtype, device, memory_format, out)
+    return fill(_uniform_, shape, key, dtype, device, memory_format, out)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from gencore import Key, _cpu
 from gencore.backends import cpu
 
 PRINT_LEVEL = "from gencore.backends import cpu; print(cpu.simd_level())"
@@ -46,3 +48,11 @@ def test_set_simd_level():
     cpu.set_simd_level("scalar")
     assert cpu.simd_level() == "scalar"
     cpu.set_simd_level(before)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_thread_is_refused(threads):
+    out, key = torch.zeros(1 << 16, dtype=torch.bfloat16), Key(0).packed
+    with pytest.raises(ValueError, match=r"gencore\._cpu\.normal: invalid argument"):
+        _cpu.normal(out.data_ptr(), 2, 1, out.numel(), 0, key.data_ptr(), 0, threads)
+    assert not out.any()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +74,60 @@ def test_out_in_channels_last():
     out = laid_out(torch.empty(2, 3, 8, 8), cases.Case((2, 3, 8, 8), "", layout="channels_last"))
     ops.normal((2, 3, 8, 8), Key(1), out=out)
     assert same_bits(out, reference((2, 3, 8, 8), Key(1)))
+
+
+def test_out_with_a_negative_bit():
+    out = torch.zeros(4, 6, dtype=torch.complex64).conj().imag
+    assert out.is_neg()
+    ops.normal((4, 6), Key(1), out=out)
+    assert same_bits(out.clone(), reference((4, 6), Key(1)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out: ops.normal((2, 3), Key(2), out=out),
+        lambda out: torch.ops.gencore.normal_(out, Key(2).packed),
+    ],
+)
+def test_autograd_knows_that_out_was_written_over(call):
+    out, weight = ops.normal((2, 3), Key(1)), torch.ones(2, 3, requires_grad=True)
+    loss = (weight * out).sum()
+    call(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_streams_and_ids_of_tensors_are_taken_modulo():
+    for key in (
+        Key(1).stream(torch.tensor(2**32 + 3)),
+        Key(1).stream(torch.tensor(-1)),
+        Key(1).samples(torch.tensor([-1, 5])),
+    ):
+        assert same_bits(ops.normal((2, 5), key), reference((2, 5), key))
+    assert same_bits(ops.normal((2, 5), Key(1).stream(torch.tensor(2**32 + 3))), ops.normal((2, 5), Key(1).stream(3)))
+
+
+def test_the_default_device_does_not_matter_to_keys():
+    program = (
+        "import torch; torch.set_default_device('meta'); import gencore\n"
+        "print(gencore.ops.normal((2, 2), gencore.Key(3), device='cpu').device, gencore.ops.normal((2, 2)).device)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cpu", "meta"]
+
+
+def test_threads_of_python():
+    want = reference((4, 5000), Key(3))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for drawn in pool.map(lambda _: ops.normal((4, 5000), Key(3)), range(32)):
+            assert same_bits(drawn, want)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        out = torch.empty(2, 3)
+        assert same_bits(ops.normal((2, 3), Key(1), out=out), reference((2, 3), Key(1)))
 
 
 def test_default_key_follows_manual_seed():
@@ -193,6 +251,7 @@ def test_more_than_two_to_the_31_elements():
         (lambda: ops.normal((2,), dtype=torch.float64, out=torch.empty(2)), ValueError, "dtype must be left out"),
         (lambda: ops.normal((2,), out=torch.empty(2, requires_grad=True)), ValueError, "out must not require"),
         (lambda: ops.normal((2,), device="cuda"), ValueError, "device must be on the CPU"),
+        (lambda: ops.normal((2, 2), out=torch.eye(2).to_sparse()), ValueError, "out must be a dense .* sparse_coo"),
     ],
 )  # fmt: skip
 def test_says_what_is_wrong(call, error, message):

@@ -20,6 +20,7 @@ struct Reparameterize {
   NoiseKey key;
 };
 
+// `threads` is at least 1; small tensors take fewer.
 Status reparameterize(const Reparameterize& args, int threads);
 
 // The gradients; eps is made again, never stored:

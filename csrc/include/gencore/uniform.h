@@ -7,6 +7,7 @@ namespace gencore::cpu {
 
 // Fills `out` (shape.draws x shape.samples x shape.elements values of `dtype`) with uniforms: multiples of 2^-24 in
 // [0, 1), rounded to `dtype`. A half type rounds the largest of them to 1.
+// `threads` is at least 1; small tensors take fewer.
 Status uniform(void* out, DType dtype, const NoiseShape& shape, const NoiseKey& key, int threads);
 
 }  // namespace gencore::cpu
