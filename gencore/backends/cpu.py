@@ -62,11 +62,9 @@ def vector_instructions_per_second() -> float:
     return _cpu.vector_instructions_per_second()
 
 
-def _sizes(tensor: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int]:
-    """Samples, elements per sample, and channels (0: elements lie in logical order)."""
-    batch = tensor.shape[0]
-    channels = 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
-    return batch, tensor.numel() // batch if batch else 0, channels
+def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
+    """The channels of a channels-last tensor; 0 says that elements lie in logical order."""
+    return 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
 
 
 def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
@@ -75,9 +73,9 @@ def _fill(kernel: Any, out: Tensor, key: Tensor) -> None:
         memory_format = memory_format_of(out)
         if memory_format is _CONTIGUOUS:
             dense = torch.empty(out.shape, dtype=out.dtype, device="cpu")
-    batch, elements, channels = _sizes(dense, memory_format)
+    batch, channels = dense.shape[0], _channels(dense, memory_format)
     kernel(
-        dense.data_ptr(), _DTYPE[dense.dtype], batch, elements, channels,
+        dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
         key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
     )  # fmt: skip
     if dense is not out:
@@ -97,17 +95,20 @@ def uniform_(out: Tensor, key: Tensor) -> None:
 def reparameterize(
     mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None, kl: Tensor | None = None
 ) -> Tensor:
-    memory_format = _CONTIGUOUS
-    if not (mu.is_contiguous() and logvar.is_contiguous() and key.is_contiguous()):
+    memory_format, channels = _CONTIGUOUS, 0
+    if not (mu.is_contiguous() and logvar.is_contiguous()):
         memory_format = memory_format_of(mu)
         # The names keep what `contiguous` returns alive until the kernel has run.
         mu = mu.contiguous(memory_format=memory_format)
-        logvar, key = logvar.contiguous(memory_format=memory_format), key.contiguous()
+        logvar = logvar.contiguous(memory_format=memory_format)
+        channels = _channels(mu, memory_format)
+    if not key.is_contiguous():
+        key = key.contiguous()
     z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
-    batch, elements, channels = _sizes(mu, memory_format)
+    batch = mu.shape[0]
     _cpu.reparameterize(
         mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if kl is None else kl.data_ptr(), _DTYPE[mu.dtype],
-        batch, 1 if num_samples is None else num_samples, elements, channels,
+        batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0, channels,
         key.data_ptr(), 0 if key.dim() == 1 else batch, torch.get_num_threads(),
     )  # fmt: skip
     return z
@@ -139,12 +140,12 @@ def reparameterize_backward(
         grad_kl = grad_kl.contiguous()
     grad_logvar = torch.empty_like(logvar)
     grad_mu = torch.empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
-    batch, elements, channels = _sizes(logvar, memory_format)
+    batch, channels = logvar.shape[0], _channels(logvar, memory_format)
     _cpu.reparameterize_backward(
         0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
         0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
         grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
-        elements, channels, key.data_ptr(), 0 if key.dim() == 1 else batch,
+        logvar.numel() // batch if batch else 0, channels, key.data_ptr(), 0 if key.dim() == 1 else batch,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_mu, grad_logvar

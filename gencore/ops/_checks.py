@@ -8,30 +8,41 @@ import torch
 from torch import Tensor
 
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
+from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING = frozenset(FLOATING)
+_STRIDED = torch.strided
 
 
-def is_plain_pair(a: Any, b: Any) -> bool:
-    """Whether these are CPU tensors of one floating dtype and shape, with fewer than 2^31 elements.
+def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
+    """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
 
-    That is the everyday call, which half a microsecond finds to be in order. Every other is looked at argument by
-    argument, to be served or to be told what is wrong.
+    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape with fewer
+    than 2^31 elements, which need no gradient; the key, if there is one, serves the whole batch. None for everything
+    else, which is then looked at argument by argument, to be served or to be told what is wrong.
     """
-    return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
+    if (
+        is_unobserved()
+        and type(a) in PLAIN_TYPES
+        and type(b) in PLAIN_TYPES
         and a.dtype is b.dtype
         and a.dtype in _FLOATING
-        and a.layout is b.layout is torch.strided
+        and a.layout is b.layout is _STRIDED
         and not (a.is_nested or b.is_nested)
         and a.shape == b.shape
         and a.is_cpu
         and b.is_cpu
         and a.dim() > 0
         and a.numel() < 1 << 31
-    )
+        and not (a.is_neg() or b.is_neg())
+        and not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled())
+    ):
+        if key is None:
+            return Key.from_generator().packed
+        if type(key) is Key and key.packed.is_cpu and key.packed.dim() == 1:
+            return key.packed
+    return None
 
 
 def check_floating(name: str, dtype: Any) -> None:
@@ -71,16 +82,19 @@ def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
-def resolve_key(key: Key | None, samples: int, device: torch.device) -> Tensor:
-    """The key's words for a batch of ``samples`` on ``device``; without a key, one from torch's generator."""
+def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
+    """The key's words for the samples of ``tensor``; without a key, one from torch's generator."""
     if key is None:
         return Key.from_generator().packed
     if not isinstance(key, Key):
         raise TypeError(f"key must be a gencore.Key or None, got {type(key).__name__}; gencore.Key(seed) makes one")
     packed = key.packed
-    if packed.dim() == 2 and packed.shape[0] != samples:
-        raise ValueError(f"key must name {samples} samples, one per row of the batch, but names {packed.shape[0]}")
-    if packed.device.type != "cpu" and packed.device != device:
+    if packed.dim() == 2 and packed.shape[0] != tensor.shape[0]:
+        raise ValueError(
+            f"key must name {tensor.shape[0]} samples, one per row of the batch, but names {packed.shape[0]}"
+        )
+    device = tensor.device
+    if not packed.is_cpu and packed.device != device:
         places = "on the CPU" if device.type == "cpu" else f"on the CPU or on {device}"
         raise ValueError(f"key must be {places}, got {packed.device}; key.to(device) moves it")
     return packed

@@ -49,7 +49,7 @@ def fill(
             raise ValueError(f"device must be left out or be that of out, {out.device}, got {device}")
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
-    packed = resolve_key(key, out.shape[0], out.device)
+    packed = resolve_key(key, out)
     if not torch.compiler.is_compiling() and out.is_neg():
         # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
         dense = torch.empty(shape, dtype=out.dtype, device=out.device)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("gencore", "DEF")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
+_is_compiling = torch.compiler.is_compiling
 try:
     _dispatch_modes = torch._C._len_torch_dispatch_stack
     _function_modes = torch._C._len_torch_function_stack
@@ -34,7 +35,7 @@ def is_unobserved() -> bool:
     differentiation, the profiler.
     """
     return _CAN_TELL and not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transforms() is not None
@@ -88,18 +89,18 @@ class Op:
         self._eager, self._transformed = Eager, Transformed
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.library(*args)
-        if self._transformed is not None and is_transformed():
-            return self._transformed.apply(*args)
         if not is_unobserved():
+            if self._transformed is not None and not _is_compiling() and is_transformed():
+                return self._transformed.apply(*args)
             return self.library(*args)
         wanted = False
         for arg in args:
-            if isinstance(arg, Tensor):
-                if type(arg) not in _PLAIN or not arg.is_cpu or arg.is_neg() or arg.layout is not torch.strided:
+            if type(arg) in PLAIN_TYPES:
+                if not arg.is_cpu or arg.is_neg():
                     return self.library(*args)
                 wanted = wanted or arg.requires_grad
+            elif isinstance(arg, Tensor):
+                return self.library(*args)
         if wanted and self._eager is not None and torch.is_grad_enabled():
             return self._eager.apply(*args)
         return self.kernel(*args)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gencore.backends import cpu
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
-from gencore.ops._checks import check_elements, check_same, check_tensor, is_plain_pair, resolve_key
+from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
 from gencore.ops._library import define, refuse_second_derivative
 
 
@@ -98,12 +98,6 @@ _reparameterize_kl = define(
 
 def _checked(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> Tensor:
     """The key's words, after every argument was looked at."""
-    if num_samples is not None or not is_plain_pair(mu, logvar):
-        _check(mu, logvar, num_samples)
-    return resolve_key(key, mu.shape[0], mu.device)
-
-
-def _check(mu: Tensor, logvar: Tensor, num_samples: int | None) -> None:
     check_tensor("mu", mu)
     check_same("logvar", logvar, "mu", mu)
     draws = 1
@@ -114,6 +108,7 @@ def _check(mu: Tensor, logvar: Tensor, num_samples: int | None) -> None:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         draws = num_samples
     check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
+    return resolve_key(key, mu)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
@@ -145,6 +140,8 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
+    if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
+        return cpu.reparameterize(mu, logvar, packed)
     return _reparameterize(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
 
 
@@ -167,4 +164,6 @@ def reparameterize_kl(
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
+    if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
+        return cpu.reparameterize_kl(mu, logvar, packed)
     return _reparameterize_kl(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
