@@ -6,6 +6,9 @@ Layouts, with any one folder around all of it::
     train/cat/1.png ... test/cat/7.png ...     classes and splits as the folders say
     1.png 2.png                                no classes (also below train/ and test/, or all in one folder)
 
+Where there is no ``test`` beside ``train``, ``val``, ``valid`` or ``validation`` is the test split; beside ``test``
+they are left out. Any other folder beside ``train`` is refused: it might be a class or a split.
+
 Every image must have the same size. If all are gray the data set has one channel, else three. An archive is read in
 place, never extracted. The split of a layout without train and test goes by a hash of the file names, so it does not
 depend on the order of the file system, nor on where the folder lies.
@@ -37,6 +40,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".
 _MAX_FILE_BYTES = 256 << 20
 _MAX_RATIO = 1000
 _MAX_PIXELS = 1 << 26
+
+# What may stand beside the folder "train"; the first that is there is the test split.
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 _GRAY_MODES = ("1", "L", "LA")
 _COLOR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "RGBX", "La", "RGBa")
@@ -78,7 +84,11 @@ def load_images(path: Path | None, split: Split, *, labelled: bool = True) -> Im
         raise DataError(f"data set images: {path} does not exist")
     if not zipfile.is_zipfile(path):
         raise DataError(f"data set images: {path} is neither a folder nor a zip archive")
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"data set images: {path} is a damaged zip archive: {error}") from error
+    with archive:
         return _load(_archive(path, archive), split, labelled)
 
 
@@ -165,14 +175,14 @@ def _without_wrapper(source: _Source) -> dict[PurePosixPath, tuple[str, ...]]:
 
 
 def _splits(source: _Source, parts: dict[PurePosixPath, tuple[str, ...]]) -> dict[Split, list[_Item]]:
-    tops = {part[0] if len(part) > 1 else "" for part in parts.values()}
-    if tops == {"train", "test"}:
+    test_folder = _test_folder(source, {part[0] if len(part) > 1 else "" for part in parts.values()})
+    if test_folder is not None:
         found: dict[Split, list[_Item]] = {}
-        halves: tuple[Split, Split] = ("train", "test")
-        for half in halves:
-            inside = {name: part[1:] for name, part in parts.items() if part[0] == half}
+        halves: dict[Split, str] = {"train": "train", "test": test_folder}
+        for half, folder in halves.items():
+            inside = {name: part[1:] for name, part in parts.items() if part[0] == folder}
             found[half] = _classed(source, inside)
-        flat = [half for half in halves if found[half][0].class_name is None]
+        flat = [folder for half, folder in halves.items() if found[half][0].class_name is None]
         if len(flat) == 1:
             raise DataError(f"data set images: {source.where} has class folders in one split, but not in {flat[0]}")
         return found
@@ -186,6 +196,19 @@ def _splits(source: _Source, parts: dict[PurePosixPath, tuple[str, ...]]) -> dic
         test += sorted(hashed[:count])
         train += sorted(hashed[count:])
     return {"train": train, "test": test}
+
+
+def _test_folder(source: _Source, tops: set[str]) -> str | None:
+    """The folder of the test images, given those at the top; None if these are classes ("" is an image's own place)."""
+    if "train" not in tops or "" in tops:
+        return None
+    others = sorted(tops - {"train", *_TEST_FOLDERS})
+    if others:
+        raise DataError(
+            f"data set images: {source.where} has folders beside train that may be classes or splits: "
+            f"{', '.join(others)}; beside train there may be {', '.join(_TEST_FOLDERS)}"
+        )
+    return next((folder for folder in _TEST_FOLDERS if folder in tops), None)
 
 
 def _classed(source: _Source, parts: dict[PurePosixPath, tuple[str, ...]]) -> list[_Item]:

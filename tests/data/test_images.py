@@ -93,6 +93,24 @@ def test_flat_splits(make):
     assert load_images(path, "test").labels is None
 
 
+@pytest.mark.parametrize("wrapper", ["", "imagenet/"])
+@pytest.mark.parametrize("folder", ["val", "valid", "validation"])
+def test_validation_images_are_the_test_split_where_there_is_no_other(make, wrapper, folder):
+    files = {f"{wrapper}{split}/{name}/1.png": png() for split in ("train", folder) for name in ("cat", "ape")}
+    data = load_images(make(files), "test")
+    assert data.class_names == ("ape", "cat")
+    expected = [files[f"{wrapper}{folder}/{name}/1.png"] for name in ("ape", "cat")]
+    assert torch.equal(data.images, torch.stack([decoded(content) for content in expected]))
+
+
+def test_validation_images_beside_a_test_split_are_left_out(make):
+    files = {f"{split}/{name}/1.png": png() for split in ("train", "val", "test") for name in ("cat", "ape")}
+    path = make(files)
+    assert len(load_images(path, "train")) == 2
+    expected = [files[f"test/{name}/1.png"] for name in ("ape", "cat")]
+    assert torch.equal(load_images(path, "test").images, torch.stack([decoded(content) for content in expected]))
+
+
 def test_labels_can_be_left_out(make):
     path = make({f"{name}/{i}.png": png() for name in "ab" for i in range(3)})
     assert plugin.load(path, "train").num_classes == 2
@@ -144,6 +162,11 @@ BROKEN[len(BROKEN) // 2] ^= 0xFF
         ({"notes.txt": b"x"}, "holds no images"),
         ({"1.png": png(), "a/1.png": png()}, "1.png lies beside the class folders"),
         ({"train/a/1.png": png(), "train/b/1.png": png(), "test/1.png": png()}, "one split, but not in test"),
+        ({"train/a/1.png": png(), "train/b/1.png": png(), "val/1.png": png()}, "one split, but not in val"),
+        (
+            {"train/a/1.png": png(), "test/a/1.png": png(), "extra/a/1.png": png(), "cat/1.png": png()},
+            "folders beside train that may be classes or splits: cat, extra; beside train there may be test, val",
+        ),
     ],
 )
 def test_faults_name_the_file(make, files, message):
@@ -173,6 +196,16 @@ def test_archive_that_unpacks_too_large(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         archive.writestr("a/1.png", bytes(300 << 20))
     with pytest.raises(DataError, match=r"a/1.png claims to unpack \d+ bytes to 314572800"):
+        load_images(path, "train")
+
+
+def test_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "bad.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/1.png", png())
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"PK\x01\x02", b"PK\x00\x00"))
+    with pytest.raises(DataError, match=r"bad.zip is a damaged zip archive: "):
         load_images(path, "train")
 
 
