@@ -17,13 +17,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
+from gencore.config import ConfigError
+
 if TYPE_CHECKING:
     from gencore.data.base import DatasetPlugin
-    from gencore.models.base import ModelPlugin
+    from gencore.models.base import GenerativeModel, ModelConfig, ModelPlugin
 
 Kind = Literal["model", "dataset"]
 
@@ -77,6 +80,32 @@ def load_dataset(name: str) -> DatasetPlugin:
     return typing.cast("DatasetPlugin", _load("dataset", name))
 
 
+def build_model(plugin: ModelPlugin, config: ModelConfig) -> GenerativeModel:
+    """The model that the plugin builds, looked at before anything relies on it: its ``config`` and its phases.
+
+    Raises:
+        ConfigError: the plugin's own, for a configuration that it refuses.
+        PluginError: building it raises anything else, or gives what is no model that can be trained.
+    """
+    try:
+        model = plugin.build(config)
+        fault = _built_fault(plugin, model)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise broken("model", plugin.name, reason(error)) from error
+    if fault:
+        raise broken("model", plugin.name, fault) from TypeError(fault)
+    return model
+
+
+def broken(kind: Kind, name: str, what: str) -> PluginError:
+    """The error for a plugin that is found, imported and then does wrong; raise it from the cause."""
+    found = [str(entry) for entry, _ in _entry_points(kind) if entry.name == name]
+    plugin = found[0] if len(found) == 1 else f"{_WORDS[kind]} plugin {name!r}"
+    return PluginError(f"{plugin} is broken: {what}")
+
+
 def status(entry: Entry) -> str:
     """``"ok"``, ``"clash: ..."`` or ``"broken: ..."`` and the cause, for listings. Imports the plugin; never raises."""
     others = [other for other, _ in _entry_points(entry.kind) if other.name == entry.name and other != entry]
@@ -87,7 +116,7 @@ def status(entry: Entry) -> str:
             try:
                 _import(entry, entry_point)
             except PluginError as error:
-                return f"broken: {_reason(error.__cause__ or error)}"
+                return f"broken: {reason(error.__cause__ or error)}"
             return "ok"
     return "broken: no longer installed"
 
@@ -121,7 +150,7 @@ def _import(entry: Entry, entry_point: metadata.EntryPoint) -> Any:
     try:
         plugin = entry_point.load()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{entry} is broken: {_reason(error)}") from error
+        raise PluginError(f"{entry} is broken: {reason(error)}") from error
     fault = _model_fault(entry, plugin) if entry.kind == "model" else _dataset_fault(entry, plugin)
     if fault:
         raise PluginError(f"{entry} is broken: {fault}") from TypeError(fault)
@@ -162,11 +191,30 @@ def _dataset_fault(entry: Entry, plugin: Any) -> str | None:
     return None
 
 
+def _built_fault(plugin: ModelPlugin, model: Any) -> str | None:
+    from gencore.models.base import GenerativeModel, Phase
+
+    if not isinstance(model, GenerativeModel):
+        return f"build must return a gencore.models.GenerativeModel, but what it returns is {_kind_of(model)}"
+    config = getattr(model, "config", None)
+    if not isinstance(config, plugin.config):
+        return f"its model must keep its {plugin.config.__name__} as config, but config is {_kind_of(config)}"
+    try:
+        phases = model.phases()
+    except NotImplementedError:
+        return f"its model {type(model).__name__} does not implement phases()"
+    if not (isinstance(phases, Sequence) and all(isinstance(phase, Phase) for phase in phases)):
+        return "phases() of its model must return a sequence of gencore.models.Phase"
+    if not phases:
+        return "its model lists no training phases"
+    return None
+
+
 def _kind_of(value: Any) -> str:
     return f"the class {value.__qualname__}" if isinstance(value, type) else f"of type {type(value).__qualname__}"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line: the error's type and message."""
     message = " ".join(str(error).split())
     kind = type(error).__name__

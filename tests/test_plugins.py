@@ -4,7 +4,8 @@ import textwrap
 
 import pytest
 
-from gencore import plugins
+from gencore import data, plugins
+from gencore.config import ConfigError
 from gencore.plugins import Entry, PluginError
 
 GOOD = """
@@ -142,6 +143,78 @@ def test_settings_without_default_are_refused(install):
         plugins.load_model("bad")
 
 
+BUILT = """
+import torch
+from gencore.config import ConfigError
+from gencore.models import GenerativeModel, Phase
+class Model(GenerativeModel):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+    def phases(self):
+        return [Phase("fit", [self.weight], print)]
+class NoConfig(Model):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.config
+class NoPhases(Model):
+    def phases(self):
+        return []
+class NotImplementedPhases(Model):
+    phases = GenerativeModel.phases
+class WrongPhases(Model):
+    def phases(self):
+        return [self.weight]
+class FailingPhases(Model):
+    def phases(self):
+        return self.weights
+def refuse(config):
+    raise ConfigError("Settings", ["size: must be even, was 3"])
+def leave(config):
+    raise SystemExit(3)
+"""
+
+
+def build_with(install, build):
+    source = f"{GOOD}{BUILT}plugin = ModelPlugin('bad', 'vae', Settings, {build})"
+    install("zoo", "[gencore.models]\nbad = zoo_bad:plugin", zoo_bad=source)
+    plugin = plugins.load_model("bad")
+    return plugins.build_model(plugin, plugin.config())
+
+
+def test_builds_a_model(install):
+    assert build_with(install, "Model").config.size == 3
+
+
+@pytest.mark.parametrize(
+    ("build", "cause"),
+    [
+        ("lambda config: 1 / 0", "ZeroDivisionError: division by zero"),
+        ("lambda: None", "TypeError: .*takes 0 positional arguments"),
+        ("leave", "SystemExit: 3"),
+        ("lambda config: None", "build must return a gencore.models.GenerativeModel, .* is of type NoneType"),
+        ("NoConfig", "its model must keep its Settings as config, but config is of type NoneType"),
+        ("NoPhases", "its model lists no training phases"),
+        ("NotImplementedPhases", r"its model NotImplementedPhases does not implement phases\(\)"),
+        ("WrongPhases", r"phases\(\) of its model must return a sequence of gencore.models.Phase"),
+        ("FailingPhases", "AttributeError: .*no attribute 'weights'"),
+    ],
+)
+def test_broken_build_is_named_with_package_and_cause(install, build, cause):
+    with pytest.raises(
+        PluginError, match=rf"model plugin 'bad' \(zoo_bad:plugin\) of package zoo 1\.0 is broken: {cause}"
+    ) as info:
+        build_with(install, build)
+    assert info.value.__cause__ is not None
+    assert "\n" not in str(info.value)
+
+
+def test_a_configuration_that_build_refuses_is_no_broken_plugin(install):
+    with pytest.raises(ConfigError, match="size: must be even, was 3"):
+        build_with(install, "refuse")
+
+
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
@@ -154,6 +227,23 @@ def test_broken_dataset(install, source, cause):
     install("zoo", "[gencore.datasets]\nbad = zoo_bad:plugin", zoo_bad=source)
     with pytest.raises(PluginError, match=rf"data set plugin 'bad' .* of package zoo 1\.0 is broken: {cause}"):
         plugins.load_dataset("bad")
+
+
+def test_broken_load_is_named_with_package_and_cause(install):
+    install(
+        "zoo",
+        "[gencore.datasets]\nrings = zoo_good:data\nbad = zoo_bad:data",
+        zoo_good=GOOD,
+        zoo_bad=f"""{GOOD}
+data = DatasetPlugin("bad", lambda path, split: 1 / 0)
+""",
+    )
+    named = r"data set plugin '{}' \({}:data\) of package zoo 1\.0 is broken: {}"
+    with pytest.raises(PluginError, match=named.format("bad", "zoo_bad", "ZeroDivisionError")) as info:
+        data.load("bad", "train")
+    assert isinstance(info.value.__cause__, ZeroDivisionError)
+    with pytest.raises(PluginError, match=named.format("rings", "zoo_good", "load must return an ImageDataset")):
+        data.load("rings", "train")
 
 
 def test_status_of_an_entry_that_is_gone():

@@ -131,13 +131,15 @@ def load(spec: str, split: Split) -> ImageDataset:
         raise DataError(f"data set {name} needs a path: {name}:PATH")
     try:
         dataset = plugin.load(Path(path).expanduser() if path else None, split)
+    except DataError:
+        raise
     except OSError as error:
         where = error.filename or path or name
         raise DataError(f"data set {name}: cannot read {where}: {error.strerror or error}") from error
+    except (Exception, SystemExit) as error:
+        raise plugins.broken("dataset", name, plugins.reason(error)) from error
     if not isinstance(dataset, ImageDataset):
-        raise plugins.PluginError(
-            f"data set plugin {name!r} is broken: load must return an ImageDataset, got {type(dataset).__name__}"
-        )
+        raise plugins.broken("dataset", name, f"load must return an ImageDataset, got {type(dataset).__name__}")
     return dataset
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from gencore.config import ConfigError
 from gencore.files import sync_directory, write_atomically, write_synced
 from gencore.models.base import GenerativeModel
+from gencore.plugins import build_model
 from gencore.plugins import load_model as load_plugin
 
 FORMAT = 1
@@ -219,7 +220,7 @@ def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: st
         faults = "; ".join(error.faults)
         raise CheckpointError(f"{checkpoint.directory} is of another version of {plugin.name}: {faults}") from error
     with torch.random.fork_rng(devices=[]):
-        model = plugin.build(config)
+        model = build_model(plugin, config)
     weights = checkpoint.tensors("ema" if (checkpoint.has_ema if ema is None else ema) else "model")
     fill_model(model, weights, checkpoint.directory)
     return model.to(device).eval()

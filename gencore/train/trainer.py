@@ -24,6 +24,7 @@ from gencore import ops
 from gencore.files import locked
 from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
 from gencore.noise import Key
+from gencore.plugins import build_model
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
 from gencore.train.config import RESUMABLE, TrainConfig
@@ -105,7 +106,7 @@ class Trainer:
             raise TrainingError("training in several processes is not supported yet; start a single one")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model: GenerativeModel = plugin.build(model_config)
+            self.model: GenerativeModel = build_model(plugin, model_config)
         self.model.to(self.device).train()
         phases = _checked_phases(plugin.name, self.model)
         self.optimizers = [_PhaseOptimizer(i, phase, self.model, self.device) for i, phase in enumerate(phases)]

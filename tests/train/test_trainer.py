@@ -265,6 +265,7 @@ def test_a_model_that_breaks_the_contract_is_named(trainer, tmp_path, fault, mes
     class Broken(GenerativeModel):
         def __init__(self, config):
             super().__init__()
+            self.config = config
             self.weight = nn.Parameter(torch.zeros(2))
 
         def phases(self):
