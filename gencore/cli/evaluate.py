@@ -17,6 +17,9 @@ from gencore.files import write_atomically
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
 from gencore.noise import Key
 
+# Folded into the key, one number per purpose, so that no two figures share noise.
+_BOUND, _BOUND_K, _CLASSES = 1, 2, 3
+
 
 def command(
     directory: RunFolder,
@@ -63,10 +66,10 @@ def measure(
     """Everything that can be measured of a model, as JSON can hold it: ``bound``, ``bound_k`` and ``classes``."""
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
-        for name, draws in (("bound", 1), ("bound_k", num_samples)):
+        for name, purpose, draws in (("bound", _BOUND, 1), ("bound_k", _BOUND_K, num_samples)):
             try:
                 bound = metrics.likelihood_bound(
-                    model, test, key, num_samples=draws, batch_size=batch_size, limit=limit
+                    model, test, key.fold_in(purpose), num_samples=draws, batch_size=batch_size, limit=limit
                 )
             except ValueError as error:
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
@@ -75,7 +78,7 @@ def measure(
             if not math.isfinite(bound.standard_error):
                 found[name]["standard_error"] = None
     if classifier is not None:
-        report = metrics.classify_samples(model, classifier, key, n=n, batch_size=batch_size)
+        report = metrics.classify_samples(model, classifier, key.fold_in(_CLASSES), n=n, batch_size=batch_size)
         found["classes"] = {**asdict(report), "effective_classes": report.effective_classes}
     return found
 

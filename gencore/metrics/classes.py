@@ -19,6 +19,8 @@ from gencore.noise import Key
 _HIDDEN, _BATCH = 256, 128
 # A class counts as present with a fifth of the share it would have if all were equally frequent: 2% of ten classes.
 _PRESENT = 0.2
+# Folded into the seed, so that the classifier's minibatches share no noise with what is measured of the same seed.
+_CLASSIFIER = int.from_bytes(b"classify", "big")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def train_classifier(train: ImageDataset, test: ImageDataset, *, seed: int = 0, 
         network = _mlp(math.prod(train.image_shape), train.num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    key = Key(seed)
+    key = Key(seed).fold_in(_CLASSIFIER)
     with torch.enable_grad():
         for step in range(steps):
             # The rounded product is below len(train): uniform() is at most 1 - 2^-24, and the sum is in float64.

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+
+from gencore import Key, data, metrics, ops
+from gencore.cli.evaluate import measure
+from gencore.models.vae import VAE, VAEConfig
 
 
 def test_bounds_and_classes_are_measured(gencore, trained, tmp_path):
@@ -46,3 +51,27 @@ def test_images_of_another_shape_are_an_error(gencore, trained):
     result = gencore("evaluate", trained / "toy", "--data", "digits")
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert "the model makes images of 1x4x4, data set digits has images of 1x8x8" in result.err
+
+
+def test_no_two_purposes_share_noise(monkeypatch):
+    keys = []
+
+    def record(name, position):
+        function = getattr(ops, name)
+
+        def recorded(*arguments, **options):
+            keys.append(tuple(arguments[position].packed.tolist()))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(ops, name, recorded)
+
+    for name, position in (("uniform", 1), ("normal", 1), ("reparameterize", 2), ("reparameterize_kl", 2)):
+        record(name, position)
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(hidden_sizes=(4,), latent_size=2))
+    classifier = metrics.train_classifier(train, test, seed=3, steps=5)
+    measure(model, test, classifier, Key(3), num_samples=25, n=5, batch_size=len(test))
+    # The classifier's minibatches; binarized images and codes of either bound, 25 draws in chunks of 10; the samples.
+    assert len(keys) == 5 + 2 + 4 + 1
+    assert len(set(keys)) == len(keys)

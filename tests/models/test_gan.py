@@ -6,6 +6,7 @@ import torch
 from gencore import Key, ops
 from gencore.models import Autoencodes, Batch, HasLatents, HasLikelihoodBound
 from gencore.models.gan import GAN, GANConfig, plugin
+from gencore.models.gan import model as gan_model
 from gencore.models.gan.networks import dropped
 
 
@@ -159,6 +160,11 @@ def test_real_and_fake_drop_different_units():
     model.discriminator.forward = lambda images, key=None: keys.append(key.packed.tolist()) or forward(images, key)
     model.phases()[0].loss(Batch(IMAGES, None), Key(0))
     assert keys[0] != keys[1]
+
+
+def test_every_purpose_has_a_stream_of_its_own():
+    numbers = [value for name, value in vars(gan_model).items() if name.startswith("STREAM_")]
+    assert len(set(numbers)) == len(numbers) == 3
 
 
 def test_evaluating_the_discriminator_drops_nothing():
