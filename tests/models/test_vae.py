@@ -9,6 +9,7 @@ from gencore.config import ConfigError
 from gencore.data.digits import load_digits
 from gencore.models import Autoencodes, Batch, HasLatents, HasLikelihoodBound
 from gencore.models.vae import VAE, VAEConfig, plugin
+from gencore.models.vae import model as vae_model
 from gencore.models.vae.model import STREAM_OBSERVE
 
 CONFIGS = {
@@ -62,6 +63,11 @@ def test_samples_do_not_depend_on_the_batch(model):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.sample(7, Key(3)), together)
     assert not torch.allclose(model.sample(7, Key(4)), together)
+
+
+def test_every_purpose_has_a_stream_of_its_own():
+    numbers = [value for name, value in vars(vae_model).items() if name.startswith("STREAM_")]
+    assert len(set(numbers)) == len(numbers) == 3
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 23])
@@ -218,6 +224,31 @@ def test_stochastic_binarization_draws_gray_values_as_probabilities():
     assert mean[3] == 1
     torch.testing.assert_close(mean[1:3], torch.tensor([0.25, 0.5]), rtol=0, atol=0.015)
     assert torch.equal(binary, model.likelihood.observe(gray, Key(0)))
+
+
+def test_dequantised_pixels_stay_within_their_level(monkeypatch):
+    model = build(CONFIGS["shared"])
+    levels = torch.arange(256).reshape(1, 1, 16, 16)
+    # 2^-24 below 1 is the largest value of uniform(); beside 255, float32 cannot tell it from 1.
+    for noise in (0.0, 0.5, 1 - 2**-24):
+        monkeypatch.setattr(ops, "uniform", lambda shape, key, noise=noise, **options: torch.full(shape, noise))
+        observed = model.likelihood.observe(levels / 255, Key(0))
+        assert torch.equal((observed.double() * 256).floor().long(), levels)
+
+
+@pytest.mark.parametrize("name", ["mlp", "samples", "shared"])
+def test_encode_sees_the_mean_of_what_training_sees(name):
+    model = build(CONFIGS[name])
+    images = (images_for(model.config, 2) * 255).round() / 255
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda module, arguments: seen.append((arguments[0] + 1) / 2))
+    model.encode(images)
+    drawn = torch.stack([model.likelihood.observe(images, Key(i)) for i in range(2000)]).double()
+    # Bernoulli draws have a standard deviation of 1/2 at most, the mean of 2000 of 0.011; 128 pixels beyond 5 of these:
+    # with probability below 1e-4.
+    torch.testing.assert_close(seen[0].double(), drawn.mean(0), rtol=0, atol=0.056)
+    if name == "samples":
+        assert torch.equal(seen[0], drawn[0].float())
 
 
 def test_gray_images_have_no_bernoulli_bound():

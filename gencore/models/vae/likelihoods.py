@@ -1,7 +1,8 @@
 """p(x|z) of the variational autoencoder, in nats that mean what they say.
 
 A likelihood turns images into the data x that it is a distribution of (:meth:`observe`), and decoder outputs into
-log p(x|z). What the bound then bounds:
+log p(x|z). Where nothing is to be drawn, :meth:`expect` gives the mean of what :meth:`observe` draws. What the bound
+then bounds:
 
 - **Bernoulli** (Kingma and Welling 2014, appendix C.1): the probability of *binary* images. Gray images are binarized
   first: stochastically, each pixel 1 with its gray value as probability (Salakhutdinov and Murray 2008; new draws at
@@ -25,6 +26,7 @@ from gencore.noise import Key
 
 _LOG_2_PI = math.log(2 * math.pi)
 _LEVELS = 256
+_NOISE_STEPS = 1 << 16
 # The variance of the uniform noise that makes 8-bit values continuous: no decoder gains from a smaller one.
 _LEAST_LOGVAR = -math.log(12 * _LEVELS**2)
 
@@ -42,9 +44,11 @@ class Bernoulli(nn.Module):
         """The binary images (B, C, H, W); with ``binarize="none"`` the gray ones, whose cross-entropy is no bound."""
         if self.binarize == "stochastic":
             return (ops.uniform(images.shape, key, device=images.device) < images).to(images.dtype)
-        if self.binarize == "threshold":
-            return (images >= 0.5).to(images.dtype)
-        return images
+        return self.expect(images)
+
+    def expect(self, images: Tensor) -> Tensor:
+        """The mean of ``observe`` over keys: gray images, but binary ones with ``binarize="threshold"``."""
+        return (images >= 0.5).to(images.dtype) if self.binarize == "threshold" else images
 
     def check_observed(self, observed: Tensor) -> None:
         """Raises ValueError for gray images: their cross-entropy is no log probability of anything."""
@@ -86,7 +90,13 @@ class Gaussian(nn.Module):
     def observe(self, images: Tensor, key: Key) -> Tensor:
         """Continuous pixel values in [0, 1): level / 256 plus uniform noise of [0, 1/256)."""
         noise = ops.uniform(images.shape, key, device=images.device)
+        # As many bits as float32 holds beside level 255: no sum is rounded up to the next level, nor to 1.
+        noise = torch.floor(noise * _NOISE_STEPS) / _NOISE_STEPS
         return (torch.round(images.float() * (_LEVELS - 1)) + noise) / _LEVELS
+
+    def expect(self, images: Tensor) -> Tensor:
+        """The mean of ``observe`` over keys: the middle of each level's interval."""
+        return (images.float() * (_LEVELS - 1) + 0.5) / _LEVELS
 
     def check_observed(self, observed: Tensor) -> None:
         """Nothing to refuse."""

@@ -64,14 +64,14 @@ class VAE(GenerativeModel):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), (B, latent_size) float32 each, for images (B, C, H, W) in [0, 1].
 
-        A Bernoulli model that learned from binarized images takes gray ones too: as the pixels' probabilities.
+        The encoder sees the mean of what it sees in training: a Bernoulli model that learned from drawn binary images
+        sees gray ones, as the pixels' probabilities; with ``binarize="threshold"`` they are cut here too.
 
         Raises:
             ValueError: images of another shape than the configuration's.
         """
         self._check_images(images)
-        mu, logvar = self.encoder(2 * images - 1).float().chunk(2, dim=1)
-        return mu, logvar
+        return self._posterior(self.likelihood.expect(images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """The expected images E[x|z], (B, C, H, W) float32 in [0, 1], for latents (B, latent_size).
@@ -99,6 +99,11 @@ class VAE(GenerativeModel):
         """One phase: the negative bound, averaged over the minibatch (equation 10)."""
         return [Phase("elbo", list(self.parameters()), self._loss, self.config.optimizer)]
 
+    def _posterior(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), for what the likelihood observed."""
+        mu, logvar = self.encoder(2 * observed - 1).float().chunk(2, dim=1)
+        return mu, logvar
+
     def _loss(self, batch: Batch, key: Key) -> Loss:
         observed = self.likelihood.observe(batch.images, key.stream(STREAM_OBSERVE))
         log_likelihood, kl = self._terms(observed, key, self.config.num_samples)
@@ -108,7 +113,7 @@ class VAE(GenerativeModel):
 
     def _terms(self, observed: Tensor, key: Key, num_samples: int) -> tuple[Tensor, Tensor]:
         """The two terms of the bound (equation 7), (B,) each: the mean of log p(x|z) over the draws, and the KL."""
-        mu, logvar = self.encode(observed)
+        mu, logvar = self._posterior(observed)
         latents, kl = ops.reparameterize_kl(mu, logvar, key.stream(STREAM_POSTERIOR), num_samples=num_samples)
         return self._log_likelihood(observed, latents).mean(0), kl
 
@@ -146,7 +151,7 @@ class VAE(GenerativeModel):
         if num_samples == 1:
             log_likelihood, kl = self._terms(observed, key, 1)
             return log_likelihood - kl
-        mu, logvar = self.encode(observed)
+        mu, logvar = self._posterior(observed)
         total = torch.full(images.shape[:1], -math.inf, device=images.device)
         for chunk, first in enumerate(range(0, num_samples, _DRAWS_PER_CHUNK)):
             draws = min(_DRAWS_PER_CHUNK, num_samples - first)
