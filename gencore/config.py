@@ -59,10 +59,14 @@ def field(
     le: float | None = None,
     lt: float | None = None,
     doc: str = "",
+    offered: bool = True,
 ) -> Any:
-    """A field of a :class:`Config`, with bounds on its number, or on each number of its tuple."""
+    """A field of a :class:`Config`, with bounds on its number, or on each number of its tuple.
+
+    With ``offered=False`` no fault of a command line's settings names it as one that there is.
+    """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "doc": doc})
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "doc": doc, "offered": offered})
 
 
 @dataclass(frozen=True)
@@ -207,10 +211,14 @@ def _checked(
                 for i, (member, item) in enumerate(zip(types_, value, strict=True))
             )
     elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            faults.append(f"{name}: must be finite, was {value}")
+        try:
+            number = float(value)
+        except OverflowError:  # an int beyond the largest float
+            number = math.inf
+        if not math.isfinite(number):
+            faults.append(f"{name}: must be finite, was {number}")
             return value
-        return _in_bounds(name, float(value), bounds, faults)
+        return _in_bounds(name, number, bounds, faults)
     elif annotation is int and isinstance(value, int) and not isinstance(value, bool):
         return _in_bounds(name, value, bounds, faults)
     elif annotation in (bool, str) and isinstance(value, annotation):
@@ -253,9 +261,15 @@ def _from_mapping(cls: type[ConfigType], values: Mapping[str, Any], prefix: str,
     return typing.cast(ConfigType, values)
 
 
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """The names, three at most, that ``name`` may have been meant as, whatever its case."""
+    folded = {other.casefold(): other for other in known}
+    return [folded[other] for other in difflib.get_close_matches(name.casefold(), folded, n=3)]
+
+
 def _no_setting(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
+    close = close_names(name, known)
     if close:
         return f"is not a setting; did you mean {' or '.join(close)}?"
     return f"is not a setting; there are {', '.join(known) or 'none'}"
@@ -267,9 +281,10 @@ def _set_from_text(cls: type[Config], values: dict[str, Any], name: str, text: s
     *parents, last = name.split(".")
     for depth, part in enumerate([*parents, last]):
         annotation = typing.get_type_hints(owner).get(part)
-        known = [f.name for f in dataclasses.fields(owner)]
-        if part not in known:
-            faults.append(f"{name}: {_no_setting(part, known)}")
+        fields = dataclasses.fields(owner)
+        if part not in (f.name for f in fields):
+            offered = [f.name for f in fields if f.metadata.get("offered", True)]
+            faults.append(f"{name}: {_no_setting(part, offered)}")
             return
         inner = _without_none(annotation)
         if depth == len(parents):

@@ -15,14 +15,13 @@ names it, its package and the cause, when it is asked for; it never stands in th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
-from gencore.config import ConfigError
+from gencore.config import ConfigError, close_names
 
 if TYPE_CHECKING:
     from gencore.data.base import DatasetPlugin
@@ -136,7 +135,7 @@ def _load(kind: Kind, name: str) -> Any:
     found = [pair for pair in available if pair[0].name == name]
     if not found:
         names = sorted({entry.name for entry, _ in available})
-        close = difflib.get_close_matches(name, names, n=3)
+        close = close_names(name, names)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         known = ", ".join(names) if names else "none (is gencore installed, or only on the path?)"
         raise PluginError(f"no {_WORDS[kind]} plugin is called {name!r}; {hint}available: {known}")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gencore.config import Config, ConfigError, Setting, field
+from gencore.models.vae import VAEConfig
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def test_all_faults_at_once():
         (lambda: Optimizer(lr=True), "lr: must be a number, was True"),
         (lambda: Optimizer(lr=float("nan")), "lr: must be finite, was nan"),
         (lambda: Optimizer(lr=float("inf")), "lr: must be finite, was inf"),
+        (lambda: Optimizer(lr=10**400), "lr: must be finite, was inf"),
         (lambda: Optimizer(lr=10), "lr: must be < 10, was 10.0"),
         (lambda: Optimizer(clip=0), "clip: must be > 0, was 0.0"),
         (lambda: Optimizer(betas=(0.9,)), "betas: must be a tuple of 2: a number, a number, was (0.9,)"),
@@ -188,6 +190,26 @@ def test_from_strings_reports_every_fault():
         "latent: is not a setting; did you mean latent_size?",
         "optimizer.lr: must be > 0, was -1.0",
     ]
+
+
+def test_names_are_suggested_whatever_their_case():
+    assert faults_of(lambda: Model.from_strings({"LATENT": "3"})) == [
+        "LATENT: is not a setting; did you mean latent_size?"
+    ]
+
+
+def test_settings_that_are_not_offered_are_not_named():
+    @dataclass(frozen=True)
+    class Hidden(Config):
+        shape: int = field(3, offered=False)
+        size: int = field(3)
+
+    assert faults_of(lambda: Hidden.from_strings({"x": "3"})) == ["x: is not a setting; there are size"]
+    assert faults_of(lambda: Hidden.from_strings({"shap": "3"})) == ["shap: is not a setting; there are size"]
+    assert Hidden.from_dict({"shape": 4}).shape == 4
+    assert faults_of(lambda: VAEConfig.from_strings({"xyzzy": "3"}))[0].startswith(
+        "xyzzy: is not a setting; there are network, hidden_sizes, latent_size, "
+    )
 
 
 finite = st.floats(1e-6, 9.0)

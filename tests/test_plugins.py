@@ -76,6 +76,8 @@ def test_unknown_name_has_close_matches(install):
     install("zoo", "[gencore.models]\ngood = zoo_good:plugin\n", zoo_good=GOOD)
     with pytest.raises(PluginError, match=r"no model plugin is called 'god'; did you mean good.* available: .*good"):
         plugins.load_model("god")
+    with pytest.raises(PluginError, match="no model plugin is called 'GOOD'; did you mean good"):
+        plugins.load_model("GOOD")
     with pytest.raises(PluginError, match=r"no data set plugin is called 'qqqq'; available: "):
         plugins.load_dataset("qqqq")
     with pytest.raises(TypeError, match="name must be a string, got int"):

@@ -25,8 +25,10 @@ Family = Literal["vae", "gan", "diffusion", "autoregressive", "other"]
 class ModelConfig(Config):
     """What every model's configuration starts with; the trainer fills both fields from the data set."""
 
-    image_shape: tuple[int, int, int] = field((1, 8, 8), ge=1, doc="channels, height, width of one image")
-    num_classes: int = field(0, ge=0, doc="number of classes of the data set; 0 if it has no labels")
+    image_shape: tuple[int, int, int] = field(
+        (1, 8, 8), ge=1, doc="channels, height, width of one image", offered=False
+    )
+    num_classes: int = field(0, ge=0, doc="number of classes of the data set; 0 if it has no labels", offered=False)
 
 
 class Batch(NamedTuple):
@@ -78,6 +80,8 @@ class GenerativeModel(nn.Module):
     """
 
     config: ModelConfig
+    conditional: bool = False
+    """Whether ``sample`` takes labels."""
 
     def phases(self) -> Sequence[Phase]:
         """The training algorithm, in the order in which the phases run within a step."""
@@ -94,18 +98,6 @@ class GenerativeModel(nn.Module):
 
 
 @runtime_checkable
-class Autoencodes(Protocol):
-    """A model with a latent code: ``encode`` gives (mean, logvar), ``decode`` the expected image."""
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]: ...
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
 class HasLatents(Protocol):
     """A model that decodes latents drawn from a standard normal prior of shape ``latent_shape``."""
 
@@ -113,6 +105,13 @@ class HasLatents(Protocol):
     def latent_shape(self) -> tuple[int, ...]: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Autoencodes(HasLatents, Protocol):
+    """A model whose latents are a code of images: ``encode`` gives (mean, logvar), ``decode`` the expected image."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @runtime_checkable

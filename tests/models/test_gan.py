@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gencore import Key, ops
+from gencore.config import ConfigError
 from gencore.models import Autoencodes, Batch, HasLatents, HasLikelihoodBound
 from gencore.models.gan import GAN, GANConfig, plugin
 from gencore.models.gan import model as gan_model
@@ -190,6 +191,13 @@ def test_config_round_trip():
     assert GANConfig.from_dict(config.to_dict()) == config
     assert plugin.config is GANConfig
     assert plugin.build(config).config == config
+
+
+def test_config_faults():
+    with pytest.raises(ConfigError) as info:
+        GANConfig(generator_sizes=(10**12,), discriminator_sizes=(64, 10**12), latent_size=10**12)
+    names = ("generator_sizes[0]", "discriminator_sizes[1]", "latent_size")
+    assert info.value.faults == [f"{name}: must be <= 65536, was {10**12}" for name in names]
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non-saturating"])

@@ -279,6 +279,11 @@ def test_config_faults():
     with pytest.raises(ConfigError) as info:
         VAEConfig(network="conv", hidden_sizes=(8, 8, 8, 8))
     assert info.value.faults == ["hidden_sizes: must have at most 3 levels for images of 8 pixels, was 4"]
+    with pytest.raises(ConfigError) as info:
+        VAEConfig(hidden_sizes=(64, 10**12), latent_size=10**12)
+    assert info.value.faults == [
+        f"{name}: must be <= 65536, was {10**12}" for name in ("hidden_sizes[1]", "latent_size")
+    ]
     with pytest.raises(ConfigError, match="must not be empty for network='conv'"):
         VAEConfig(network="conv", hidden_sizes=())
     config = VAEConfig.from_strings({"likelihood": "gaussian", "optimizer.lr": "1e-4", "hidden_sizes": "64,32"})

@@ -19,10 +19,11 @@ def _adam() -> Adam:
 class GANConfig(ModelConfig):
     """Settings of :class:`gencore.models.gan.GAN`. The defaults show all classes of MNIST and scikit-learn's digits."""
 
-    network: Literal["mlp"] = field("mlp", doc="kind of generator and discriminator")
-    generator_sizes: tuple[int, ...] = field((256, 512), ge=1, doc="units of the generator's hidden layers")
-    discriminator_sizes: tuple[int, ...] = field((512, 256), ge=1, doc="units of the discriminator's hidden layers")
-    latent_size: int = field(64, ge=1, doc="dimensions of the latent z, standard normal")
+    generator_sizes: tuple[int, ...] = field((256, 512), ge=1, le=1 << 16, doc="units of the generator's hidden layers")
+    discriminator_sizes: tuple[int, ...] = field(
+        (512, 256), ge=1, le=1 << 16, doc="units of the discriminator's hidden layers"
+    )
+    latent_size: int = field(64, ge=1, le=1 << 16, doc="dimensions of the latent z, standard normal")
     loss: Literal["non-saturating", "minimax"] = field("non-saturating", doc="of the generator")
     discriminator_steps: int = field(1, ge=1, doc="k of Algorithm 1: steps of the discriminator per generator step")
     label_smoothing: float = field(0.0, ge=0, lt=0.5, doc="the discriminator's target for real images is 1 less this")

@@ -21,9 +21,12 @@ class VAEConfig(ModelConfig):
 
     network: Literal["mlp", "conv"] = field("mlp", doc="kind of encoder and decoder")
     hidden_sizes: tuple[int, ...] = field(
-        (512, 512), ge=1, doc="mlp: units of each layer; conv: channels of each level, each level half the resolution"
+        (512, 512),
+        ge=1,
+        le=1 << 16,
+        doc="mlp: units of each layer; conv: channels of each level, each level half the resolution",
     )
-    latent_size: int = field(40, ge=1, doc="dimensions of the latent z")
+    latent_size: int = field(40, ge=1, le=1 << 16, doc="dimensions of the latent z")
     likelihood: Literal["bernoulli", "gaussian"] = field("bernoulli", doc="p(x|z) of a pixel")
     variance: Literal["shared", "pixel", "predicted"] = field(
         "shared", doc="gaussian: one learned variance for all pixels, one per pixel, or one per pixel from the decoder"
