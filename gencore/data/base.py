@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class DatasetPlugin:
     """
 
     name: str
-    load: Callable[[Path | None, Split], ImageDataset]
+    load: Callable[[Any, Split], ImageDataset]  # Any: Path | None, or Path with needs_path
     needs_path: bool = False
     summary: str = ""
 

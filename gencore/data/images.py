@@ -61,7 +61,7 @@ class _Item(NamedTuple):
     class_name: str | None
 
 
-def load_images(path: Path | None, split: Split, *, labelled: bool = True) -> ImageDataset:
+def load_images(path: Path, split: Split, *, labelled: bool = True) -> ImageDataset:
     """The images of a folder or zip archive.
 
     Args:
@@ -72,8 +72,6 @@ def load_images(path: Path | None, split: Split, *, labelled: bool = True) -> Im
     Raises:
         DataError: nothing to read, two sizes of image, a file that is no image; the message names the files.
     """
-    if path is None:
-        raise DataError("data set images needs a path: images:FOLDER or images:ARCHIVE.zip")
     try:
         import PIL  # noqa: F401
     except ImportError as error:

@@ -28,11 +28,6 @@ class LikelihoodBound:
     dimensions: int
 
     @property
-    def negative_nats(self) -> float:
-        """An upper bound of the mean -log p(x): what published tables print, lower is better."""
-        return -self.nats
-
-    @property
     def bits_per_dimension(self) -> float:
         """-log2 p(x) per pixel and channel: ``-nats / (dimensions ln 2)``."""
         return -self.nats / (self.dimensions * math.log(2))

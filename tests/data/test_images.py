@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gencore.data import DataError
+from gencore.data import DataError, load
 from gencore.data.images import load_images, plugin
 
 RNG = np.random.default_rng(0)
@@ -188,7 +188,7 @@ def test_other_paths(tmp_path):
     with pytest.raises(DataError, match="file is neither a folder nor a zip archive"):
         load_images(tmp_path / "file", "train")
     with pytest.raises(DataError, match="needs a path"):
-        load_images(None, "train")
+        load("images", "train")
 
 
 def test_archive_that_unpacks_too_large(tmp_path):
