@@ -30,6 +30,8 @@ def command(
 ) -> None:
     """Draw a grid of samples; the same images for any --batch-size, up to rounding."""
     loaded = load(directory, ema, device)
+    if labels is not None and not loaded.model.conditional:
+        raise UserError(f"--labels: model {loaded.checkpoint.run.model} samples without classes")
     classes = None if labels is None else _classes(labels, n, loaded.config.num_classes)
     images = draw(loaded.model, n, Key(seed), batch_size, classes)
     path = out or directory / "samples.png"

@@ -46,7 +46,11 @@ def command(
             if name in train_settings:
                 raise UserError(f"--{name.replace('_', '-')} and --set train.{name} are the same setting")
             train_settings[name] = str(value)
-    saved = read_run(out) if resume else None
+    # Killed before it wrote what it is, a run begins anew.
+    there = (out / "run.json").exists()
+    if resume and model is None and not there:
+        raise UserError(f"{out} holds no run (there is no run.json); to begin one, name its MODEL, without --resume")
+    saved = read_run(out) if resume and there else None
     trainer = _trainer(saved, model, data_name, model_settings, train_settings, out, device)
     run(trainer, resume)
 

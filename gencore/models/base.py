@@ -80,8 +80,8 @@ class GenerativeModel(nn.Module):
     """
 
     config: ModelConfig
+    # Whether ``sample`` takes labels.
     conditional: bool = False
-    """Whether ``sample`` takes labels."""
 
     def phases(self) -> Sequence[Phase]:
         """The training algorithm, in the order in which the phases run within a step."""

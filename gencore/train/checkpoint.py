@@ -134,7 +134,7 @@ def save(
     parent = run_directory / "checkpoints"
     final = parent / f"step-{step:08d}"
     temporary = parent / f".{final.name}.tmp"
-    _remove_leftovers(parent)
+    remove_leftovers(run_directory)
     temporary.mkdir(parents=True)
     try:
         files = {}
@@ -164,6 +164,15 @@ def checkpoints(run_directory: Path) -> list[Path]:
         return []
     found = [(int(m[1]), path) for path in parent.iterdir() if (m := _STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def remove_leftovers(run_directory: Path) -> None:
+    """Removes what killed processes left half written or half removed; for the one who holds the run's lock."""
+    for name in ("run.json", "metrics.jsonl"):
+        for path in run_directory.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+    for path in (run_directory / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read(directory: Path) -> Checkpoint:
@@ -257,11 +266,6 @@ def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(pointer)
         plain[name] = copy
     return plain
-
-
-def _remove_leftovers(parent: Path) -> None:
-    for path in parent.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _json(content: Any) -> str:

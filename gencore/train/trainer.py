@@ -120,13 +120,13 @@ class Trainer:
 
         Args:
             resume: go on from the newest checkpoint in the folder (from the start, if the run was killed before its
-                first); what the run's settings were must be what they are now, except its length and what it writes.
+                first, or before anything was written); what the run's settings were must be what they are now, except
+                its length and what it writes.
 
         Raises:
             TrainingError: the folder holds a run already (without ``resume``), another process trains there, or a
                 loss or gradient is not finite.
-            CheckpointError: there is no run to go on with, it is of another model or has other settings, or it is
-                damaged.
+            CheckpointError: the run to go on with is of another model, has other settings, or is damaged.
             OSError: the disk is full; the newest checkpoint is whole.
         """
         self.out.mkdir(parents=True, exist_ok=True)
@@ -143,15 +143,17 @@ class Trainer:
         return self.model.eval()
 
     def _open_run(self, resume: bool) -> None:
-        if not resume:
-            if (self.out / "run.json").exists() or checkpoints.checkpoints(self.out):
-                raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
-        else:
+        checkpoints.remove_leftovers(self.out)
+        found = bool(checkpoints.checkpoints(self.out))
+        # A run that came to no checkpoint (it was killed, or failed at once) is nothing that another could harm.
+        if found and not resume:
+            raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
+        if resume and (found or (self.out / "run.json").exists()):
             _refuse_other(self.out, checkpoints.read_run(self.out), self.run)
-            if checkpoints.checkpoints(self.out):
-                saved = checkpoints.read(self.out)
-                _refuse_other(saved.directory, saved.run, self.run)
-                self._restore(saved)
+        if found:
+            saved = checkpoints.read(self.out)
+            _refuse_other(saved.directory, saved.run, self.run)
+            self._restore(saved)
         checkpoints.write_run(self.out, self.run)
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -217,7 +219,7 @@ class Trainer:
                 seed(int(key.packed[0]))
                 with self.accelerator.autocast():
                     loss = _checked_loss(phase, phase.loss(batch, key))
-                optimizer.descend(self.accelerator, loss, factor, config.clip, self.step + 1)
+                optimizer.descend(loss, factor, config.clip, self.step + 1)
                 if self.device.type == "cpu":
                     self._refuse_divergence()
         if self.average is not None:
@@ -272,11 +274,12 @@ class _PhaseOptimizer:
             fused=device.type in ("cpu", "cuda"),
         )
 
-    def descend(self, accelerator: Accelerator, loss: Loss, factor: float, clip: float | None, step: int) -> None:
+    def descend(self, loss: Loss, factor: float, clip: float | None, step: int) -> None:
         """One step of Adam down ``loss``; ``step`` is only what the meter calls it."""
         self.adam.zero_grad(set_to_none=True)
         # Only this phase's parameters: the generator's loss leaves no gradient in the discriminator.
-        accelerator.backward(loss.value, inputs=self.parameters)
+        # (Accelerate's backward would divide the loss by what an environment variable says.)
+        torch.autograd.backward(loss.value, inputs=self.parameters)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if clip is not None:

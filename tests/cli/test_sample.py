@@ -58,6 +58,13 @@ def test_labels(gencore, trained, tmp_path):
         assert (result.code, message in result.err) == (2, True)
 
 
+def test_labels_for_a_model_without_classes_are_one_line(gencore, tmp_path):
+    options = ("--data", "digits", "--steps", 1, "--batch-size", 8, "--set", "hidden_sizes=8")
+    assert gencore("train", "vae", *options, "--out", tmp_path / "run").code == 0
+    result = gencore("sample", tmp_path / "run", "--labels", "0,1")
+    assert (result.code, result.err) == (2, "gencore: --labels: model vae samples without classes\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -42,6 +42,12 @@ def test_resume_needs_the_folder_only_and_keeps_the_settings(gencore, tmp_path):
         assert torch.equal(tensor, checkpoint.read(tmp_path / "run").tensors("ema")[name])
 
 
+def test_resume_begins_where_there_is_nothing(gencore, tmp_path):
+    result = gencore("train", "toy", *QUICK, "--out", tmp_path / "run", "--resume")
+    assert (result.code, result.err) == (0, "")
+    assert checkpoint.read(tmp_path / "run").step == 6
+
+
 def test_epochs(gencore, tmp_path):
     result = gencore("train", "toy", "--data", "bars", "--batch-size", 8, "--epochs", 2, "--out", tmp_path / "run")
     # The critic draws twice a step: 2 * 60 images in minibatches of 2 * 8.
@@ -56,7 +62,7 @@ def test_epochs(gencore, tmp_path):
         (("toy", "--data", "bars:x"), ["data set bars takes no path"]),
         (("toy", "--data", "images:nowhere"), ["nowhere"]),
         ((), ["give the model to train, one of"]),
-        (("toy", "--resume"), ["holds no run (there is no run.json)"]),
+        (("--resume",), ["holds no run (there is no run.json); to begin one, name its MODEL, without --resume"]),
         (("toy", *QUICK, "--epochs", 2), ["give --steps or --epochs, not both"]),
         (("toy", *QUICK, "--set", "hidden"), ["--set takes name=value, got 'hidden'"]),
         (("toy", *QUICK, "--set", "hidden=1", "--set", "hidden=2"), ["--set hidden is given twice"]),

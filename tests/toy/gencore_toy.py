@@ -96,6 +96,8 @@ class Toy(GenerativeModel):
 class ToySampler(GenerativeModel):
     """A model that can do nothing but sample, with classes."""
 
+    conditional = True
+
     def __init__(self, config: ToyConfig):
         super().__init__()
         self.config: ToyConfig = config

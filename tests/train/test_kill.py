@@ -31,7 +31,7 @@ def attempt(out: Path) -> None:
     settings = {"steps": STEPS, "batch_size": 16, "log_every": 2, "checkpoint_every": 3, "ema": 0.9, "clip": 1.0}
     config = TrainConfig.from_dict(settings)
     trainer = Trainer(plugin, model, bars, config, out, data_name="bars", progress=False)
-    trainer.fit(resume=(out / "run.json").exists())
+    trainer.fit(resume=True)
 
 
 def die_at_file_operation(count: int) -> None:
@@ -109,6 +109,8 @@ def test_a_killed_run_ends_with_the_same_bits(toy_environment, tmp_path):
         for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
             path = Path("checkpoints", folder, file)
             assert (whole / path).read_bytes() == (killed / path).read_bytes(), path
+
+    assert not [path for path in killed.rglob(".*") if path.name != ".lock"]
 
     def metrics(run: Path) -> list[dict[str, float]]:
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

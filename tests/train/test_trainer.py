@@ -185,9 +185,37 @@ def test_resuming_another_run_names_every_difference(trainer, tmp_path):
         trainer(tmp_path / "run", plugin="toy-sampler").fit(resume=True)
 
 
-def test_resuming_nothing_is_refused(trainer, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no run"):
-        trainer(tmp_path / "run").fit(resume=True)
+def test_resuming_nothing_begins(trainer, tmp_path):
+    trainer(tmp_path / "whole").fit()
+    trainer(tmp_path / "run").fit(resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_what_killed_processes_left_is_removed(trainer, tmp_path):
+    trainer(tmp_path / "run").fit()
+    for name in (".run.json.1.tmp", ".metrics.jsonl.1.tmp", "checkpoints/.step-00000004.old/model.safetensors"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    trainer(tmp_path / "run").fit(resume=True)
+    assert [path.name for path in (tmp_path / "run").rglob(".*")] == [".lock"]
+
+
+def test_a_run_that_came_to_no_checkpoint_is_no_run(trainer, tmp_path):
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        trainer(tmp_path / "run", {"explode_at": 1}).fit()
+    trainer(tmp_path / "run").fit()
+    trainer(tmp_path / "whole").fit()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
+    assert without_time(metrics[0]) == without_time(metrics[1])
+
+
+def test_the_environment_changes_no_weights(trainer, tmp_path, monkeypatch):
+    trainer(tmp_path / "plain").fit()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer(tmp_path / "run").fit()
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "run"))
 
 
 def test_checkpoints_of_another_run_are_refused(trainer, tmp_path):
