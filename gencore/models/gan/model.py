@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gencore import ops
+from gencore.models._checks import check_latents, check_unconditional
 from gencore.models.base import Batch, GenerativeModel, Loss, Phase
 from gencore.models.gan.config import GANConfig
 from gencore.models.gan.networks import MLPDiscriminator, MLPGenerator
@@ -50,8 +51,7 @@ class GAN(GenerativeModel):
         Raises:
             ValueError: latents of another shape.
         """
-        if latents.dim() != 2 or latents.shape[1] != self.config.latent_size:
-            raise ValueError(f"latents must be of shape (B, {self.config.latent_size}), got {tuple(latents.shape)}")
+        check_latents(latents, self.config.latent_size)
         images: Tensor = self.generator(latents)
         return images
 
@@ -62,8 +62,7 @@ class GAN(GenerativeModel):
         Raises:
             ValueError: labels were given (the model is not conditional).
         """
-        if labels is not None:
-            raise ValueError("labels must be None: this model is not conditional on classes")
+        check_unconditional(labels)
         return self._generate(n, key)
 
     def phases(self) -> Sequence[Phase]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gencore import ops
+from gencore.models._checks import check_latents, check_unconditional
 from gencore.models.base import Batch, GenerativeModel, Loss, Phase
 from gencore.models.vae.config import VAEConfig
 from gencore.models.vae.likelihoods import Bernoulli, Gaussian
@@ -79,8 +80,7 @@ class VAE(GenerativeModel):
         Raises:
             ValueError: latents of another shape.
         """
-        if latents.dim() != 2 or latents.shape[1] != self.config.latent_size:
-            raise ValueError(f"latents must be of shape (B, {self.config.latent_size}), got {tuple(latents.shape)}")
+        check_latents(latents, self.config.latent_size)
         return self.likelihood.mean(self.decoder(latents))
 
     @torch.no_grad()
@@ -90,8 +90,7 @@ class VAE(GenerativeModel):
         Raises:
             ValueError: labels were given (the model is not conditional).
         """
-        if labels is not None:
-            raise ValueError("labels must be None: this model is not conditional on classes")
+        check_unconditional(labels)
         shape = (n, self.config.latent_size)
         return self.decode(ops.normal(shape, key.stream(STREAM_PRIOR), device=self.device))
 
