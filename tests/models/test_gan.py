@@ -5,6 +5,8 @@ import torch
 
 from gencore import Key, ops
 from gencore.config import ConfigError
+from gencore.data.digits import load_digits
+from gencore.metrics import classify_samples, train_classifier
 from gencore.models import Autoencodes, Batch, HasLatents, HasLikelihoodBound
 from gencore.models.gan import GAN, GANConfig, plugin
 from gencore.models.gan import model as gan_model
@@ -221,3 +223,20 @@ def test_finds_both_modes_of_a_small_distribution(loss):
     near = (distances < 0.2).float().mean(0)
     assert near.min() > 0.25, near
     assert near.sum() > 0.75, near
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["minimax", "non-saturating"])
+def test_samples_show_the_classes_of_digits(one_thread, tmp_path, loss):
+    """With the settings of docs/training.md, whose run showed 10 of 10."""
+    pytest.importorskip("accelerate")
+    from gencore.train import TrainConfig, Trainer, load_model
+
+    train, test = load_digits(None, "train"), load_digits(None, "test")
+    config = GANConfig(image_shape=train.image_shape, num_classes=train.num_classes, loss=loss)
+    settings = TrainConfig(steps=3000, batch_size=64, ema=0.995)
+    Trainer(plugin, config, train, settings, tmp_path, data_name="digits", device="cpu", progress=False).fit()
+    report = classify_samples(load_model(tmp_path), train_classifier(train, test), Key(0))
+    assert report.test_accuracy > 0.93
+    assert report.present >= 9, report
+    assert report.mean_confidence > 0.8, report
