@@ -212,6 +212,21 @@ def test_broken_build_is_named_with_package_and_cause(install, build, cause):
     assert "\n" not in str(info.value)
 
 
+def test_trainer_and_checkpoints_name_a_plugin_that_cannot_build(install, tmp_path):
+    pytest.importorskip("accelerate")
+    from gencore.train import Checkpoint, Run, TrainConfig, Trainer
+    from gencore.train.checkpoint import restore_model
+
+    install("zoo", "[gencore.models]\nbad = zoo_bad:plugin", zoo_bad=GOOD.replace('"good"', '"bad"'))
+    plugin, digits = plugins.load_model("bad"), data.load("digits", "test")
+    message = r"model plugin 'bad' .* of package zoo 1\.0 is broken: build must return"
+    with pytest.raises(PluginError, match=message):
+        Trainer(plugin, plugin.config(), digits, TrainConfig(), tmp_path, data_name="digits", device="cpu")
+    run = Run("bad", plugin.config().to_dict(), "digits", len(digits), TrainConfig().to_dict())
+    with pytest.raises(PluginError, match=message):
+        restore_model(Checkpoint(tmp_path, run, 1, {}, {}))
+
+
 def test_a_configuration_that_build_refuses_is_no_broken_plugin(install):
     with pytest.raises(ConfigError, match="size: must be even, was 3"):
         build_with(install, "refuse")
