@@ -92,6 +92,15 @@ def test_likelihood_is_one_of_binary_images(run):
     assert difference < 0.015
 
 
+def test_every_purpose_has_a_stream_of_its_own(run):
+    code = """
+        from gencore_mixture import model
+        numbers = [value for name, value in vars(model).items() if name.startswith("STREAM_")]
+        print(len(set(numbers)), len(numbers))
+    """
+    assert run("-c", textwrap.dedent(code)).split() == ["3", "3"]
+
+
 def test_trains_evaluates_and_samples(run):
     pytest.importorskip("accelerate")
     code = """
