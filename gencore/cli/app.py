@@ -14,7 +14,8 @@ from gencore.cli.common import UserError
 from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.plugins import PluginError
-from gencore.train import CheckpointError, TrainingError
+from gencore.train import CheckpointError, NotEnoughMemoryError, TrainingError
+from gencore.train.memory import enough_memory
 
 # No rich panels: an error is one line, in a terminal and in a log.
 app = typer.Typer(
@@ -42,7 +43,8 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every fault that is the user's or the system's becomes a line on stderr and exit code 2."""
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)
+        with enough_memory("this command"):
+            code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ConfigError as error:
         return _refuse(*error.faults)
-    except (UserError, PluginError, DataError, CheckpointError, TrainingError) as error:
+    except (UserError, PluginError, DataError, CheckpointError, TrainingError, NotEnoughMemoryError) as error:
         return _refuse(str(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

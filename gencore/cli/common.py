@@ -19,10 +19,22 @@ class UserError(Exception):
     """A mistake of the user's that no library knows as one; its message is the line that is shown."""
 
 
+def folder_or_file(text: str | Path) -> Path:
+    """A path as an option or argument gives it; the empty one would be the working directory."""
+    if text == "":
+        raise typer.BadParameter("must not be empty")
+    return Path(text)
+
+
 DeviceName = Literal["auto", "cpu", "cuda"]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of one of its checkpoints.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", parser=folder_or_file, help="The folder of a run, or of one of its checkpoints."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Governs everything random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images computed at a time; changes rounding at most.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, max=1 << 20, help="Images computed at a time; changes rounding at most.")
+]
 DeviceOption = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 UseEma = Annotated[
     bool | None,
@@ -51,16 +63,27 @@ class Loaded:
         return f"{run.model} on {run.data}, step {self.checkpoint.step}"
 
 
+def picture_file(text: str | Path) -> Path:
+    """Where a picture goes: :func:`folder_or_file`, of no other kind than PNG."""
+    path = folder_or_file(text)
+    if path.suffix.lower() not in ("", ".png"):
+        raise typer.BadParameter(f"pictures are written as PNG, got a name in {path.suffix}")
+    return path
+
+
 def load(directory: Path, ema: bool | None, device: DeviceName) -> Loaded:
     """The trained model in ``directory``."""
     checkpoint = read(directory)
     model = restore_model(checkpoint, ema=ema, device=str(choose_device(device)))
+    if checkpoint.directory == directory and directory.resolve().parent.name == "checkpoints":
+        # A checkpoint is removed when newer ones come; what belongs to the run is to stay.
+        directory = directory.resolve().parents[1]
     return Loaded(model, checkpoint, directory)
 
 
 def load_images(loaded: Loaded, name: str | None, split: Split) -> ImageDataset:
     """The images that the model was trained on, or others of the same shape."""
-    images = data.load(name or loaded.checkpoint.run.data, split)
+    images = data.load(loaded.checkpoint.run.data if name is None else name, split)
     if images.image_shape != loaded.config.image_shape:
         ours, theirs = ("x".join(map(str, shape)) for shape in (loaded.config.image_shape, images.image_shape))
         raise UserError(f"the model makes images of {ours}, data set {images.name} has images of {theirs}")

@@ -10,8 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from gencore import data, metrics
-from gencore.cli.common import BatchSize, DataName, DeviceOption, RunFolder, Seed, UseEma, UserError, load, load_images
+from gencore import metrics
+from gencore.cli.common import (
+    BatchSize,
+    DataName,
+    DeviceOption,
+    RunFolder,
+    Seed,
+    UseEma,
+    UserError,
+    folder_or_file,
+    load,
+    load_images,
+)
 from gencore.data import ImageDataset
 from gencore.files import write_atomically
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
@@ -29,7 +40,9 @@ def command(
     n: Annotated[int, typer.Option("-n", min=1, help="Samples whose classes are counted.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 250,
-    out: Annotated[Path | None, typer.Option(metavar="JSON", help="[default: DIR/evaluation.json]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="JSON", parser=folder_or_file, help="[default: DIR/evaluation.json]")
+    ] = None,
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -38,14 +51,20 @@ def command(
     test = load_images(loaded, data_name, "test")
     classifier = None
     if test.num_classes > 0:
-        train = data.load(data_name or loaded.checkpoint.run.data, "train")
+        train = load_images(loaded, data_name, "train")
         classifier = metrics.train_classifier(train, test, seed=seed)
     found = measure(loaded.model, test, classifier, Key(seed), num_samples, n, batch_size, limit)
     if not found:
         raise UserError("nothing to measure: the model has no likelihood bound and the images have no classes")
     run = loaded.checkpoint.run
-    told = {"model": run.model, "data": data_name or run.data, "step": loaded.checkpoint.step, "seed": seed, **found}
-    path = out or directory / "evaluation.json"
+    told = {
+        "model": run.model,
+        "data": run.data if data_name is None else data_name,
+        "step": loaded.checkpoint.step,
+        "seed": seed,
+        **found,
+    }
+    path = out or loaded.directory / "evaluation.json"
     write_atomically(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
     print(loaded.title)
     for name, value in rows(found):

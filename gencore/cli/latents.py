@@ -21,12 +21,16 @@ from gencore.cli.common import (
     UserError,
     load,
     load_images,
+    picture_file,
 )
 from gencore.data import ImageDataset
 from gencore.models.base import Autoencodes, GenerativeModel, HasLatents
 from gencore.noise import Key
 
-Out = Annotated[Path | None, typer.Option(metavar="PNG", help="[default: a file in DIR named after the command]")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="PNG", parser=picture_file, help="[default: a file in DIR named after the command]"),
+]
 # How far a traversal goes to each side, in standard deviations of the prior.
 _REACH = 2.5
 
@@ -43,7 +47,7 @@ def reconstruct(
     """Draw test images above their reconstructions by the model (of the mean of their code)."""
     loaded = load(directory, ema, device)
     images = load_images(loaded, data_name, "test")
-    path = out or directory / "reconstructions.png"
+    path = out or loaded.directory / "reconstructions.png"
     pictures.save(reconstruction_picture(loaded.model, images, n, seed), path)
     print(f"{path}: test images and their reconstructions, {loaded.title}")
 
@@ -60,7 +64,7 @@ def interpolate(
 ) -> None:
     """Draw images between pairs of test images, or between pairs of samples if the model has no encoder."""
     loaded = load(directory, ema, device)
-    path = out or directory / "interpolations.png"
+    path = out or loaded.directory / "interpolations.png"
     if isinstance(loaded.model, Autoencodes):
         images = load_images(loaded, data_name, "test")
         codes, ends = _encoded(loaded.model, _chosen(images, 2 * rows, seed))[0], "test images"
@@ -84,7 +88,7 @@ def traverse(
     """Draw what each dimension of the code does, the most informative first if the model has an encoder."""
     loaded = load(directory, ema, device)
     images = load_images(loaded, data_name, "test") if isinstance(loaded.model, Autoencodes) else None
-    path = out or directory / "traversal.png"
+    path = out or loaded.directory / "traversal.png"
     pictures.save(traversal_picture(loaded.model, images, rows, columns, seed), path)
     print(f"{path}: dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
 

@@ -15,7 +15,7 @@ import typer
 from gencore import data, metrics, ops, plugins
 from gencore.bench.measure import Candidate, Timing, interleave
 from gencore.cli import pictures
-from gencore.cli.common import UserError
+from gencore.cli.common import UserError, folder_or_file
 from gencore.cli.evaluate import measure
 from gencore.cli.info import lines as info_lines
 from gencore.cli.latents import reconstruction_picture, traversal_picture
@@ -44,7 +44,9 @@ _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def command(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and pictures go.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(metavar="DIR", parser=folder_or_file, help="Where runs and pictures go.")] = Path(
+        "runs/quickstart"
+    ),
 ) -> None:
     """Train a VAE and a GAN on scikit-learn's digits, draw pictures, and time the kernels against PyTorch."""
     started = time.monotonic()

@@ -11,7 +11,7 @@ import typer
 from torch import Tensor
 
 from gencore.cli import pictures
-from gencore.cli.common import BatchSize, DeviceOption, RunFolder, Seed, UseEma, UserError, load
+from gencore.cli.common import BatchSize, DeviceOption, RunFolder, Seed, UseEma, UserError, load, picture_file
 from gencore.models.base import GenerativeModel
 from gencore.noise import Key
 
@@ -20,7 +20,9 @@ def command(
     directory: RunFolder,
     n: Annotated[int, typer.Option("-n", min=1, max=4096, help="How many images.")] = 64,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(metavar="PNG", help="[default: DIR/samples.png]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", parser=picture_file, help="[default: DIR/samples.png]")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(metavar="0,1,...", help="Classes to sample, in turns, for a model with classes.")
     ] = None,
@@ -34,7 +36,7 @@ def command(
         raise UserError(f"--labels: model {loaded.checkpoint.run.model} samples without classes")
     classes = None if labels is None else _classes(labels, n, loaded.config.num_classes)
     images = draw(loaded.model, n, Key(seed), batch_size, classes)
-    path = out or directory / "samples.png"
+    path = out or loaded.directory / "samples.png"
     pictures.save(pictures.grid(images, columns=math.ceil(math.sqrt(n))), path)
     print(f"{path}: {n} samples of {loaded.title}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gencore import data, plugins
-from gencore.cli.common import DeviceName, DeviceOption, UserError, absolute_data_name, parsed_settings
+from gencore.cli.common import DeviceName, DeviceOption, UserError, absolute_data_name, folder_or_file, parsed_settings
 from gencore.config import Config, ConfigError
 from gencore.train import TrainConfig, Trainer
 from gencore.train.checkpoint import Run, checkpoints, read_run
@@ -17,7 +17,9 @@ from gencore.train.log import read_metrics
 
 def command(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Which model (see gencore list).")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder, made if it is not there.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", parser=folder_or_file, help="The run's folder, made if it is not there.")
+    ] = ...,  # type: ignore[assignment]
     data_name: Annotated[
         str | None, typer.Option("--data", metavar="NAME[:PATH]", help="The images to learn.  [default: digits]")
     ] = None,
@@ -96,7 +98,7 @@ def _trainer(
             raise UserError(f"give the model to train, one of {names}")
         model = saved.model
     plugin = plugins.load_model(model)
-    name = absolute_data_name(data_name) if data_name else saved.data if saved else "digits"
+    name = absolute_data_name(data_name) if data_name is not None else saved.data if saved else "digits"
     images = data.load(name, split="train")
     shape: dict[str, Any] = {"image_shape": list(images.image_shape), "num_classes": images.num_classes}
     filled = [f"{key}: comes from the data set and cannot be set" for key in shape if key in model_settings]

@@ -184,7 +184,9 @@ def read(directory: Path) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"there is no folder {directory}")
-    if not _STEP_FOLDER.fullmatch(directory.name) and not (directory / "checkpoint.json").exists():
+    # A run may be called step-1 too.
+    named = _STEP_FOLDER.fullmatch(directory.name) and not (directory / "run.json").exists()
+    if not named and not (directory / "checkpoint.json").exists():
         found = checkpoints(directory)
         if not found and (directory / "run.json").exists():
             raise CheckpointError(f"the run in {directory} has no checkpoint yet")
@@ -279,7 +281,7 @@ def _digest(content: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise CheckpointError(f"{path} is damaged: it names no format")

@@ -18,7 +18,7 @@ class TrainConfig(Config):
 
     epochs: int = field(20, ge=1, doc="passes over the data set, unless steps is given")
     steps: int | None = field(None, ge=1, doc="training steps; overrides epochs")
-    batch_size: int = field(128, ge=1, doc="images in a minibatch")
+    batch_size: int = field(128, ge=1, le=1 << 20, doc="images in a minibatch")
     seed: int = field(0, ge=0, lt=1 << 63, doc="governs the initial weights, the order of the data and all noise")
     precision: Literal["float32", "bfloat16"] = field("float32", doc="of the networks; weights stay in float32")
     clip: float | None = field(None, gt=0, doc="largest norm of a phase's gradient; none: not clipped")

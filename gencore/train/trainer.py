@@ -29,6 +29,7 @@ from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
 from gencore.train.config import RESUMABLE, TrainConfig
 from gencore.train.log import Meter, MetricsLog
+from gencore.train.memory import enough_memory
 from gencore.train.order import batch_indices, phase_key
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -81,6 +82,10 @@ class Trainer:
         data_name: what :func:`gencore.data.load` takes to load ``data`` again; kept in the run.
         device: ``auto``, ``cpu`` or ``cuda``. No part of the run: it may go on elsewhere.
         progress: whether to show a bar on a terminal.
+
+    Raises:
+        TrainingError: the device or TensorBoard is missing.
+        NotEnoughMemoryError: for the model.
     """
 
     def __init__(
@@ -104,10 +109,11 @@ class Trainer:
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
         if self.accelerator.num_processes > 1:
             raise TrainingError("training in several processes is not supported yet; start a single one")
-        with torch.random.fork_rng(devices=[]):
+        self.board = _board_class() if config.tensorboard else None
+        with torch.random.fork_rng(devices=[]), enough_memory(f"the model {plugin.name}"):
             torch.manual_seed(config.seed)
             self.model: GenerativeModel = build_model(plugin, model_config)
-        self.model.to(self.device).train()
+            self.model.to(self.device).train()
         phases = _checked_phases(plugin.name, self.model)
         self.optimizers = [_PhaseOptimizer(i, phase, self.model, self.device) for i, phase in enumerate(phases)]
         self.average = None if config.ema is None else _Average(self.model, config.ema)
@@ -128,6 +134,7 @@ class Trainer:
                 loss or gradient is not finite.
             CheckpointError: the run to go on with is of another model, has other settings, or is damaged.
             OSError: the disk is full; the newest checkpoint is whole.
+            NotEnoughMemoryError: for a step.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -175,8 +182,9 @@ class Trainer:
         with ExitStack() as stack:
             log = MetricsLog(self.out / "metrics.jsonl", self.step)
             stack.callback(log.close)
-            board = _board(self.out, self.step) if self.config.tensorboard else None
-            if board is not None:
+            board = None
+            if self.board is not None:
+                board = self.board(str(self.out / "tensorboard"), purge_step=self.step + 1)
                 stack.callback(board.close)
             bar = stack.enter_context(
                 tqdm(
@@ -188,7 +196,8 @@ class Trainer:
                 )
             )
             while self.step < self.total_steps:
-                self._one_step()
+                with enough_memory(f"a step of {self.run.model} with minibatches of {self.config.batch_size}"):
+                    self._one_step()
                 last = self.step == self.total_steps
                 self.seconds = time.monotonic() - started
                 if last or self.step % self.config.log_every == 0:
@@ -369,9 +378,9 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.images.to(device, non_blocking=True), labels)
 
 
-def _board(out: Path, step: int) -> Any:
+def _board_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TrainingError("train.tensorboard needs TensorBoard: pip install 'gencore[tensorboard]'") from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter

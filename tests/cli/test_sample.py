@@ -49,6 +49,20 @@ def test_a_checkpoint_and_the_weights_can_be_chosen(gencore, trained, tmp_path):
     assert content["ema"] == content["also"] != content["raw"]
 
 
+def test_pictures_outlive_the_checkpoint_they_are_of(gencore, tmp_path, monkeypatch):
+    gencore("train", "toy", "--data", "bars", "--steps", 1, "--out", tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    files = set(folder.iterdir())
+    for command, file in (("sample", "samples.png"), ("traverse", "traversal.png")):
+        assert gencore(command, folder).code == 0
+        assert (tmp_path / "run" / file).is_file()
+    (tmp_path / "run" / "samples.png").unlink()
+    monkeypatch.chdir(folder)
+    assert gencore("sample", ".").code == 0
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert set(folder.iterdir()) == files
+
+
 def test_labels(gencore, trained, tmp_path):
     assert gencore("sample", trained / "toy-sampler", "--labels", "0,7", "--out", tmp_path / "a").code == 0
     assert gencore("sample", trained / "toy-sampler", "--out", tmp_path / "b").code == 0
@@ -73,6 +87,9 @@ def test_labels_for_a_model_without_classes_are_one_line(gencore, tmp_path):
         (("RUN", "-n", 0), "Invalid value for '-n'"),
         (("RUN", "--seed", -1), "Invalid value for '--seed'"),
         (("RUN", "--out", "RUN"), "Is a directory"),
+        (("RUN", "--out", ""), "Invalid value for '--out': must not be empty"),
+        (("RUN", "--out", "x.jpg"), "pictures are written as PNG, got a name in .jpg"),
+        (("",), "must not be empty"),
     ],
 )
 def test_mistakes_are_one_line(gencore, trained, tmp_path, monkeypatch, arguments, message):

@@ -70,6 +70,9 @@ def test_epochs(gencore, tmp_path):
         (("toy", *QUICK, "--device", "tpu"), ["Invalid value for '--device'"]),
         (("toy", *QUICK, "--batch-size", "many"), ["Invalid value for '--batch-size'"]),
         (("toy", *QUICK, "--colour"), ["No such option"]),
+        (("toy", *QUICK, "--data", ""), ["no data set plugin is called ''"]),
+        (("toy", *QUICK, "--batch-size", 10**12), ["train.batch_size: must be <= 1048576, was 1000000000000"]),
+        (("toy", *QUICK, "--set", f"hidden={10**30}"), ["not enough memory for the model toy"]),
         (
             ("toy", "--data", "bars", "--steps", 0, "--set", "hiden=3", "--set", "lr=-1", "--set", "train.emma=1",
              "--set", "image_shape=1,2,3"),
@@ -103,6 +106,13 @@ def test_a_folder_with_another_run_is_refused(gencore, trained, tmp_path):
     assert "model: the run has 'toy', asked for is 'toy-sampler'" in result.err
     result = gencore("train", "--out", trained / "toy", "--resume", "--set", "hidden=99")
     assert (result.code, "hidden: the run has 16, asked for is 99" in result.err) == (2, True)
+
+
+def test_an_empty_name_of_a_folder_is_refused(gencore, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = gencore("train", "toy", *QUICK, "--out", "")
+    assert (result.code, result.err) == (2, "gencore: Invalid value for '--out': must not be empty\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_diverging_loss_is_one_line(gencore, tmp_path):

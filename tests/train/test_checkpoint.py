@@ -115,6 +115,23 @@ def test_damaged_json_is_named(finished):
                 checkpoint.read_run(finished)
 
 
+def test_json_nested_too_deeply_is_named(finished):
+    for path in (finished / "run.json", checkpoint.checkpoints(finished)[-1] / "checkpoint.json"):
+        path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged"):
+        train.load_model(finished)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        checkpoint.read_run(finished)
+
+
+def test_a_run_may_be_called_like_a_checkpoint(trainer, tmp_path):
+    trainer(tmp_path / "step-1", steps=2).fit()
+    assert checkpoint.read(tmp_path / "step-1").step == 2
+    (tmp_path / "step-2").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is missing"):
+        checkpoint.read(tmp_path / "step-2")
+
+
 def test_a_newer_format_is_refused(finished):
     path = checkpoint.checkpoints(finished)[-1] / "checkpoint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))

@@ -26,7 +26,9 @@ def test_learning_rate():
 
 def test_every_fault_is_reported():
     with pytest.raises(ConfigError) as caught:
-        TrainConfig.from_strings({"batch_size": "0", "ema": "1", "precision": "float16", "clip": "x", "seed": "-1"})
+        TrainConfig.from_strings(
+            {"batch_size": "1048577", "ema": "1", "precision": "float16", "clip": "x", "seed": "-1"}
+        )
     assert [fault.split(":")[0] for fault in sorted(caught.value.faults)] == [
         "batch_size", "clip", "ema", "precision", "seed",
     ]  # fmt: skip

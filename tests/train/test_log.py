@@ -48,7 +48,7 @@ def test_lines_of_later_steps_and_half_lines_go(tmp_path):
         log.write({"step": step, "loss": math.nan if step == 1 else 0.5})
     log.close()
     with open(path, "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write("[" * 100_000 + "\n" + '{"step": 4, "lo')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
     log = MetricsLog(path, 2)
     log.write({"step": 3, "loss": 0.25})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -251,6 +252,13 @@ def test_tensorboard_is_written(trainer, tmp_path):
     pytest.importorskip("tensorboard")
     trainer(tmp_path / "run", tensorboard=True).fit()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_missing_tensorboard_leaves_no_folder(trainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match=r"pip install 'gencore\[tensorboard\]'"):
+        trainer(tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_cuda_device_is_an_error():

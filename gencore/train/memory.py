@@ -1,0 +1,42 @@
+"""Too little memory, whoever says so and however."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+
+# What torch and Python say of memory that they cannot have, and of sizes that no memory has.
+_SAID = re.compile(
+    r"can't allocate memory|not enough memory|Storage size calculation overflowed|Overflow when unpacking|index-sized"
+)
+
+
+class NotEnoughMemoryError(MemoryError):
+    """There is not enough memory; the message says for what."""
+
+
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Makes one error of all that Python, NumPy and torch raise when memory is short or a size absurd.
+
+    Raises:
+        NotEnoughMemoryError: there is not enough memory for ``what``.
+    """
+    try:
+        yield
+    except NotEnoughMemoryError:
+        raise
+    except Exception as error:
+        # What went wrong within a plugin is the cause of the error that names the plugin.
+        if not (_is_lack_of_memory(error) or _is_lack_of_memory(error.__cause__)):
+            raise
+        raise NotEnoughMemoryError(f"not enough memory for {what}") from error
+
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    if isinstance(error, (RuntimeError, TypeError, OverflowError)) and _SAID.search(str(error)):
+        return True
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
