@@ -65,11 +65,18 @@ def command(
         **found,
     }
     path = out or loaded.directory / "evaluation.json"
-    write_atomically(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
     print(loaded.title)
     for name, value in rows(found):
         print(f"  {name:<40}{value}")
     print(path)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for the numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(
@@ -82,7 +89,7 @@ def measure(
     batch_size: int = 250,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that can be measured of a model, as JSON can hold it: ``bound``, ``bound_k`` and ``classes``."""
+    """Everything that can be measured of a model: ``bound``, ``bound_k`` and ``classes``."""
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
         for name, purpose, draws in (("bound", _BOUND, 1), ("bound_k", _BOUND_K, num_samples)):
@@ -94,8 +101,6 @@ def measure(
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
                 raise UserError(str(error)) from error
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
-            if not math.isfinite(bound.standard_error):
-                found[name]["standard_error"] = None
     if classifier is not None:
         report = metrics.classify_samples(model, classifier, key.fold_in(_CLASSES), n=n, batch_size=batch_size)
         found["classes"] = {**asdict(report), "effective_classes": report.effective_classes}
@@ -109,7 +114,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if name in found:
             bound = found[name]
             draws = f"{bound['num_samples']} draw" + ("s" if bound["num_samples"] > 1 else "")
-            error = "" if bound["standard_error"] is None else f" ± {bound['standard_error']:.2f}"
+            error = "" if not math.isfinite(bound["standard_error"]) else f" ± {bound['standard_error']:.2f}"
             lines.append(
                 (
                     f"-log p(x), nats, at most ({draws})",

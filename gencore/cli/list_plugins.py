@@ -56,7 +56,13 @@ def _print_settings(config: type[Config], prefix: str, hidden: tuple[str, ...]) 
     for setting in config.describe():
         if setting.name not in hidden:
             default = "none" if setting.default is None else str(setting.default)
-            rows.append((f"  {prefix}{setting.name}", default, setting.doc or setting.type))
+            rows.append(
+                (
+                    f"  {prefix}{setting.name}",
+                    default,
+                    f"{setting.doc} ({setting.type})" if setting.doc else setting.type,
+                )
+            )
     _print_table(rows)
 
 

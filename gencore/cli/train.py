@@ -60,6 +60,10 @@ def command(
 def run(trainer: Trainer, resume: bool = False) -> None:
     """Trains, saying at the start what and at the end with which result; interrupted, how to go on."""
     spec = trainer.run
+    if resume and _saved_step(trainer.out) >= trainer.total_steps:
+        trainer.fit(resume=True)
+        print(f"{trainer.out}: already at step {trainer.step:,}")
+        return
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(
         f"training {spec.model} ({size:,} parameters) on {spec.data}, {spec.images:,} images, "
@@ -69,8 +73,8 @@ def run(trainer: Trainer, resume: bool = False) -> None:
     try:
         trainer.fit(resume=resume)
     except KeyboardInterrupt:
-        saved = checkpoints(trainer.out)
-        kept = f"step {int(saved[-1].name.removeprefix('step-'))} is saved" if saved else "nothing is saved yet"
+        saved = _saved_step(trainer.out)
+        kept = f"step {saved} is saved" if saved else "nothing is saved yet"
         typer.echo(
             f"gencore: interrupted at step {trainer.step}, {kept}; go on with: "
             f"gencore train --out {trainer.out} --resume",
@@ -81,6 +85,11 @@ def run(trainer: Trainer, resume: bool = False) -> None:
     losses = {k: v for k, v in records[-1].items() if k.endswith("/loss") and v is not None} if records else {}
     told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     print(f"{trainer.out}: step {trainer.step:,} after {trainer.seconds:.0f} s; {told}")
+
+
+def _saved_step(out: Path) -> int:
+    saved = checkpoints(out)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 def _trainer(

@@ -8,8 +8,10 @@ from typing import Literal
 
 from gencore.config import Config, field
 
-# What may differ when a run goes on: none of these changes the weights at a given step of a constant schedule.
-RESUMABLE = ("steps", "epochs", "log_every", "checkpoint_every", "keep", "tensorboard")
+# What may differ when a run goes on: none of these changes the weights at a given step, the length only if the
+# schedule is constant.
+LENGTH = ("steps", "epochs")
+RESUMABLE = (*LENGTH, "log_every", "checkpoint_every", "keep", "tensorboard")
 
 
 @dataclass(frozen=True)

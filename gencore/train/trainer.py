@@ -7,9 +7,10 @@ and went on has, on the CPU with the same number of threads, the weights of one 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,13 +22,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gencore import ops
+from gencore.config import ConfigError
 from gencore.files import locked
 from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
 from gencore.noise import Key
 from gencore.plugins import build_model
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
-from gencore.train.config import RESUMABLE, TrainConfig
+from gencore.train.config import LENGTH, RESUMABLE, TrainConfig
 from gencore.train.log import Meter, MetricsLog
 from gencore.train.memory import enough_memory
 from gencore.train.order import batch_indices, phase_key
@@ -127,7 +129,8 @@ class Trainer:
         Args:
             resume: go on from the newest checkpoint in the folder (from the start, if the run was killed before its
                 first, or before anything was written); what the run's settings were must be what they are now, except
-                its length and what it writes.
+                its length (if the learning rate is constant) and what it writes. A run that is as long as asked for
+                is left as it is.
 
         Raises:
             TrainingError: the folder holds a run already (without ``resume``), another process trains there, or a
@@ -156,12 +159,27 @@ class Trainer:
         if found and not resume:
             raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
         if resume and (found or (self.out / "run.json").exists()):
-            _refuse_other(self.out, checkpoints.read_run(self.out), self.run)
+            self._refuse_other(self.out, checkpoints.read_run(self.out))
         if found:
             saved = checkpoints.read(self.out)
-            _refuse_other(saved.directory, saved.run, self.run)
+            self._refuse_other(saved.directory, saved.run)
             self._restore(saved)
-        checkpoints.write_run(self.out, self.run)
+        if self.step < self.total_steps:
+            checkpoints.write_run(self.out, self.run)
+
+    def _refuse_other(self, place: Path, saved: Run) -> None:
+        if saved.model == self.run.model:
+            # An older gencore wrote no settings that came later: the run has their defaults.
+            with suppress(ConfigError):
+                config = type(self.model.config).from_dict(saved.config).to_dict()
+                train = TrainConfig.from_dict(saved.train).to_dict()
+                saved = dataclasses.replace(saved, config=config, train=train)
+        if differences := saved.differences(self.run, allowed=RESUMABLE):
+            raise CheckpointError(f"{place} is of another run: {'; '.join(differences)}")
+        longer = saved.differences(self.run, allowed=tuple(name for name in RESUMABLE if name not in LENGTH))
+        if longer and self.config.schedule != "constant":
+            schedule = self.config.schedule
+            raise CheckpointError(f"{place}: the length of a {schedule} schedule cannot change: {'; '.join(longer)}")
 
     def _restore(self, saved: Checkpoint) -> None:
         checkpoints.fill_model(self.model, saved.tensors("model"), saved.directory)
@@ -344,12 +362,6 @@ class _Average:
         """Goes on from a checkpoint's tensors."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
-
-
-def _refuse_other(place: Path, saved: Run, wanted: Run) -> None:
-    differences = saved.differences(wanted, allowed=RESUMABLE)
-    if differences:
-        raise CheckpointError(f"{place} is of another run: {'; '.join(differences)}")
 
 
 def _checked_phases(name: str, model: GenerativeModel) -> Sequence[Phase]:

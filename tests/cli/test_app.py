@@ -28,6 +28,7 @@ def test_list_shows_the_settings_of_a_model(gencore):
     assert "train.batch_size" in result.out
     assert "image_shape" not in result.out
     assert "did you mean toy" in gencore("list", "toyy").err
+    assert "one of 'bernoulli', 'gaussian'" in gencore("list", "vae").out
 
 
 def test_info(gencore):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,17 @@ def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
         gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 1, "--batch-size", batch_size, "--out", out)
         nats.append(json.loads(out.read_text())["bound"]["nats"])
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_what_is_not_finite_is_null(gencore, trained, tmp_path, monkeypatch):
+    def broken(model, images, key, num_samples=1):
+        return torch.full((len(images),), float("nan"))
+
+    monkeypatch.setattr(sys.modules["gencore_toy"].Toy, "log_likelihood_bound", broken)
+    result = gencore("evaluate", trained / "toy", "-n", 1, "--out", tmp_path / "e.json")
+    assert (result.code, result.err) == (0, "")
+    bound = json.loads((tmp_path / "e.json").read_text())["bound"]
+    assert (bound["nats"], bound["bits_per_dimension"], bound["standard_error"]) == (None, None, None)
 
 
 def test_a_sampler_has_classes_only(gencore, trained, tmp_path):

@@ -42,6 +42,14 @@ def test_resume_needs_the_folder_only_and_keeps_the_settings(gencore, tmp_path):
         assert torch.equal(tensor, checkpoint.read(tmp_path / "run").tensors("ema")[name])
 
 
+def test_a_run_that_is_long_enough_says_so(gencore, tmp_path):
+    gencore("train", "toy", *QUICK, "--out", tmp_path / "run")
+    run = (tmp_path / "run" / "run.json").read_bytes()
+    result = gencore("train", "--out", tmp_path / "run", "--resume", "--steps", 2)
+    assert result == (0, f"{tmp_path / 'run'}: already at step 6\n", "")
+    assert (tmp_path / "run" / "run.json").read_bytes() == run
+
+
 def test_resume_begins_where_there_is_nothing(gencore, tmp_path):
     result = gencore("train", "toy", *QUICK, "--out", tmp_path / "run", "--resume")
     assert (result.code, result.err) == (0, "")

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -121,6 +121,41 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(trainer, tmp_path):
     trainer(tmp_path / "parts", steps=10).fit(resume=True)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert checkpoint.read_run(tmp_path / "parts").train["steps"] == 10
+
+
+def test_a_run_that_is_long_enough_is_left_as_it_is(trainer, tmp_path):
+    trainer(tmp_path / "run", steps=6).fit()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    shorter = trainer(tmp_path / "run", steps=3)
+    shorter.fit(resume=True)
+    assert shorter.step == 6
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_the_length_of_a_schedule_cannot_change(trainer, tmp_path):
+    trainer(tmp_path / "run", schedule="cosine", steps=6).fit()
+    for steps in (3, 9):
+        message = rf"length of a cosine schedule cannot change: train\.steps: the run has 6, asked for is {steps}"
+        with pytest.raises(CheckpointError, match=message):
+            trainer(tmp_path / "run", schedule="cosine", steps=steps).fit(resume=True)
+    trainer(tmp_path / "run", schedule="cosine", steps=6, keep=1).fit(resume=True)
+
+
+def test_a_run_from_before_a_setting_goes_on(trainer, tmp_path):
+    trainer(tmp_path / "whole", steps=8).fit()
+    trainer(tmp_path / "run", steps=4).fit()
+    saved = checkpoint.read(tmp_path / "run")
+    config = {name: value for name, value in saved.run.config.items() if name != "hidden"}
+    settings = {name: value for name, value in saved.run.train.items() if name != "warmup"}
+    older = replace(saved.run, config=config, train=settings)
+    checkpoint.write_run(tmp_path / "run", older)
+    shutil.rmtree(saved.directory)
+    tensors = {name: weights(tmp_path / "whole", name) for name in ("model", "optimizer")}
+    checkpoint.save(tmp_path / "run", older, 8, tensors, saved.state, keep=2)
+    trainer(tmp_path / "run", steps=9).fit(resume=True)
+    assert checkpoint.read(tmp_path / "run").step == 9
+    with pytest.raises(CheckpointError, match="hidden: the run has 16, asked for is 8"):
+        trainer(tmp_path / "run", {"hidden": 8}, steps=10).fit(resume=True)
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(trainer, tmp_path):
