@@ -19,7 +19,7 @@ def test_bounds_and_classes_are_measured(gencore, trained, tmp_path):
     assert (result.code, result.err) == (0, "")
     told = json.loads(out.read_text())
     assert (told["model"], told["data"], told["step"]) == ("toy", "bars", 30)
-    assert told["bound"]["images"] == 60
+    assert told["bound"]["images"] == 40
     assert told["bound_k"]["nats"] >= told["bound"]["nats"] - 0.5
     assert sum(told["classes"]["counts"]) == 40
     assert f"{-told['bound']['nats']:.2f}" in result.out
@@ -33,6 +33,27 @@ def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
         gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 1, "--batch-size", batch_size, "--out", out)
         nats.append(json.loads(out.read_text())["bound"]["nats"])
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_it_measures_the_first_images_of_the_test_split_with_the_seed(gencore, trained, tmp_path, monkeypatch):
+    seen, toy = [], sys.modules["gencore_toy"].Toy
+
+    def spy(model, images, key, num_samples=1, real=toy.log_likelihood_bound):
+        seen.append(images)
+        return real(model, images, key, num_samples)
+
+    monkeypatch.setattr(toy, "log_likelihood_bound", spy)
+    nats = []
+    for i, options in enumerate(((), ("--seed", 1), ("--limit", 5))):
+        seen.clear()
+        out = tmp_path / f"{i}.json"
+        assert gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 1, "--out", out, *options).code == 0
+        bound = json.loads(out.read_text())["bound"]
+        nats.append(bound["nats"])
+        count = 5 if "--limit" in options else 40
+        assert bound["images"] == count
+        assert torch.equal(seen[0], data.load("bars", "test").batch(torch.arange(count)).images)
+    assert len(set(nats)) == 3
 
 
 def test_what_is_not_finite_is_null(gencore, trained, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ def test_a_model_without_latents_is_refused(gencore, trained, command, message):
 
 
 def test_more_images_than_there_are_is_an_error(gencore, trained):
-    result = gencore("reconstruct", trained / "toy", "-n", 61)
-    assert (result.code, result.err) == (2, "gencore: data set bars has only 60 test images, asked for are 61\n")
+    result = gencore("reconstruct", trained / "toy", "-n", 41)
+    assert (result.code, result.err) == (2, "gencore: data set bars has only 40 test images, asked for are 41\n")
 
 
 def test_spherical():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from PIL import Image
 
+from gencore import data
 from gencore.cli import quickstart
+from gencore.train import checkpoint
 
 
 def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
@@ -22,6 +25,16 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
     assert "SIMD level" in result.out
     assert "ops.reparameterize" in result.out
     assert gencore("sample", tmp_path / "out" / "vae", "-n", 4).code == 0
+
+
+def test_the_averaged_weights_are_shown(toy_environment, tmp_path, monkeypatch):
+    model, settings = quickstart._RECIPES["vae"]
+    monkeypatch.setitem(quickstart._RECIPES, "vae", (model, {**settings, "steps": 4}))
+    shown = quickstart._trained("vae", data.load("digits", "train"), tmp_path / "vae").model
+    saved = checkpoint.read(tmp_path / "vae")
+    for name, tensor in shown.state_dict().items():
+        assert torch.equal(tensor, saved.tensors("ema")[name])
+    assert not all(torch.equal(tensor, saved.tensors("model")[name]) for name, tensor in shown.state_dict().items())
 
 
 def test_a_run_of_the_users_is_not_touched(gencore, tmp_path):

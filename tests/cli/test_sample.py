@@ -34,6 +34,25 @@ def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
         torch.testing.assert_close(draw(model, 20, Key(0), batch_size), whole, rtol=1e-5, atol=1e-6)
 
 
+def test_the_batch_size_changes_no_labels(gencore, trained, tmp_path):
+    for batch_size in (3, 256):
+        out = tmp_path / f"{batch_size}.png"
+        options = ("-n", 20, "--labels", "0,7", "--batch-size", batch_size, "--out", out)
+        assert gencore("sample", trained / "toy-sampler", *options).code == 0
+    assert (tmp_path / "3.png").read_bytes() == (tmp_path / "256.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_the_batch_size_changes_nothing_of_the_real_models(gencore, tmp_path, name):
+    options = ("--data", "digits", "--steps", 3, "--batch-size", 16)
+    assert gencore("train", name, *options, "--out", tmp_path / "run").code == 0
+    model = train.load_model(tmp_path / "run")
+    whole = draw(model, 20, Key(0), 20)
+    assert len(whole.unique(dim=0)) == 20
+    for batch_size in (1, 3, 19):
+        torch.testing.assert_close(draw(model, 20, Key(0), batch_size), whole, rtol=1e-5, atol=1e-6)
+
+
 def test_the_seed_decides(gencore, trained, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         gencore("sample", trained / "toy", "-n", 4, "--seed", seed, "--out", tmp_path / name)

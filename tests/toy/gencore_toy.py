@@ -118,16 +118,17 @@ class ToySampler(GenerativeModel):
 
 
 def load_bars(path: object, split: str) -> ImageDataset:
-    """Images with one bright row or column: 8 classes."""
+    """Images with one bright row or column: 8 classes; 60 to train, 40 darker ones to test."""
     if path is not None:
         raise DataError(f"data set bars takes no path, got {path}")
-    images = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
-    labels = torch.arange(60) % 8
+    count, brightest = (60, 255) if split == "train" else (40, 200)
+    images = torch.zeros(count, 1, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(count) % 8
     for i, label in enumerate(labels.tolist()):
         if label < 4:
-            images[i, 0, label] = 255 - i
+            images[i, 0, label] = brightest - i
         else:
-            images[i, 0, :, label - 4] = 255 - i
+            images[i, 0, :, label - 4] = brightest - i
     if os.environ.get("GENCORE_TOY_NO_LABELS"):
         return ImageDataset("bars", split, images)
     return ImageDataset("bars", split, images, labels, [f"bar{i}" for i in range(8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencore import train
-from gencore.models.base import GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
+from gencore import data, plugins, train
+from gencore.models.base import Adam, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
 from gencore.train import CheckpointError, TrainConfig, Trainer, TrainingError, checkpoint
 from gencore.train.log import read_metrics
+from gencore.train.trainer import _PhaseOptimizer
 
 EVERYTHING = {"ema": 0.9, "clip": 0.5, "schedule": "cosine", "warmup": 3}
 
@@ -164,6 +166,59 @@ def test_bfloat16_trains_and_keeps_float32_weights(trainer, tmp_path):
     tensors, exact = weights(tmp_path / "run"), weights(tmp_path / "exact")
     assert tensors["critic.weight"].dtype == torch.float32
     assert not torch.equal(tensors["encoder.0.weight"], exact["encoder.0.weight"])
+
+
+def test_the_learning_rate_is_used_and_logged(trainer, tmp_path):
+    made = trainer(tmp_path / "run", schedule="cosine", warmup=2, steps=12, log_every=1)
+    used, one_step = [], made._one_step
+
+    def follow() -> None:
+        one_step()
+        used.append([group["lr"] for optimizer in made.optimizers for group in optimizer.adam.param_groups])
+
+    made._one_step = follow
+    made.fit()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # Half way up the warm-up, half way down the cosine (after 2 + 5 of 2 + 10 steps), and one step before its end.
+    for step, factor in ((1, 0.5), (8, 0.5), (12, 0.5 * (1 - math.cos(math.pi / 10)))):
+        logged = [records[step - 1][f"{phase}/learning_rate"] for phase in ("critic", "autoencoder")]
+        assert used[step - 1] == logged == pytest.approx([1e-2 * factor] * 2, rel=1e-12)
+
+
+def test_a_step_is_one_of_adam_with_the_settings_of_the_phase(trainer, tmp_path):
+    made = trainer(tmp_path / "run")
+    settings = Adam(lr=0.1, beta1=0.3, beta2=0.6, eps=0.01, weight_decay=0.2)
+    phase = replace(made.optimizers[0].phase, optimizer=settings)
+    optimizer = _PhaseOptimizer(0, phase, made.model, torch.device("cpu"))
+    own = [parameter.detach().clone().requires_grad_() for parameter in phase.parameters]
+    adam = torch.optim.AdamW(own, lr=0.05, betas=(0.3, 0.6), eps=0.01, weight_decay=0.2, fused=True)
+    for step in (1, 2):
+        for parameters in (own, phase.parameters):
+            value = torch.stack([(parameter - step).square().sum() for parameter in parameters]).sum()
+            if parameters is own:
+                adam.zero_grad()
+                value.backward()
+                adam.step()
+            else:
+                optimizer.descend(Loss(value, {}), factor=0.5, clip=None, step=step)
+    for expected, parameter in zip(own, phase.parameters, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("vae", "float32"), ("vae", "bfloat16"), ("gan", "float32")])
+def test_the_real_models_go_on_to_the_same_bits(tmp_path, name, precision):
+    plugin, images = plugins.load_model(name), data.load("digits", "train")
+    config = plugin.config.from_dict({"image_shape": images.image_shape, "num_classes": images.num_classes})
+
+    def made(out, steps):
+        settings = TrainConfig(steps=steps, batch_size=16, precision=precision, ema=0.9, clip=1.0)
+        return Trainer(plugin, config, images, settings, tmp_path / out, data_name="digits", progress=False)
+
+    made("whole", 4).fit()
+    made("parts", 2).fit()
+    made("parts", 4).fit(resume=True)
+    for file in ("model", "ema", "optimizer"):
+        assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))
 
 
 def test_clip_bounds_the_gradient(trainer, tmp_path):
