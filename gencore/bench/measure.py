@@ -33,14 +33,15 @@ def _seconds(candidate: Candidate, calls: int) -> float:
 
 
 def interleave(
-    candidates: Mapping[str, Candidate], *, rounds: int = 21, round_seconds: float = 0.005
+    candidates: Mapping[str, Candidate], *, rounds: int = 21, round_seconds: float = 0.02
 ) -> dict[str, Timing]:
     """Times candidates in turn, A B C A B C, after three calls of each to warm up.
 
     Args:
         candidates: functions without arguments, by name.
         rounds: how often each is timed.
-        round_seconds: a round repeats a short function for about as long, so that the clock does not count.
+        round_seconds: a round repeats a short function for about as long, so that neither the clock counts nor what the
+            candidate before left behind, such as memory that was given back to the system.
     """
     calls = {}
     for name, candidate in candidates.items():

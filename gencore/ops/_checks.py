@@ -18,23 +18,22 @@ _STRIDED = torch.strided
 def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
     """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
 
-    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape with fewer
-    than 2^31 elements, which need no gradient; the key, if there is one, serves the whole batch. None for everything
-    else, which is then looked at argument by argument, to be served or to be told what is wrong.
+    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape that need no
+    gradient; the key, if there is one, serves the whole batch. None for everything else, which is then looked at
+    argument by argument, to be served or to be told what is wrong.
     """
     if (
         is_unobserved()
         and type(a) in PLAIN_TYPES
         and type(b) in PLAIN_TYPES
-        and a.dtype is b.dtype
-        and a.dtype in _FLOATING
+        and (dtype := a.dtype) is b.dtype
+        and dtype in _FLOATING
         and a.layout is b.layout is _STRIDED
         and not (a.is_nested or b.is_nested)
         and a.shape == b.shape
         and a.is_cpu
         and b.is_cpu
-        and a.dim() > 0
-        and a.numel() < 1 << 31
+        and a.dim()
         and not (a.is_neg() or b.is_neg())
         and not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled())
     ):
