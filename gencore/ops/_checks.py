@@ -18,8 +18,8 @@ _STRIDED = torch.strided
 def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
     """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
 
-    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape that need no
-    gradient; the key, if there is one, serves the whole batch. None for everything else, which is then looked at
+    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape, without
+    a gradient; the key, if there is one, serves the whole batch. None for everything else, which is then looked at
     argument by argument, to be served or to be told what is wrong.
     """
     if (
