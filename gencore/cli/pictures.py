@@ -20,7 +20,7 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_group: int = 1) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1], C of 1 or 3, row by row; small ones enlarged, pixel by pixel.
+    """Images (N, C, H, W) in [0, 1], C of 1 or 3, row by row; small ones enlarged.
 
     Args:
         columns: images in a row.
@@ -51,7 +51,8 @@ def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_
         if column == 0 and row < len(row_labels):
             draw.text((_MARGIN, y + height // 2), row_labels[row], _INK, _font(), anchor="lm")
         array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-        canvas.paste(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        # Smoothly: the eye reads a digit of eight pixels better when it does not see the pixels.
+        canvas.paste(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC), (x, y))
     return canvas
 
 
