@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
         raise ValueError("shape must have at least one dimension, the samples; got ()")
     elements: int | torch.SymInt = 1
     for position, size in enumerate(shape):
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer, torch.SymInt)):
             raise TypeError(f"shape must hold ints, got {type(size).__name__} at position {position}")
         if size < 0:
             raise ValueError(f"shape must hold sizes of at least 0, got {size} at position {position}")

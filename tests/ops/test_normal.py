@@ -139,6 +139,10 @@ def test_default_key_follows_manual_seed():
     assert not torch.equal(first, second)
 
 
+def test_sizes_may_be_numpys():
+    assert same_bits(ops.normal((np.int64(2), np.int32(3)), Key(0)), ops.normal((2, 3), Key(0)))
+
+
 def test_default_dtype_is_torchs():
     torch.set_default_dtype(torch.float64)
     try:
