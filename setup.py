@@ -1,6 +1,8 @@
 """Builds the compiled modules with CMake and puts them beside the Python code; CMakeLists.txt owns the targets.
 
-CMAKE_ARGS adds options to the configuration, such as ``-DGENCORE_WERROR=ON``.
+Environment variables: GENCORE_CUDA ("on", "off"; by default the CUDA module is built where nvcc is found),
+GENCORE_CUDA_ARCHITECTURES ("90", "80-real;90"; as CMake's CMAKE_CUDA_ARCHITECTURES), and CMAKE_ARGS, which adds options
+to the configuration, such as ``-DGENCORE_WERROR=ON``.
 """
 
 import os
@@ -48,6 +50,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DGENCORE_CUDA={os.environ.get('GENCORE_CUDA', 'auto')}",
+            f"-DGENCORE_CUDA_ARCHITECTURES={os.environ.get('GENCORE_CUDA_ARCHITECTURES', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         subprocess.run(configure, check=True)

@@ -3,6 +3,8 @@
 from gencore import ops as ops
 from gencore.info import info as info
 from gencore.noise import Key as Key
+from gencore.ops import backend as backend
+from gencore.ops import explain as explain
 
 __version__ = "0.1.0"
-__all__ = ["Key", "info", "ops"]
+__all__ = ["Key", "backend", "explain", "info", "ops"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import importlib.util
 import platform
 import re
 from pathlib import Path
@@ -13,18 +12,18 @@ from typing import Any
 import numpy
 import torch
 
-from gencore.backends import cpu
+from gencore.backends import choice, cpu, cuda
 
 
 def info() -> dict[str, Any]:
     """Versions, the compiled modules, and what they use on this machine, as JSON can hold it.
 
-    Keys: ``gencore``, ``python``, ``torch``, ``numpy``, ``system``, ``cpu``; ``cpu_module`` (compiler, SIMD levels
-    compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the kernels' ``runtime``; ``shared`` says
-    whether it is torch's too, so that both use one pool of threads), ``cuda_module``, ``triton`` (each ``available``,
-    or a ``reason`` why not).
+    Keys: ``gencore``, ``python``, ``torch``, ``numpy``, ``system``, ``cpu``, ``gpus`` (those that torch can use);
+    ``cpu_module`` (compiler, SIMD levels compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the kernels'
+    ``runtime``; ``shared`` says whether it is torch's too, so that both use one pool of threads), ``cuda_module`` (how it
+    was ``built``, or why not), ``triton``; these two are ``available``, or there is a ``reason`` why they serve no GPU here.
 
-    Needs torch and NumPy only, touches no GPU, and raises nothing: what is missing is said in the result.
+    Needs torch and NumPy only, and raises nothing: what is missing is said in the result.
     """
     return {
         "gencore": _version("gencore"),
@@ -33,6 +32,7 @@ def info() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
+        "gpus": _gpus(),
         "cpu_module": _cpu_module(),
         "threads": torch.get_num_threads(),
         "openmp": _openmp(),
@@ -85,14 +85,21 @@ def _openmp() -> dict[str, Any]:
 
 
 def _cuda_module() -> dict[str, Any]:
-    if importlib.util.find_spec("gencore._cuda") is None:
-        return {"available": False, "reason": "gencore._cuda was not built (no nvcc when gencore was built)"}
-    if torch.version.cuda is None:
-        return {"available": False, "reason": "built, but this torch is built without CUDA"}
-    return {"available": True}
+    built = {"built": cpu.build_info()["cuda_module"]}
+    reason = cuda.unavailable()
+    if reason is None:
+        return {"available": True, **built, **{k: v for k, v in cuda.build_info().items() if k != "version"}}
+    return {"available": False, "reason": reason, **built}
 
 
 def _triton() -> dict[str, Any]:
-    if importlib.util.find_spec("triton") is None:
-        return {"available": False, "reason": "the package triton is not installed"}
-    return {"available": True, "version": _version("triton")}
+    reason = choice.triton_unavailable()
+    version = _version("triton")
+    return {"available": reason is None, "version": version} | ({} if reason is None else {"reason": reason})
+
+
+def _gpus() -> list[str]:
+    """The GPUs that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

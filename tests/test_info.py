@@ -19,8 +19,10 @@ def test_everything_is_said_and_json_can_hold_it():
     module = told["cpu_module"]
     assert module["simd_level"] in module["simd_compiled"]
     assert module["simd_level"] in module["simd_supported"]
-    assert told["cuda_module"]["available"] or told["cuda_module"]["reason"]
-    assert told["triton"].get("version") or told["triton"]["reason"]
+    assert told["cuda_module"]["built"]
+    for gpu_backend in ("cuda_module", "triton"):
+        assert told[gpu_backend]["available"] == ("reason" not in told[gpu_backend])
+    assert len(told["gpus"]) == torch.cuda.device_count()
 
 
 def test_kernels_that_are_not_built_are_said_so():

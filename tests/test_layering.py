@@ -56,8 +56,10 @@ FORBIDDEN_INCLUDES = {
 OP_ROOMS = {
     "gencore/ops": ("{}.py", {"__init__"}),
     "gencore/backends/reference": ("{}.py", {"__init__"}),
-    "csrc/include/gencore": ("{}.h", {"limits", "math", "philox", "simd", "types"}),
+    "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
+    "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "philox", "simd", "types"}),
     "csrc/cpu": ("{}.cpp", {"dispatch", "limits"}),
+    "csrc/cuda": ("{}.cu", {"error"}),
     "tests/ops": ("test_{}.py", set()),
     "benchmarks": ("test_{}.py", set()),
 }

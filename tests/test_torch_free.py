@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -38,6 +39,13 @@ def needed_libraries(module: str) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", output_of("readelf", "-d", "-W", module))
 
 
+def compiled_module(name: str) -> str:
+    spec = importlib.util.find_spec(f"gencore.{name}")
+    if spec is None:
+        pytest.skip(f"gencore.{name} is not built: {_cpu.build_info()['cuda_module']}")
+    return spec.origin
+
+
 def test_no_source_includes_a_torch_header():
     assert torch_headers(ROOT / "csrc") == []
 
@@ -51,12 +59,20 @@ def test_a_torch_header_is_found(tmp_path, line):
     assert torch_headers(tmp_path) == ["bad.h"]
 
 
-def test_the_module_needs_no_torch_symbol():
-    assert undefined_torch_symbols(_cpu.__file__) == []
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_the_module_needs_nothing_of_torch(name):
+    module = compiled_module(name)
+    assert undefined_torch_symbols(module) == []
+    assert not [library for library in needed_libraries(module) if LIBRARY.search(library)]
 
 
-def test_the_module_needs_no_torch_library():
-    assert not [library for library in needed_libraries(_cpu.__file__) if LIBRARY.search(library)]
+def test_the_cuda_module_carries_its_runtime():
+    """It can be loaded on a machine without CUDA, and no other runtime's version matters to it."""
+    module = compiled_module("_cuda")
+    assert not [library for library in needed_libraries(module) if "cuda" in library]
+    defined = output_of("nm", "-D", "--defined-only", module)
+    assert "PyInit__cuda" in defined
+    assert not re.search(r"\bcuda\w+", defined), "the runtime's functions are offered to others"
 
 
 def test_a_module_of_torch_is_told_apart():

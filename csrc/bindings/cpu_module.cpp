@@ -60,6 +60,7 @@ py::dict build_info() {
 #else
   info["openmp"] = 0;
 #endif
+  info["cuda_module"] = GENCORE_CUDA_STATE;
   return info;
 }
 

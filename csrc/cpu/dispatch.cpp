@@ -68,18 +68,7 @@ bool is_supported(SimdLevel level) {
 }
 
 bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads) {
-  if (threads < 1) return false;
-  if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;
-  if (shape.channels > 1 && shape.elements % shape.channels != 0) return false;
-  if (key.rows != 0 && key.rows != shape.samples) return false;
-  if (key.words == nullptr && shape.samples != 0) return false;
-  constexpr std::int64_t most_blocks = std::int64_t{1} << 32;
-  std::int64_t rows, total;
-  if (shape.elements > 4 * most_blocks) return false;
-  const std::int64_t blocks = (shape.elements + 3) / 4;
-  if (shape.draws > 1 && blocks > most_blocks / shape.draws) return false;
-  return !__builtin_mul_overflow(shape.samples, shape.draws, &rows) &&
-         !__builtin_mul_overflow(rows, shape.elements, &total);
+  return threads >= 1 && !key.on_device && gencore::is_valid(shape, key);
 }
 
 SimdLevel simd_level() { return chosen.load(std::memory_order_relaxed); }

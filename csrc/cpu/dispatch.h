@@ -15,8 +15,7 @@
 
 namespace gencore::cpu {
 
-// Whether the sizes fit together and in the counters: at most 2^34 values per sample, key rows for every sample, and a
-// thread to do the work.
+// Whether the sizes are valid, the key is where the CPU can read it, and there is a thread to do the work.
 bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads);
 
 }  // namespace gencore::cpu

@@ -30,8 +30,12 @@ def lines(told: dict[str, Any]) -> list[str]:
         ("SIMD level", f"{module['simd_level']} (this CPU supports {', '.join(module['simd_supported'])})"),
         ("OpenMP", _openmp(openmp)),
     ]
-    rows.append(("CUDA kernels", "built" if told["cuda_module"]["available"] else told["cuda_module"]["reason"]))
-    rows.append(("Triton", told["triton"].get("version") or told["triton"]["reason"]))
+    cuda, triton = told["cuda_module"], told["triton"]
+    rows.append(("GPUs", ", ".join(told["gpus"]) or "none that torch can use"))
+    rows.append(
+        ("CUDA kernels", f"for {cuda['architectures']}" if cuda["available"] else f"not used: {cuda['reason']}")
+    )
+    rows.append(("Triton", triton["version"] if triton["available"] else f"not used: {triton['reason']}"))
     return [f"{name:<14}{value}" for name, value in rows]
 
 

@@ -1,5 +1,7 @@
 """The kernels: functions of tensors, each one pass over memory, each a ``torch.library`` op."""
 
+from gencore.backends.choice import backend as backend
+from gencore.ops._explain import explain as explain
 from gencore.ops.normal import normal as normal
 from gencore.ops.reparameterize import reparameterize as reparameterize
 from gencore.ops.reparameterize import reparameterize_kl as reparameterize_kl

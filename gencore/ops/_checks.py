@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
@@ -18,8 +19,8 @@ _STRIDED = torch.strided
 def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
     """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
 
-    That is: nothing observes the call; ``a`` and ``b`` are plain CPU tensors of one floating dtype and shape, without
-    a gradient; the key, if there is one, serves the whole batch. None for everything else, which is then looked at
+    That is: nothing observes the call; ``a`` and ``b`` are plain tensors on the CPU or one GPU, of one floating dtype and
+    shape, without a gradient; the key, if there is one, serves the whole batch. None for everything else, which is then looked at
     argument by argument, to be served or to be told what is wrong.
     """
     if (
@@ -31,8 +32,7 @@ def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
         and a.layout is b.layout is _STRIDED
         and not (a.is_nested or b.is_nested)
         and a.shape == b.shape
-        and a.is_cpu
-        and b.is_cpu
+        and (a.is_cpu and b.is_cpu or a.is_cuda and b.is_cuda and a.get_device() == b.get_device())
         and a.dim()
         and not (a.is_neg() or b.is_neg())
         and not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled())
@@ -62,12 +62,18 @@ def check_tensor(name: str, tensor: Any) -> None:
     check_floating(f"dtype of {name}", tensor.dtype)
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples; got a scalar")
-    check_device(name, tensor.device)
+    check_device(f"the device of {name}", tensor.device)
 
 
 def check_device(name: str, device: torch.device) -> None:
-    if device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name} must be on the CPU: this version of gencore has CPU kernels only, got {device}")
+    """A backend must serve ``device``. The compiler's tensors and those without data are looked at no further."""
+    if device.type == "meta" or torch.compiler.is_compiling():
+        return
+    try:
+        choice.choose(device)
+    except choice.NoBackend as error:
+        error.args = (f"{name} must be one that a backend serves; {error}",)
+        raise
 
 
 def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:

@@ -1,15 +1,18 @@
 """How an op enters PyTorch's dispatcher, and when a call may pass the dispatcher by, written once.
 
-Every op is a ``torch.library`` op with a schema, a fake, the CPU kernel and, where it has one, its gradient.
+Every op is a ``torch.library`` op with a schema, a fake and, where it has one, its gradient. Which backend's kernel
+runs is decided at every call, by :mod:`gencore.backends.choice`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -28,7 +31,7 @@ except AttributeError:  # Private names, which another PyTorch may not have: eve
 
 
 def is_unobserved() -> bool:
-    """Whether nothing stands between a call on plain CPU tensors and its kernel: then the kernel is called directly.
+    """Whether nothing stands between a call on plain tensors and its kernel: then the kernel is called directly.
 
     The dispatcher costs two microseconds, as much as a small kernel. It is needed by whatever looks at ops or changes
     what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, forward-mode
@@ -56,13 +59,13 @@ class Op:
 
     def __init__(
         self,
+        name: str,
         library: Callable[..., Any],
-        kernel: Callable[..., Any],
         setup_context: Callable[..., None] | None,
         backward: Callable[..., Any] | None,
     ):
+        self.name = name
         self.library = library
-        self.kernel = kernel
         self._eager, self._transformed = None, None
         if backward is None:
             return
@@ -71,7 +74,7 @@ class Op:
             # With a setup_context of its own, apply() would look at the signature at every call: 15 microseconds.
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                outputs = kernel(*args)
+                outputs = kernel_for(name, args)(*args)
                 if setup_context is not None:
                     setup_context(ctx, args, outputs)
                 return outputs
@@ -96,14 +99,19 @@ class Op:
         wanted = False
         for arg in args:
             if type(arg) in PLAIN_TYPES:
-                if not arg.is_cpu or arg.is_neg():
+                if not (arg.is_cpu or arg.is_cuda) or arg.is_neg():
                     return self.library(*args)
                 wanted = wanted or arg.requires_grad
             elif isinstance(arg, Tensor):
                 return self.library(*args)
         if wanted and self._eager is not None and torch.is_grad_enabled():
             return self._eager.apply(*args)
-        return self.kernel(*args)
+        return kernel_for(self.name, args)(*args)
+
+
+def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The kernel where the first tensor of ``args`` is; the key, which comes after, may be on the CPU."""
+    return choice.kernel(name, next(arg for arg in args if isinstance(arg, Tensor)))
 
 
 def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
@@ -119,27 +127,27 @@ def define(
     signature: str,
     *,
     fake: Callable[..., Any],
-    cpu: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers an op.
 
     Args:
-        signature: the schema, such as ``"normal_(Tensor(a!) out, Tensor key) -> ()"``.
+        signature: the schema, such as ``"normal_(Tensor(a!) out, Tensor key) -> ()"``. Every backend has the kernel
+            under this name.
         fake: gives outputs of the right shapes, dtypes and strides for inputs without data.
-        cpu: the kernel for CPU tensors.
         setup_context, backward: the autograd formula, as :func:`torch.library.register_autograd` takes it.
     """
     name = signature.split("(", 1)[0]
     # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
-    _library.impl(name, cpu, "CPU")
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, lambda *args: kernel_for(name, args)(*args), device)
     torch.library.register_fake(f"gencore::{name}", fake, lib=_library)
     if backward is not None:
         setup = setup_context or _nothing
         torch.library.register_autograd(f"gencore::{name}", backward, setup_context=setup, lib=_library)
-    return Op(getattr(torch.ops.gencore, name).default, cpu, setup_context, backward)
+    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward)
 
 
 def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu
 from gencore.noise import Key
 from gencore.ops._fill import fill
 from gencore.ops._library import define
 
-_normal_ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.normal_)
+_normal_ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None)
 
 
 def normal(
@@ -35,7 +34,7 @@ def normal(
             order, at most 2^34 of them.
         key: what the noise depends on; by default one drawn from torch's generator.
         dtype: float32, bfloat16, float16 or float64; by default torch's default dtype.
-        device: the CPU.
+        device: the CPU or a GPU; by default torch's default device.
         memory_format: of the result; channels_last for four dimensions, channels_last_3d for five.
         out: a tensor of ``shape`` to write to instead of a new one, with any strides.
 

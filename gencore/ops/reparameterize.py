@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu
+from gencore.backends import choice
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
 from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
@@ -41,7 +41,6 @@ _reparameterize_backward = define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
     "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
     fake=_fake_backward,
-    cpu=cpu.reparameterize_backward,
     backward=refuse_second_derivative,
 )
 
@@ -83,14 +82,12 @@ _ARGUMENTS = "(Tensor mu, Tensor logvar, Tensor key, SymInt? num_samples=None)"
 _reparameterize = define(
     f"reparameterize{_ARGUMENTS} -> Tensor",
     fake=_fake,
-    cpu=cpu.reparameterize,
     setup_context=_setup_context,
     backward=_backward,
 )
 _reparameterize_kl = define(
     f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
     fake=_fake_kl,
-    cpu=cpu.reparameterize_kl,
     setup_context=_setup_context_kl,
     backward=_backward_kl,
 )
@@ -141,7 +138,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
     if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
-        return cpu.reparameterize(mu, logvar, packed)
+        return choice.kernel("reparameterize", mu)(mu, logvar, packed)
     return _reparameterize(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
 
 
@@ -165,5 +162,5 @@ def reparameterize_kl(
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
     if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
-        return cpu.reparameterize_kl(mu, logvar, packed)
+        return choice.kernel("reparameterize_kl", mu)(mu, logvar, packed)
     return _reparameterize_kl(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)

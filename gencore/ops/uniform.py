@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu
 from gencore.noise import Key
 from gencore.ops._fill import fill
 from gencore.ops._library import define
 
-_uniform_ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None, cpu=cpu.uniform_)
+_uniform_ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None)
 
 
 def uniform(

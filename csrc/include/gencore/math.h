@@ -10,9 +10,9 @@
 namespace gencore {
 
 template <class V, int n>
-GENCORE_HOST_DEVICE typename V::F horner(typename V::F x, const float (&coefficient)[n]) {
+GENCORE_INLINE typename V::F horner(typename V::F x, const float (&coefficient)[n]) {
   typename V::F value = V::set(coefficient[n - 1]);
-#pragma GCC unroll 16
+  GENCORE_UNROLL
   for (int i = n - 2; i >= 0; --i) value = V::fma(value, x, V::set(coefficient[i]));
   return value;
 }
@@ -20,8 +20,8 @@ GENCORE_HOST_DEVICE typename V::F horner(typename V::F x, const float (&coeffici
 // Two standard normals from two 32-bit words (Box and Muller 1958). The definition, step by step, is
 // gencore.noise.box_muller; the comments there say why each step is as it is.
 template <class V>
-GENCORE_HOST_DEVICE void box_muller(typename V::U word0, typename V::U word1, typename V::F& normal0,
-                                    typename V::F& normal1) {
+GENCORE_INLINE void box_muller(typename V::U word0, typename V::U word1, typename V::F& normal0,
+                               typename V::F& normal1) {
   using F = typename V::F;
   using U = typename V::U;
   // -2 ln(1 + f) = -2 f + f^2 Q(f) on [sqrt(1/2) - 1, sqrt(2) - 1]; relative error 3.4e-8.
@@ -51,13 +51,13 @@ GENCORE_HOST_DEVICE void box_muller(typename V::U word0, typename V::U word1, ty
 
 // Uniform in [0, 1) with 24 bits from a 32-bit word.
 template <class V>
-GENCORE_HOST_DEVICE typename V::F unit_uniform(typename V::U word) {
+GENCORE_INLINE typename V::F unit_uniform(typename V::U word) {
   return V::mul(V::float_from_signed(V::template shift_right<8>(word)), V::set(0x1p-24f));
 }
 
 // e^x, within 1.1 ulp of the real value; overflows to infinity, underflows gradually to 0, passes NaN on.
 template <class V>
-GENCORE_HOST_DEVICE typename V::F exp(typename V::F x) {
+GENCORE_INLINE typename V::F exp(typename V::F x) {
   using F = typename V::F;
   // e^r = 1 + r + r^2 P(r) on |r| <= ln(2) / 2; relative error 3.1e-9.
   constexpr float p[] = {0.4999999403953552f, 0.1666652113199234f, 0.0416683629155159f, 0.00836868118494749f,

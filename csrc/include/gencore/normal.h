@@ -1,6 +1,7 @@
 // Standard normal noise.
 #pragma once
 
+#include "gencore/cuda.h"
 #include "gencore/types.h"
 
 namespace gencore::cpu {
@@ -11,3 +12,10 @@ namespace gencore::cpu {
 Status normal(void* out, DType dtype, const NoiseShape& shape, const NoiseKey& key, int threads);
 
 }  // namespace gencore::cpu
+
+namespace gencore::cuda {
+
+// The same values in device memory, `out`, on `stream`.
+Error normal(void* out, DType dtype, const NoiseShape& shape, const NoiseKey& key, Stream stream);
+
+}  // namespace gencore::cuda

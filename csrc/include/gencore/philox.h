@@ -18,7 +18,7 @@ struct PhiloxBlock {
 };
 
 // The four words of the block `counter` under `seed`.
-GENCORE_HOST_DEVICE PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) {
+GENCORE_INLINE PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) {
   std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
   for (int round = 0; round < Philox::rounds; ++round) {

@@ -1,9 +1,10 @@
 // Fused reparameterized sampling (Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4).
 #pragma once
 
+#include "gencore/cuda.h"
 #include "gencore/types.h"
 
-namespace gencore::cpu {
+namespace gencore {
 
 // z = mu + exp(logvar / 2) * eps, with eps the noise of `shape` and `key`, and, where `kl` is not null,
 // kl[b] = 1/2 sum_i (mu_i^2 + exp(logvar_i) - 1 - logvar_i), the divergence of sample b from the standard normal.
@@ -19,9 +20,6 @@ struct Reparameterize {
   NoiseShape shape;
   NoiseKey key;
 };
-
-// `threads` is at least 1; small tensors take fewer.
-Status reparameterize(const Reparameterize& args, int threads);
 
 // The gradients; eps is made again, never stored:
 //   grad_mu     = sum_d grad_z                                   + grad_kl mu
@@ -40,6 +38,21 @@ struct ReparameterizeBackward {
   NoiseKey key;
 };
 
+}  // namespace gencore
+
+namespace gencore::cpu {
+
+// `threads` is at least 1; small tensors take fewer.
+Status reparameterize(const Reparameterize& args, int threads);
 Status reparameterize_backward(const ReparameterizeBackward& args, int threads);
 
 }  // namespace gencore::cpu
+
+namespace gencore::cuda {
+
+// Where kl is wanted, `workspace` is device memory of as many bytes as reparameterize_workspace says, which may be 0.
+std::int64_t reparameterize_workspace(DType dtype, const NoiseShape& shape);
+Error reparameterize(const Reparameterize& args, void* workspace, Stream stream);
+Error reparameterize_backward(const ReparameterizeBackward& args, Stream stream);
+
+}  // namespace gencore::cuda

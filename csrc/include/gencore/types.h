@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
+// What kernels share: nvcc compiles it for the device, other compilers for the host.
 #if defined(__CUDACC__)
-#define GENCORE_HOST_DEVICE __host__ __device__ __forceinline__
+#define GENCORE_INLINE __device__ __forceinline__
+#define GENCORE_UNROLL _Pragma("unroll")
 #else
 // Internal linkage: a copy compiled for a newer processor must never stand in for one compiled for an older.
-#define GENCORE_HOST_DEVICE static inline
+#define GENCORE_INLINE static inline
+#define GENCORE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace gencore {
@@ -32,6 +35,10 @@ struct NoiseKey {
   // rows == 0: {seed, stream, id of the first sample}; else one {seed, stream, sample id} per sample.
   const std::int64_t* words;
   std::int64_t rows;
+  // For CUDA: the words lie in device memory, and kernels read them when they run, so that new words give new noise
+  // when a captured graph is replayed. Else they lie in host memory and are read at the call; CUDA then takes rows == 0
+  // only.
+  bool on_device = false;
 };
 
 // Which noise a tensor holds: `draws` x `samples` rows of `elements` values, one row after the other in memory.
@@ -44,5 +51,20 @@ struct NoiseShape {
   // and `elements / channels` pixels lies at p * channels + c. The values are the same either way.
   std::int64_t channels;
 };
+
+// Whether the sizes fit together and in the counters: at most 2^34 values per sample, and key rows for every sample.
+static inline bool is_valid(const NoiseShape& shape, const NoiseKey& key) {
+  if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;
+  if (shape.channels > 1 && shape.elements % shape.channels != 0) return false;
+  if (key.rows != 0 && key.rows != shape.samples) return false;
+  if (key.words == nullptr && shape.samples != 0) return false;
+  constexpr std::int64_t most_blocks = std::int64_t{1} << 32;
+  std::int64_t rows, total;
+  if (shape.elements > 4 * most_blocks) return false;
+  const std::int64_t blocks = (shape.elements + 3) / 4;
+  if (shape.draws > 1 && blocks > most_blocks / shape.draws) return false;
+  return !__builtin_mul_overflow(shape.samples, shape.draws, &rows) &&
+         !__builtin_mul_overflow(rows, shape.elements, &total);
+}
 
 }  // namespace gencore

@@ -1,0 +1,144 @@
+// gencore._cuda: the CUDA kernels for Python. Takes device addresses and sizes, so it knows nothing of torch.
+//
+// The last arguments of every op say where: the device's index, and a stream of it.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "gencore/normal.h"
+#include "gencore/reparameterize.h"
+#include "gencore/uniform.h"
+
+namespace py = pybind11;
+using namespace gencore;
+
+namespace {
+
+void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+cuda::Stream stream_at(std::uintptr_t address) { return static_cast<cuda::Stream>(pointer(address)); }
+
+NoiseKey noise_key(std::uintptr_t words, std::int64_t rows, bool on_device) {
+  return {static_cast<const std::int64_t*>(pointer(words)), rows, on_device};
+}
+
+// Makes a device the current one for as long as this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_;
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+std::string described(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return "float32";
+    case DType::float64: return "float64";
+    case DType::bfloat16: return "bfloat16";
+    case DType::float16: return "float16";
+  }
+  return "unknown dtype";
+}
+
+// Launches kernels; an error becomes an exception that names the op and its shapes.
+template <class Kernel>
+void run(const char* op, DType dtype, const NoiseShape& shape, int device, Kernel&& kernel) {
+  cuda::Error error;
+  {
+    const DeviceGuard guard(device);
+    error = guard.error() == cudaSuccess ? kernel() : static_cast<cuda::Error>(guard.error());
+  }
+  if (error == cudaSuccess) return;
+  const std::string what =
+      std::string("gencore._cuda.") + op + " of " + std::to_string(shape.draws) + " x " +
+      std::to_string(shape.samples) + " x " + std::to_string(shape.elements) + " " + described(dtype) + " values" +
+      (shape.channels > 1 ? ", channels_last with " + std::to_string(shape.channels) + " channels" : "") +
+      ", on device " + std::to_string(device) + ": " + cuda::message(error) + " (" + cuda::name(error) + ")";
+  if (error == cudaErrorInvalidValue) throw std::invalid_argument(what);
+  throw std::runtime_error(what);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = GENCORE_VERSION;
+  info["compiler"] = GENCORE_CUDA_COMPILER;
+  info["architectures"] = GENCORE_CUDA_ARCHITECTURES;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of gencore, by address. Call gencore.ops instead.";
+
+  m.def("build_info", &build_info);
+
+  m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+                     std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+    const NoiseShape shape{samples, 1, elements, channels};
+    run("normal", DType(dtype), shape, device, [&] {
+      return cuda::normal(pointer(out), DType(dtype), shape, noise_key(key, key_rows, key_on_device),
+                          stream_at(stream));
+    });
+  });
+  m.def("uniform",
+        [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+           std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+          const NoiseShape shape{samples, 1, elements, channels};
+          run("uniform", DType(dtype), shape, device, [&] {
+            return cuda::uniform(pointer(out), DType(dtype), shape, noise_key(key, key_rows, key_on_device),
+                                 stream_at(stream));
+          });
+        });
+  m.def("reparameterize_workspace",
+        [](int dtype, std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels) {
+          return cuda::reparameterize_workspace(DType(dtype), {samples, draws, elements, channels});
+        });
+  m.def(
+      "reparameterize",
+      [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t kl, int dtype, std::int64_t samples,
+         std::int64_t draws, std::int64_t elements, std::int64_t channels, std::uintptr_t key, std::int64_t key_rows,
+         bool key_on_device, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const NoiseShape shape{samples, draws, elements, channels};
+        run("reparameterize", DType(dtype), shape, device, [&] {
+          return cuda::reparameterize({pointer(mu), pointer(logvar), pointer(z), pointer(kl), DType(dtype), shape,
+                                       noise_key(key, key_rows, key_on_device)},
+                                      pointer(workspace), stream_at(stream));
+        });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def("reparameterize_backward",
+        [](std::uintptr_t grad_z, std::uintptr_t grad_kl, std::uintptr_t mu, std::uintptr_t logvar,
+           std::uintptr_t grad_mu, std::uintptr_t grad_logvar, int dtype, std::int64_t samples, std::int64_t draws,
+           std::int64_t elements, std::int64_t channels, std::uintptr_t key, std::int64_t key_rows, bool key_on_device,
+           int device, std::uintptr_t stream) {
+          const NoiseShape shape{samples, draws, elements, channels};
+          run("reparameterize_backward", DType(dtype), shape, device, [&] {
+            return cuda::reparameterize_backward(
+                {pointer(grad_z), pointer(grad_kl), pointer(mu), pointer(logvar), pointer(grad_mu),
+                 pointer(grad_logvar), DType(dtype), shape, noise_key(key, key_rows, key_on_device)},
+                stream_at(stream));
+          });
+        });
+}

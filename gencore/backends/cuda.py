@@ -1,0 +1,82 @@
+"""The compiled CUDA kernels. Importing this loads nothing; the first tensor on a GPU does."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencore.backends import cpu
+from gencore.backends.compiled import CompiledOps
+
+# What csrc/cuda asks of the hardware: conversions to bfloat16, asynchronous copies.
+_LEAST_CAPABILITY = (8, 0)
+
+
+class CudaOps(CompiledOps):
+    def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
+        # The three words of a key on the CPU are arguments of the launch: nothing is copied, nothing waits.
+        if key.dim() == 2 and key.device != tensor.device:
+            key = key.to(tensor.device, non_blocking=True)
+        return key if key.is_contiguous() else key.contiguous()
+
+    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
+        device = tensor.get_device()
+        return not key.is_cpu, device, _current_stream(device)
+
+    def _workspace(self, mu: Tensor, *sizes: int) -> Tensor | None:
+        nbytes = self._module.reparameterize_workspace(*sizes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=mu.device) if nbytes else None
+
+
+def _current_stream_of_torch(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# A private name, ten times as fast as the public one.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream_of_torch)
+
+
+@functools.cache
+def load() -> CudaOps:
+    """The ops. Loads the module."""
+    from gencore import _cuda
+
+    return CudaOps(_cuda)
+
+
+def build_info() -> dict[str, Any]:
+    """How the module was built: version, compiler, architectures. Loads it."""
+    return load()._module.build_info()
+
+
+def unavailable() -> str | None:
+    """Why the kernels can serve no device at all; None if nothing is in the way."""
+    if importlib.util.find_spec("gencore._cuda") is None:
+        return f"this gencore has no CUDA module: {cpu.build_info()['cuda_module']}"
+    if torch.version.cuda is None:
+        return "the CUDA module is built, but this torch is not built with CUDA"
+    if not torch.cuda.is_available():
+        return "the CUDA module is built, but torch finds no GPU to use"
+    return None
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the kernels cannot serve tensors on ``device``; None if they can."""
+    if device.type != "cuda":
+        return "it serves tensors on NVIDIA GPUs"
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"it needs a GPU of compute capability 8.0 or later, and {name} has {capability[0]}.{capability[1]}"
+    try:
+        load()
+    except ImportError as error:
+        return f"gencore._cuda cannot be loaded: {error}"
+    return None

@@ -1,0 +1,82 @@
+"""Loads modules that build.py built, and tells their emulator of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cuda_emulation.build import compiler
+
+
+class Emulator:
+    """A loaded module, as ``module``, and the switches of the emulator in it."""
+
+    def __init__(self, path: Path) -> None:
+        name = path.name.split(".")[0]
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._library = ctypes.CDLL(str(path))
+        self._library.register_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+    def register(self, name: str, memory: Any) -> int:
+        """Lets kernels touch the memory of a tensor or an array, which messages call by ``name``; its address."""
+        if hasattr(memory, "data_ptr"):
+            storage = memory.untyped_storage()
+            address, begin, size = memory.data_ptr(), storage.data_ptr(), storage.nbytes()
+        else:
+            address = begin = memory.ctypes.data
+            size = memory.nbytes
+        self._library.register_buffer(begin, size, name.encode())
+        return address
+
+    def clear(self) -> None:
+        """Forgets every registered buffer."""
+        self._library.clear_buffers()
+
+    @contextmanager
+    def buffers(self, **memory: Any) -> Iterator[None]:
+        """Only these tensors or arrays may be touched by kernels inside the context."""
+        self.clear()
+        for name, value in memory.items():
+            self.register(name, value)
+        try:
+            yield
+        finally:
+            self.clear()
+
+    def set_schedule(self, seed: int) -> None:
+        """0: blocks and threads run in order; else in an order drawn at random from the seed."""
+        self._library.set_schedule(seed)
+
+    def set_multiprocessors(self, count: int) -> None:
+        """What the device says of itself, for kernels whose grid depends on it. 4 at first."""
+        self._library.set_multiprocessors(count)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment for a Python process that loads a module of the flavour "sanitized"."""
+    cxx = compiler()
+    assert cxx is not None
+
+    def library(name: str) -> str:
+        return subprocess.run(
+            [cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    return {
+        **os.environ,
+        # The C++ library too: else the sanitizer does not find what it replaces of it, exceptions above all.
+        "LD_PRELOAD": " ".join(library(name) for name in ("libasan.so", "libstdc++.so")),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }

@@ -1,0 +1,73 @@
+// What csrc/cuda/ptx.cuh says in PTX, for the emulator. The build names this file in GENCORE_PTX.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cuda_runtime.h"
+#include "emulation/interface.h"
+#include "gencore/types.h"
+
+namespace gencore::cuda::ptx {
+
+inline float min_nan(float a, float b) {
+  if (a != a || b != b) return std::bit_cast<float>(0x7FFFFFFFu);
+  return a < b || (a == b && std::signbit(a)) ? a : b;  // -0 is less than 0
+}
+
+inline float max_nan(float a, float b) {
+  if (a != a || b != b) return std::bit_cast<float>(0x7FFFFFFFu);
+  return a > b || (a == b && !std::signbit(a)) ? a : b;
+}
+
+inline float sqrt_normal(float a) { return __fsqrt_rn(a); }
+
+template <class T>
+inline void store(T* address, T value) {
+  static_assert(sizeof(T) == 16 && alignof(T) == 16);
+  *address = value;
+}
+
+template <class T>
+inline T* dynamic_shared() {
+  return static_cast<T*>(gencore_emulation::dynamic_shared_memory());
+}
+
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  gencore_emulation::copy_async(shared, global, valid);
+}
+inline void cp_async_commit() { gencore_emulation::copy_async_commit(); }
+template <int n>
+inline void cp_async_wait() {
+  gencore_emulation::copy_async_wait(n);
+}
+
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row,
+                        gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  gencore_emulation::load_matrices(r, 4, false, row, where);
+}
+inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row,
+                        gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  gencore_emulation::load_matrices(r, 2, false, row, where);
+}
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row,
+                              gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  gencore_emulation::load_matrices(r, 4, true, row, where);
+}
+inline void ldmatrix_x2_trans(std::uint32_t (&r)[2], const void* row,
+                              gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  gencore_emulation::load_matrices(r, 2, true, row, where);
+}
+
+template <class T>
+inline void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                         gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  static_assert(std::is_same_v<T, float16> || std::is_same_v<T, bfloat16>);
+  using gencore_emulation::MatrixType;
+  gencore_emulation::multiply_matrices(std::is_same_v<T, float16> ? MatrixType::float16 : MatrixType::bfloat16, d, a, b,
+                                       where);
+}
+
+}  // namespace gencore::cuda::ptx

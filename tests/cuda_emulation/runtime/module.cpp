@@ -1,0 +1,127 @@
+#include "module.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+
+namespace gencore_emulation {
+namespace {
+
+struct Module {
+  std::string path;
+  std::uintptr_t base = 0;
+  std::vector<Region> variables, constants, functions;
+};
+
+bool is_in(const std::vector<Region>& regions, std::uintptr_t address) {
+  return std::any_of(regions.begin(), regions.end(), [&](const Region& region) { return region.contains(address, 1); });
+}
+
+// The symbol table is in no segment, so it is read from the file. Names stay as the compiler made them: to demangle
+// thousands, of which one is shown, takes long.
+void read_symbols(Module& module) {
+  std::ifstream file(module.path, std::ios::binary);
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  if (bytes.size() < sizeof(ElfW(Ehdr))) return;
+  const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(bytes.data());
+  const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(bytes.data() + header->e_shoff);
+  for (int i = 0; i < header->e_shnum; ++i) {
+    if (sections[i].sh_type != SHT_SYMTAB) continue;
+    const char* const names = bytes.data() + sections[sections[i].sh_link].sh_offset;
+    const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(bytes.data() + sections[i].sh_offset);
+    for (std::size_t j = 0; j < sections[i].sh_size / sizeof(ElfW(Sym)); ++j) {
+      const ElfW(Sym)& symbol = symbols[j];
+      const std::uintptr_t begin = module.base + symbol.st_value;
+      const char* const name = names + symbol.st_name;
+      const int type = ELF64_ST_TYPE(symbol.st_info);
+      if (symbol.st_shndx == SHN_UNDEF || symbol.st_size == 0) continue;
+      if (type == STT_FUNC) module.functions.push_back({begin, begin + symbol.st_size, name});
+      if (type == STT_OBJECT && !is_in(module.constants, begin) && !std::strstr(name, "gencore_emulation")) {
+        module.variables.push_back({begin, begin + symbol.st_size, name});
+      }
+    }
+  }
+  const auto by_address = [](const Region& a, const Region& b) { return a.begin < b.begin; };
+  std::sort(module.variables.begin(), module.variables.end(), by_address);
+}
+
+int read_segments(dl_phdr_info* info, std::size_t, void* data) {
+  Module& module = *static_cast<Module*>(data);
+  const auto own = reinterpret_cast<std::uintptr_t>(&read_segments);
+  const auto begin_of = [&](const ElfW(Phdr)& segment) { return info->dlpi_addr + segment.p_vaddr; };
+  const auto is_own = [&](const ElfW(Phdr)& segment) {
+    return segment.p_type == PT_LOAD && own >= begin_of(segment) && own < begin_of(segment) + segment.p_memsz;
+  };
+  if (std::none_of(info->dlpi_phdr, info->dlpi_phdr + info->dlpi_phnum, is_own)) return 0;
+  module.base = info->dlpi_addr;
+  module.path = info->dlpi_name;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    // The loader writes relocated constants, then takes the right to write away.
+    if ((segment.p_type == PT_LOAD && !(segment.p_flags & PF_W)) || segment.p_type == PT_GNU_RELRO) {
+      module.constants.push_back({begin_of(segment), begin_of(segment) + segment.p_memsz, "constants"});
+    }
+  }
+  return 1;
+}
+
+const Module& own_module() {
+  static const Module* const gencore_emulation_module = [] {
+    auto* module = new Module;
+    dl_iterate_phdr(read_segments, module);
+    read_symbols(*module);
+    return module;
+  }();
+  return *gencore_emulation_module;
+}
+
+}  // namespace
+
+std::string demangled(const std::string& symbol) {
+  int status = 0;
+  char* const text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  std::string result = status == 0 ? text : symbol;
+  std::free(text);
+  return result;
+}
+
+const std::vector<Region>& module_variables() { return own_module().variables; }
+const std::vector<Region>& module_constants() { return own_module().constants; }
+
+std::string function_name(const void* function) {
+  for (const Region& region : own_module().functions) {
+    if (region.begin == reinterpret_cast<std::uintptr_t>(function)) return demangled(region.name);
+  }
+  return "?";
+}
+
+std::string source_line(const void* code) {
+  const Module& module = own_module();
+  char command[4096];
+  // The address is where a call returns to; the call itself is just before. Without debug information, or without
+  // addr2line, there is no answer.
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", module.path.c_str(),
+                reinterpret_cast<std::uintptr_t>(code) - 1 - module.base);
+  std::string first;
+  if (FILE* const pipe = popen(command, "r")) {
+    char line[4096];
+    while (std::fgets(line, sizeof line, pipe) != nullptr) {
+      std::string text(line, std::strcspn(line, "\n ("));
+      if (text.compare(0, 2, "??") == 0 || text.find("/emulation/") != std::string::npos) continue;
+      if (text.find("/include/c++/") != std::string::npos) continue;
+      if (first.empty()) first = text;
+    }
+    pclose(pipe);
+  }
+  return first;
+}
+
+}  // namespace gencore_emulation
