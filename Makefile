@@ -16,7 +16,7 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -ty
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-slow bench lint typecheck wheel clean
+.PHONY: help quickstart test test-slow bench gpu-check lint typecheck wheel clean
 
 help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
@@ -33,6 +33,10 @@ test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 
 bench: $(VENV)/.dev  ## time every op against its peers and its floor
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# On a machine with a GPU nothing is installed: PYTHON has what is needed. STEPS names some of the steps.
+gpu-check: $(if $(DRY),$(VENV)/.dev)  ## on a GPU: build, test, sanitize, time the kernels (DRY=1: try it without a GPU)
+	PYTHON=$(if $(DRY),$(BIN)/python,$(PYTHON)) STEPS="$(STEPS)" DRY=$(DRY) .ci/gpu-check
 
 # Code in Markdown is laid out for reading.
 lint: $(VENV)/.dev  ## check the style of Python and C++, and that CMake configures without a complaint

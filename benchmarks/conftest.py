@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,83 @@ import pytest
 import torch
 
 import gencore
+from gencore.backends import choice
+from gencore.bench import cases
 from gencore.bench.measure import Timing, interleave
 
 ROWS: list[tuple[str, float, dict[str, float], float, str]] = []
 
 
-@pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gencore")
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what to time: this CPU, or the current GPU"
+    )
+    group.addoption(
+        "--dry-run",
+        action="store_true",
+        help="run every benchmark of the device once, at a small size, against eager alone: the figures mean nothing. "
+        "Where there is no GPU, the emulator of the tests stands in for it",
+    )
 
-    def run(ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], floor: float, limit: str) -> None:
-        timings: dict[str, Timing] = interleave({"ours": ours, **peers})
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark with the argument ``case`` runs for the cases in its module's CASES that its device is timed at."""
+    if "case" in metafunc.fixturenames:
+        timed = cases.timed(metafunc.module.CASES, metafunc.config.getoption("device"))
+        if metafunc.config.getoption("dry_run"):
+            timed = list(dict.fromkeys(_shrunk(case) for case in timed))
+        if metafunc.function.__name__ in getattr(metafunc.module, "ONE_DRAW", ()):
+            timed = [case for case in timed if case.draws is None]
+        metafunc.parametrize("case", timed, ids=str)
+
+
+def _shrunk(case: cases.Case) -> cases.Case:
+    return replace(case, shape=tuple(min(size, 8) for size in case.shape))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a benchmark's tensors shall be."""
+    wanted = request.config.getoption("device")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        if not request.config.getoption("dry_run"):
+            pytest.skip("torch finds no GPU to use")
+        from kernels import running
+
+        with running("cuda") as kernels:
+            yield kernels.device
+    else:
+        yield wanted
+
+
+@pytest.fixture
+def our_triton(device: str) -> Callable[..., dict[str, Callable[[], Any]]]:
+    """``our_triton(op, *args)``: our op's Triton kernel as one more candidate, where the CUDA kernel is the first."""
+
+    def candidate(op: str, *args: Any) -> dict[str, Callable[[], Any]]:
+        gpu = torch.device(device)
+        if choice.choose(gpu) != "cuda" or choice.refusal("triton", gpu) is not None:
+            return {}
+        kernel = getattr(choice.load("triton"), op)
+        return {"our Triton": lambda: kernel(*args)}
+
+    return candidate
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iterator[Callable[..., None]]:
+    """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit."""
+    dry = request.config.getoption("dry_run")
+
+    def run(
+        ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], floor: float, limit: str, clock: str = device
+    ) -> None:
+        if dry:
+            peers = {name: peer for name, peer in peers.items() if not name.startswith("compile")}
+        timings: dict[str, Timing] = interleave(
+            {"ours": ours, **peers}, device=clock, **({"rounds": 1, "round_seconds": 0.0} if dry else {})
+        )
         mine = timings["ours"]
         ratios = {name: mine.ratio_of(timings[name]) for name in peers}
         benchmark.extra_info.update(
@@ -31,11 +98,18 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
             floor_seconds=floor,
             limit=limit,
             share_of_floor=floor / mine.median,
+            device=device,
             threads=torch.get_num_threads(),
             simd_level=gencore.info()["cpu_module"]["simd_level"],
         )
         ROWS.append((request.node.name, mine.median, ratios, floor, limit))
-        benchmark.pedantic(ours, rounds=10, iterations=max(1, int(0.005 / mine.median)), warmup_rounds=1)
+
+        def and_wait() -> None:
+            ours()
+            if clock == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(and_wait, rounds=10, iterations=max(1, int(0.005 / mine.median)), warmup_rounds=1)
 
     yield run
     # The compiler gives up on a function that was compiled for many shapes; the next case begins afresh.
@@ -66,3 +140,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.update(
         gencore=gencore.__version__, commit=_commit(), torch=torch.__version__, python=platform.python_version()
     )
+    if config.getoption("device") == "cuda":
+        told = gencore.info()
+        machine_info.update(gpus=told["gpus"], cuda_module=told["cuda_module"], triton=told["triton"])
+        machine_info.update(cuda=torch.version.cuda)

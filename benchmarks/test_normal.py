@@ -8,23 +8,28 @@ import torch
 from gencore import Key, ops
 from gencore.bench import cases, limits
 
+CASES = cases.NOISE
 
-@pytest.mark.parametrize("case", cases.timed(cases.NOISE), ids=str)
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_normal(case, dtype, compare):
-    out = torch.empty(case.shape, dtype=dtype).to(memory_format=case.memory_format)
+def test_normal(case, dtype, device, compare, our_triton):
+    out = torch.empty(case.shape, dtype=dtype, device=device).to(memory_format=case.memory_format)
     key = Key(0)
     compare(
         lambda: ops.normal(case.shape, key, out=out),
-        {"torch.randn(out=)": lambda: torch.randn(case.shape, dtype=dtype, out=out)},
-        *limits.noise_floor("normal", case.elements),
+        {"torch.randn(out=)": lambda: torch.randn(case.shape, dtype=dtype, device=device, out=out)}
+        | our_triton("normal_", out, key.packed),
+        *limits.floor(out.nbytes, case.elements, device),
     )
 
 
-def test_normal_one_thread(compare):
+def test_normal_one_thread(compare, our_triton, request):
+    if request.config.getoption("device") != "cpu":
+        pytest.skip("threads are the CPU's")
+    case = cases.Case((4, 1 << 20), "4 M values")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        test_normal(cases.NOISE[-1], torch.float32, compare)
+        test_normal(case, torch.float32, "cpu", compare, our_triton)
     finally:
         torch.set_num_threads(threads)

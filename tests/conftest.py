@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+# Where there is no GPU, Triton's kernels are interpreted; it decides that when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kernels import NAMES, Kernels, running
+
 from gencore.backends import cpu
 
 _ENTRY_POINTS = """\
@@ -48,6 +54,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=NAMES)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """Runs the test once on each kind of kernels: of the CPU at each SIMD level, CUDA's, Triton's."""
+    with running(request.param) as kernels:
+        yield kernels
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"])

@@ -18,4 +18,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+    return torch.equal(a.cpu().contiguous().view(integers), b.cpu().contiguous().view(integers))

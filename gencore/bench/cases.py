@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+_CPU, _GPU, _BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -24,14 +25,14 @@ class Case:
         why: what the case is there for.
         layout: the memory format.
         draws: how many draws per input; None where the op draws once and adds no dimension.
-        timed: whether benchmarks time it.
+        timed: the kinds of device that benchmarks time it on.
     """
 
     shape: tuple[int, ...]
     why: str
     layout: str = "contiguous"
     draws: int | None = None
-    timed: bool = False
+    timed: tuple[str, ...] = ()
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -55,7 +56,7 @@ _SHAPES = (
     Case((5,), "one element per sample, no further dimension"),
     Case((9, 2), "less than a noise block per sample"),
     Case((7, 33), "odd tail, rows shorter than a vector"),
-    Case((128, 20), "latents of a small VAE", timed=True),
+    Case((128, 20), "latents of a small VAE", timed=_CPU),
     Case((3, 1021), "a prime just below a tile"),
     Case((2, 5003), "rows of several tiles with an odd tail"),
     Case((2, 3, 5, 7), "odd image"),
@@ -65,13 +66,24 @@ _SHAPES = (
     Case((2, 3, 4, 5, 6), "odd video", layout="channels_last_3d"),
 )
 _LATENTS = (64, 4, 64, 64)
+_SIZES = (
+    Case((16, 1 << 10), "the least a GPU is timed at", timed=_GPU),
+    Case((16, 1 << 14), "smaller than a GPU's cache", timed=_GPU),
+    Case((16, 1 << 18), "about a GPU's cache", timed=_GPU),
+)
+_LARGE = (
+    Case((64, 16, 256, 256), "256 MB of float32", timed=_GPU),
+    Case((64, 16, 256, 256), "256 MB of float32", layout="channels_last", timed=_GPU),
+)
 
 NOISE = (
     *_SHAPES,
-    Case((1, 2560), "as many values as the smallest timed batch", timed=True),
-    Case(_LATENTS, "latents of Stable Diffusion", timed=True),
-    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=True),
-    Case((4, 1 << 20), "4 M values", timed=True),
+    Case((1, 2560), "as many values as the smallest timed batch", timed=_CPU),
+    Case(_LATENTS, "latents of Stable Diffusion", timed=_BOTH),
+    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=_BOTH),
+    Case((4, 1 << 20), "4 M values", timed=_CPU),
+    *_SIZES,
+    *_LARGE,
 )
 
 REPARAMETERIZE = (
@@ -80,9 +92,11 @@ REPARAMETERIZE = (
     Case((2, 3, 5, 7), "several draws", draws=2),
     Case((2, 4, 9, 9), "several draws", layout="channels_last", draws=2),
     Case((2, 1500), "several draws of several tiles", draws=3),
-    Case((128, 20), "a Monte-Carlo bound with 10 draws", draws=10, timed=True),
-    Case(_LATENTS, "latents of Stable Diffusion", timed=True),
-    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=True),
+    Case((128, 20), "a Monte-Carlo bound with 10 draws", draws=10, timed=_BOTH),
+    Case(_LATENTS, "latents of Stable Diffusion", timed=_BOTH),
+    Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=_BOTH),
+    *_SIZES,
+    *_LARGE,
 )
 
 
@@ -91,6 +105,6 @@ def small(cases: tuple[Case, ...]) -> list[Case]:
     return [case for case in cases if case.elements * (case.draws or 1) <= 1 << 15]
 
 
-def timed(cases: tuple[Case, ...]) -> list[Case]:
-    """The cases that benchmarks time."""
-    return [case for case in cases if case.timed]
+def timed(cases: tuple[Case, ...], device: str) -> list[Case]:
+    """The cases that benchmarks time on a kind of device, "cpu" or "cuda"."""
+    return [case for case in cases if device in case.timed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 
 import torch
 
@@ -18,15 +19,21 @@ _INSTRUCTIONS = {
     ("uniform", "avx2"): 184 / 32,
 }
 _MULTIPLICATIONS = 5.0
-_LAST_LEVEL_CACHE = 32 << 20
+# Instructions per value in the loop that nvcc 13.0 makes of csrc/cuda/fill.cuh for sm_90, float32, contiguous.
+_GPU_INSTRUCTIONS = {"normal": 150 / 4, "uniform": 78 / 4}
+# A multiprocessor issues as many, counted per thread.
+_GPU_LANES = 128
+# Beyond it a copy's bandwidth no longer depends on its size.
+_LAST_LEVEL_CACHE = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 @functools.lru_cache(maxsize=8)
-def copy_bandwidth(nbytes: int, threads: int) -> float:
+def copy_bandwidth(nbytes: int, threads: int, device: str = "cpu") -> float:
     """Bytes read and written per second by a copy that moves ``nbytes``, half of them in and half of them out."""
-    source = torch.ones(max(nbytes // 2, 64), dtype=torch.uint8)
+    source = torch.ones(max(nbytes // 2, 64), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, rounds=15, round_seconds=0.01)["copy"]
+    copy = {"copy": lambda: target.copy_(source)}
+    timing = interleave(copy, rounds=15, round_seconds=0.01, device=device)["copy"]
     # The best round: a limit is what the machine does undisturbed.
     return 2 * source.numel() / min(timing.seconds)
 
@@ -36,21 +43,26 @@ def _core(level: str) -> tuple[float, float]:
     return cpu.multiplications_per_second(), cpu.vector_instructions_per_second()
 
 
-def memory_floor(nbytes: int) -> float:
+def memory_floor(nbytes: int, device: str = "cpu") -> float:
     """Seconds that moving ``nbytes`` takes at the copy bandwidth of a working set of that size.
 
     Beyond the last-level cache the bandwidth no longer depends on the size, and below a megabyte what is measured would
-    be the call of the copy, so the size is held between the two.
+    be the call of the copy, so the size is held between the two. On a GPU every size is held to the bandwidth of its
+    memory, which is what a kernel in the middle of a model sees.
     """
-    size = min(max(1 << (nbytes - 1).bit_length(), 1 << 20), 2 * _LAST_LEVEL_CACHE)
-    return nbytes / copy_bandwidth(size, torch.get_num_threads())
+    most = 2 * _LAST_LEVEL_CACHE[device]
+    size = most if device == "cuda" else min(max(1 << (nbytes - 1).bit_length(), 1 << 20), most)
+    return nbytes / copy_bandwidth(size, torch.get_num_threads(), device)
 
 
-def noise_floor(op: str, values: int) -> tuple[float, str]:
+def noise_floor(op: str, values: int, device: str = "cpu") -> tuple[float, str]:
     """Seconds that ``values`` values of noise take at best, and the limit that says so.
 
-    The limits are one core's integer multiplications and its instruction issue, times the threads that the kernels use.
+    On the CPU the limits are one core's integer multiplications and its instruction issue, times the threads that the
+    kernels use; on a GPU the instruction issue of all multiprocessors at the highest clock.
     """
+    if device == "cuda":
+        return values * _GPU_INSTRUCTIONS[op] / _gpu_instructions_per_second(), "instruction issue"
     level = cpu.simd_level()
     multiplications, instructions = _core(level)
     floors = {"integer multiplications": values * _MULTIPLICATIONS / multiplications}
@@ -60,3 +72,17 @@ def noise_floor(op: str, values: int) -> tuple[float, str]:
     # As csrc/cpu/tiles.h gives out threads: one for every 16,384 values.
     threads = max(1, min(torch.get_num_threads(), values // 16384))
     return floors[limit] / threads, limit
+
+
+@functools.lru_cache(maxsize=1)
+def _gpu_instructions_per_second() -> float:
+    """Counted per thread, all multiprocessors of the current GPU together, at its highest clock."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    clock = 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count * _GPU_LANES * clock
+
+
+def floor(nbytes: int, values: int, device: str = "cpu", op: str = "normal") -> tuple[float, str]:
+    """Seconds for moving ``nbytes`` or for making ``values`` of noise, whichever is longer, and the name of that limit."""
+    memory, (making, limit) = memory_floor(nbytes, device), noise_floor(op, values, device)
+    return (memory, "memory") if memory > making else (making, limit)

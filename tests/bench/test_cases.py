@@ -11,7 +11,8 @@ from gencore.bench import cases
 @pytest.mark.parametrize("table", [cases.NOISE, cases.REPARAMETERIZE])
 def test_every_case_is_one_of_a_kind_and_used(table):
     assert len({(case.shape, case.layout, case.draws) for case in table}) == len(table)
-    assert set(cases.small(table)) | set(cases.timed(table)) == set(table)
+    timed = {case for device in ("cpu", "cuda") for case in cases.timed(table, device)}
+    assert set(cases.small(table)) | timed == set(table)
 
 
 @pytest.mark.parametrize("table", [cases.NOISE, cases.REPARAMETERIZE])
@@ -25,4 +26,4 @@ def test_the_tables_have_the_awkward_ones(table):
 
 def test_a_case_makes_its_layout():
     for case in cases.NOISE:
-        assert torch.empty(case.shape).to(memory_format=case.memory_format).shape == case.shape
+        assert torch.empty(case.shape, device="meta").to(memory_format=case.memory_format).shape == case.shape

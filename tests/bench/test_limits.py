@@ -17,7 +17,7 @@ def test_the_rates_of_one_core_are_measured(simd_level):
 def test_the_memory_floor_is_bytes_over_the_bandwidth_of_their_size(monkeypatch):
     asked = []
 
-    def bandwidth(nbytes, threads):
+    def bandwidth(nbytes, threads, device):
         asked.append(nbytes)
         return 1e9
 

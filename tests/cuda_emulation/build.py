@@ -35,6 +35,8 @@ _COMMON = [
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-fno-gnu-unique",
+    # The folder of compilation first, for what names no file; the last that fits counts.
+    f"-fdebug-prefix-map={ROOT}=.",
     f"-ffile-prefix-map={ROOT}/=",
 ]
 _KERNEL = {
@@ -109,6 +111,28 @@ def build(
             # Another name first: a process that has the old one loaded keeps it.
             os.replace(fresh, module)
             record.write_text(stamp)
+    return module
+
+
+def build_with_nvcc(
+    sources: Iterable[Path], binding: Path, folder: Path, include: Iterable[Path] = (), name: str = "_cuda"
+) -> Path:
+    """The same module for a GPU, to compare the emulator with."""
+    import pybind11
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise BuildError("there is no nvcc")
+    folder = folder / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    includes = [*include, CSRC / "include", CSRC / "cuda", sysconfig.get_path("include"), pybind11.get_include()]
+    # The two architectures that csrc/cuda must do on, and PTX for later ones.
+    architectures = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"]
+    command = [nvcc, "-std=c++20", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+    command += [f"-gencode={architecture}" for architecture in architectures]
+    command += [*(f"-I{path}" for path in includes), *map(str, sources), str(binding), "-o", str(module)]
+    _run(command)
     return module
 
 

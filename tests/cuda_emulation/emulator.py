@@ -15,29 +15,39 @@ from typing import Any
 from cuda_emulation.build import compiler
 
 
+def load(path: Path) -> ModuleType:
+    """The Python module in a file. It is in no package, so several of one name can be loaded."""
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class Emulator:
     """A loaded module, as ``module``, and the switches of the emulator in it."""
 
     def __init__(self, path: Path) -> None:
-        name = path.name.split(".")[0]
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        self.module: ModuleType = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
+        self.module = load(path)
         self._library = ctypes.CDLL(str(path))
         self._library.register_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
     def register(self, name: str, memory: Any) -> int:
-        """Lets kernels touch the memory of a tensor or an array, which messages call by ``name``; its address."""
+        """Lets kernels touch a tensor or an array, from its first element to its last; returns its address."""
         if hasattr(memory, "data_ptr"):
-            storage = memory.untyped_storage()
-            address, begin, size = memory.data_ptr(), storage.data_ptr(), storage.nbytes()
+            address, item = memory.data_ptr(), memory.element_size()
+            strides = [stride * item for stride in memory.stride()]
         else:
-            address = begin = memory.ctypes.data
-            size = memory.nbytes
-        self._library.register_buffer(begin, size, name.encode())
+            address, item, strides = memory.ctypes.data, memory.itemsize, memory.strides
+        if 0 not in memory.shape:
+            last = sum((size - 1) * stride for size, stride in zip(memory.shape, strides, strict=True))
+            self.register_address(name, address, last + item)
         return address
+
+    def register_address(self, name: str, address: int, size: int) -> None:
+        """As ``register``, of ``size`` bytes."""
+        self._library.register_buffer(address, size, name.encode())
 
     def clear(self) -> None:
         """Forgets every registered buffer."""

@@ -18,13 +18,15 @@ from gencore.backends.reference.normal import normal as reference
 from gencore.bench import cases
 
 SMALL = cases.small(cases.NOISE)
+# For what takes gigabytes: a GPU, if there is one.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_bits_of_the_reference(case, dtype, simd_level):
+def test_bits_of_the_reference(case, dtype, kernels):
     for key in (Key(-3).stream(2**32 - 1).samples(2**33 + 5), Key(torch.arange(case.shape[0]) - 2)):
-        drawn = ops.normal(case.shape, key, dtype=dtype, memory_format=case.memory_format)
+        drawn = ops.normal(case.shape, key, dtype=dtype, device=kernels.device, memory_format=case.memory_format)
         assert drawn.is_contiguous(memory_format=case.memory_format)
         assert same_bits(drawn, reference(case.shape, key, dtype=dtype))
 
@@ -55,13 +57,13 @@ def test_explicit_samples_and_seeds_pick_rows():
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 3, 7])
-def test_out_of_any_strides_and_offset(dtype, offset, simd_level):
+def test_out_of_any_strides_and_offset(dtype, offset, kernels):
     want = reference((4, 6, 5), Key(2), dtype=dtype)
-    memory = torch.full((1000,), 9.0, dtype=dtype)
+    memory = torch.full((1000,), 9.0, dtype=dtype, device=kernels.device)
     outs = {
         "unaligned": memory[offset : offset + 120].view(4, 6, 5),
-        "transposed": torch.empty(6, 4, 5, dtype=dtype).transpose(0, 1),
-        "strided": torch.empty(4, 6, 10, dtype=dtype)[:, :, ::2],
+        "transposed": torch.empty(6, 4, 5, dtype=dtype, device=kernels.device).transpose(0, 1),
+        "strided": torch.empty(4, 6, 10, dtype=dtype, device=kernels.device)[:, :, ::2],
     }
     for name, out in outs.items():
         assert ops.normal((4, 6, 5), Key(2), out=out) is out
@@ -70,8 +72,9 @@ def test_out_of_any_strides_and_offset(dtype, offset, simd_level):
     assert torch.equal(untouched, torch.full_like(untouched, 9.0))
 
 
-def test_out_in_channels_last():
-    out = laid_out(torch.empty(2, 3, 8, 8), cases.Case((2, 3, 8, 8), "", layout="channels_last"))
+def test_out_in_channels_last(kernels):
+    case = cases.Case((2, 3, 8, 8), "", layout="channels_last")
+    out = laid_out(torch.empty(2, 3, 8, 8, device=kernels.device), case)
     ops.normal((2, 3, 8, 8), Key(1), out=out)
     assert same_bits(out, reference((2, 3, 8, 8), Key(1)))
 
@@ -223,9 +226,9 @@ def test_tails_of_a_hundred_million():
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     for shape in ((3, (1 << 30) + 3), (1, (1 << 31) + 64)):
-        out = ops.normal(shape, Key(1), dtype=torch.bfloat16)
+        out = ops.normal(shape, Key(1), dtype=torch.bfloat16, device=DEVICE)
         last = shape[0] - 1
-        tail = ops.normal((1, shape[1]), Key(1).samples(last), dtype=torch.bfloat16) if last else out
+        tail = ops.normal((1, shape[1]), Key(1).samples(last), dtype=torch.bfloat16, device=DEVICE) if last else out
         assert same_bits(out[last, -4096:], tail[0, -4096:])
         assert not torch.equal(out[last, -4096:], out[0, :4096])
         assert 0.9 < out[last, -(1 << 20) :].float().var() < 1.1
@@ -263,9 +266,9 @@ def test_says_what_is_wrong(call, error, message):
         call()
 
 
-def test_opcheck():
+def test_opcheck(kernels):
     for out in (torch.empty(4, 10), torch.empty(2, 3, 5, 4).to(memory_format=torch.channels_last)):
-        torch.library.opcheck(torch.ops.gencore.normal_.default, (out, Key(1).packed))
+        torch.library.opcheck(torch.ops.gencore.normal_.default, (out.to(kernels.device), Key(1).packed))
 
 
 def test_compiles_whole_and_once():
@@ -281,11 +284,14 @@ def test_compiles_whole_and_once():
     assert counter.frame_count == 1
 
 
-def test_compiles_with_inductor_and_dynamic_shapes():
-    compiled = torch.compile(lambda x, key: x + ops.normal(x.shape, key) * 2, fullgraph=True, dynamic=True)
+def test_compiles_with_inductor_and_dynamic_shapes(kernels):
+    def draw(x, key):
+        return x + ops.normal(x.shape, key, device=x.device) * 2
+
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
     for batch in (3, 8, 5):
-        x = torch.zeros(batch, 7)
-        assert torch.equal(compiled(x, Key(batch)), 2 * ops.normal((batch, 7), Key(batch)))
+        x = torch.zeros(batch, 7, device=kernels.device)
+        assert same_bits(compiled(x, Key(batch)), 2 * reference((batch, 7), Key(batch)))
 
 
 def test_compiled_without_a_key_draws_anew():

@@ -26,28 +26,30 @@ KL_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, 
 GRADIENT_TOLERANCE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items()}
 
 
-def inputs(case: cases.Case, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    case: cases.Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mu, logvar = (torch.randn(case.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return laid_out(mu.to(dtype), case), laid_out((2 * logvar).to(dtype), case)
+    return laid_out(mu.to(device, dtype), case), laid_out((2 * logvar).to(device, dtype), case)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, scale: torch.Tensor, tolerance: float) -> None:
     assert got.shape == want.shape
-    error = (got.double() - want).abs()
+    error = (got.cpu().double() - want).abs()
     assert bool((error <= tolerance * scale + 2.0**-24 * tolerance).all()), (error / scale).nan_to_num().max().item()
 
 
 def oracle(mu, logvar, key, draws):
     """The definition in float64, as leaves for gradients."""
-    mu, logvar = (x.detach().double().contiguous().requires_grad_() for x in (mu, logvar))
+    mu, logvar = (x.detach().cpu().double().contiguous().requires_grad_() for x in (mu, logvar))
     return mu, logvar, *reference.reparameterize_kl(mu, logvar, key, draws)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_forward(case, dtype, simd_level):
-    mu, logvar = inputs(case, dtype)
+def test_forward(case, dtype, kernels):
+    mu, logvar = inputs(case, dtype, device=kernels.device)
     for key in (Key(7).stream(3).samples(2**32 - 1), Key(torch.arange(case.shape[0]) - 1)):
         mu64, _, z64, kl64 = oracle(mu, logvar, key, case.draws)
         z, kl = ops.reparameterize_kl(mu, logvar, key, num_samples=case.draws)
@@ -64,8 +66,8 @@ def test_forward(case, dtype, simd_level):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("wanted", ["z", "kl", "both"])
-def test_backward(case, dtype, wanted, simd_level):
-    mu, logvar = (x.requires_grad_() for x in inputs(case, dtype))
+def test_backward(case, dtype, wanted, kernels):
+    mu, logvar = (x.requires_grad_() for x in inputs(case, dtype, device=kernels.device))
     key = Key(7).stream(3)
     mu64, logvar64, z64, kl64 = oracle(mu, logvar, key, case.draws)
     z, kl = ops.reparameterize_kl(mu, logvar, key, num_samples=case.draws)
@@ -73,7 +75,7 @@ def test_backward(case, dtype, wanted, simd_level):
     chosen = {"z": ((z,), (z64,), (g_z,)), "kl": ((kl,), (kl64,), (g_kl,))}
     chosen["both"] = tuple(a + b for a, b in zip(chosen["z"], chosen["kl"], strict=True))
     outputs, outputs64, grads = chosen[wanted]
-    got = torch.autograd.grad(outputs, (mu, logvar), grads)
+    got = torch.autograd.grad(outputs, (mu, logvar), [g.to(kernels.device) for g in grads])
     want = torch.autograd.grad(outputs64, (mu64, logvar64), [g.double() for g in grads])
     # The scale is that of the terms, which may cancel: the gradients of absolute values.
     draws_axis = (0,) if case.draws else ()
@@ -94,12 +96,12 @@ def test_backward(case, dtype, wanted, simd_level):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_backward_of_z_alone(case, dtype, simd_level):
-    mu, logvar = (x.requires_grad_() for x in inputs(case, dtype))
+def test_backward_of_z_alone(case, dtype, kernels):
+    mu, logvar = (x.requires_grad_() for x in inputs(case, dtype, device=kernels.device))
     key = Key(torch.arange(case.shape[0]) + 5)
     z = ops.reparameterize(mu, logvar, key, num_samples=case.draws)
     z_kl, _ = ops.reparameterize_kl(mu, logvar, key, num_samples=case.draws)
-    g = torch.randn(z.shape, dtype=dtype)
+    g = torch.randn(z.shape, dtype=dtype, device=kernels.device)
     # The op without kl has ways of its own through the kernel; the one with kl was held against the definition above.
     got, want = (torch.autograd.grad(output, (mu, logvar), g) for output in (z, z_kl))
     for a, b in zip(got, want, strict=True):
@@ -163,9 +165,9 @@ def test_more_draws_begin_with_the_same_ones():
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_any_strides_and_offset(dtype, simd_level):
-    base, other = inputs(cases.Case((6, 10, 8), ""), dtype)
-    memory = torch.randn(1000, dtype=torch.float64).to(dtype)
+def test_any_strides_and_offset(dtype, kernels):
+    base, other = inputs(cases.Case((6, 10, 8), ""), dtype, device=kernels.device)
+    memory = torch.randn(1000, dtype=torch.float64).to(kernels.device, dtype)
     views = {
         "transposed": (base.transpose(0, 1), other.transpose(0, 1)),
         "sliced": (base[::2, 1:, ::3], other[::2, 1:, ::3]),
@@ -180,7 +182,7 @@ def test_any_strides_and_offset(dtype, simd_level):
         z_dense, kl_dense = ops.reparameterize_kl(*dense, Key(1))
         assert same_bits(z, z_dense), name
         assert same_bits(kl, kl_dense), name
-        g = torch.randn(2, *z.shape, dtype=dtype)[0].transpose(0, 1).contiguous().transpose(0, 1)
+        g = torch.randn(2, *z.shape, dtype=dtype, device=kernels.device)[0].transpose(0, 1).contiguous().transpose(0, 1)
         grads = torch.autograd.grad((z, kl), (mu, logvar), (g, torch.ones_like(kl)))
         for a, b in zip(grads, torch.autograd.grad((z_dense, kl_dense), dense, (g, torch.ones_like(kl))), strict=True):
             assert same_bits(a, b), name
@@ -198,33 +200,38 @@ def test_conjugate_views_are_read_right():
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_nan_and_infinity_propagate_as_in_pytorch(dtype, simd_level):
+def test_nan_and_infinity_propagate_as_in_pytorch(dtype, kernels):
     inf, nan = float("inf"), float("nan")
-    values = torch.tensor([0.0, -0.0, 1.0, -inf, inf, nan, 180.0, -180.0, -230.0, 60.0], dtype=dtype)
+    values = [0.0, -0.0, 1.0, -inf, inf, nan, 180.0, -180.0, -230.0, 60.0]
+    values = torch.tensor(values, dtype=dtype, device=kernels.device)
     mu, logvar = (x.reshape(1, -1).clone().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij"))
     z, kl = ops.reparameterize_kl(mu, logvar, Key(5))
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    mu_ref, logvar_ref = (x.detach().to(precision).requires_grad_() for x in (mu, logvar))
+    mu_ref, logvar_ref = (x.detach().to("cpu", precision).requires_grad_() for x in (mu, logvar))
     z_ref, kl_ref = reference.reparameterize_kl(mu_ref, logvar_ref, Key(5))
     # Overflow to infinity happens on rounding to the half type, in both.
-    torch.testing.assert_close(z.to(precision), z_ref.to(dtype).to(precision), rtol=2.0**-7, atol=1e-37, equal_nan=True)
-    assert torch.equal(kl.isnan(), kl_ref.isnan())
+    torch.testing.assert_close(
+        z.to("cpu", precision), z_ref.to(dtype).to(precision), rtol=2.0**-7, atol=1e-37, equal_nan=True
+    )
+    assert torch.equal(kl.isnan().cpu(), kl_ref.isnan())
     got = torch.autograd.grad(z, (mu, logvar), torch.ones_like(z), retain_graph=True)
     want = torch.autograd.grad(z_ref, (mu_ref, logvar_ref), torch.ones_like(z_ref))
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.to(precision), b.to(dtype).to(precision), rtol=2.0**-7, atol=1e-37, equal_nan=True)
+        torch.testing.assert_close(
+            a.to("cpu", precision), b.to(dtype).to(precision), rtol=2.0**-7, atol=1e-37, equal_nan=True
+        )
 
 
-def test_gradient_of_kl_alone_at_infinite_variance():
-    mu, logvar = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), float("inf"), requires_grad=True)
+def test_gradient_of_kl_alone_at_infinite_variance(kernels):
+    mu, logvar = (torch.full((1, 1), x, device=kernels.device, requires_grad=True) for x in (0.0, float("inf")))
     _, kl = ops.reparameterize_kl(mu, logvar, Key(0))
-    assert torch.autograd.grad(kl, logvar, torch.ones(1))[0].item() == float("inf")
+    assert torch.autograd.grad(kl, logvar, torch.ones_like(kl))[0].item() == float("inf")
 
 
-def test_exp_is_accurate(simd_level):
+def test_exp_is_accurate(kernels):
     # With mu = 0, z is one rounding away from exp(logvar / 2) eps.
-    logvar = torch.linspace(-2 * 87.0, 2 * 88.0, 1 << 16).reshape(1, -1)
-    eps = ops.normal(logvar.shape, Key(9)).double()
+    logvar = torch.linspace(-2 * 87.0, 2 * 88.0, 1 << 16).reshape(1, -1).to(kernels.device)
+    eps = ops.normal(logvar.shape, Key(9), device=kernels.device).double()
     z = ops.reparameterize(torch.zeros_like(logvar), logvar, Key(9)).double()
     exact = torch.exp(logvar.double() / 2) * eps
     usual = (exact.abs() > 2.0**-126) & (exact.abs() < 2.0**127)
@@ -232,10 +239,10 @@ def test_exp_is_accurate(simd_level):
     assert ((z - exact).abs() / exact.abs())[usual].max() < 1.6 * 2.0**-23
 
 
-def test_exp_underflows_gradually(simd_level):
-    logvar = torch.linspace(-2 * 103.5, -2 * 87.0, 4096).reshape(1, -1)
+def test_exp_underflows_gradually(kernels):
+    logvar = torch.linspace(-2 * 103.5, -2 * 87.0, 4096).reshape(1, -1).to(kernels.device)
     z = ops.reparameterize(torch.zeros_like(logvar), logvar, Key(9)).double()
-    exact = torch.exp(logvar.double() / 2) * ops.normal(logvar.shape, Key(9)).double()
+    exact = torch.exp(logvar.double() / 2) * ops.normal(logvar.shape, Key(9), device=kernels.device).double()
     # exp is rounded to a multiple of the smallest binary32 number, then multiplied by up to 6.76.
     assert (z - exact).abs().max() < 6 * 2.0**-149
 
@@ -244,9 +251,9 @@ def test_exp_underflows_gradually(simd_level):
 
 
 @pytest.mark.parametrize("draws", [None, 3])
-def test_gradcheck(draws):
+def test_gradcheck(draws, kernels):
     case = cases.Case((3, 2, 3, 3), "", layout="channels_last")
-    mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float64))
+    mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float64, device=kernels.device))
     for op in (ops.reparameterize, ops.reparameterize_kl):
         assert torch.autograd.gradcheck(lambda a, b, op=op: op(a, b, Key(1), num_samples=draws), (mu, logvar))
 
@@ -294,9 +301,9 @@ def test_nothing_of_the_noise_is_saved():
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5, 5)])
 @pytest.mark.parametrize("draws", [None, 2])
-def test_opcheck(shape, draws):
-    layout = "channels_last" if len(shape) == 4 else "contiguous"
-    mu, logvar = (x.requires_grad_() for x in inputs(cases.Case(shape, "", layout=layout), torch.float32))
+def test_opcheck(shape, draws, kernels):
+    case = cases.Case(shape, "", layout="channels_last" if len(shape) == 4 else "contiguous")
+    mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float32, device=kernels.device))
     for name in ("reparameterize", "reparameterize_kl"):
         op = getattr(torch.ops.gencore, name)
         torch.library.opcheck(op.default, (mu, logvar, Key(1).packed, draws))
@@ -330,12 +337,12 @@ def test_compiles_whole_and_once():
     assert counter.frame_count == 1
 
 
-def test_compiles_with_inductor_and_dynamic_shapes():
+def test_compiles_with_inductor_and_dynamic_shapes(kernels):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for shape in ((4, 3, 6, 6), (7, 3, 5, 6)):
         case = cases.Case(shape, "", layout="channels_last")
-        mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float32))
+        mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float32, device=kernels.device))
         value, eager = compiled(mu, logvar, Key(5)), loss(mu, logvar, Key(5))
         # The sums around the op are the compiler's, in an order of its own.
         assert torch.allclose(value, eager, rtol=1e-5)
@@ -414,12 +421,13 @@ def test_autocast_keeps_the_inputs_dtype():
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     rows, elements = 2, (1 << 30) + 3
-    mu = torch.zeros(rows, elements, dtype=torch.bfloat16)
-    logvar = torch.zeros(rows, elements, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mu = torch.zeros(rows, elements, dtype=torch.bfloat16, device=device)
+    logvar = torch.zeros(rows, elements, dtype=torch.bfloat16, device=device)
     z, kl = ops.reparameterize_kl(mu, logvar, Key(1))
-    assert torch.equal(kl, torch.zeros(rows))
+    assert torch.equal(kl.cpu(), torch.zeros(rows))
     del mu, logvar
-    want = ops.normal((1, elements), Key(1).samples(1), dtype=torch.bfloat16)
+    want = ops.normal((1, elements), Key(1).samples(1), dtype=torch.bfloat16, device=device)
     # Not the bits: 0 + 1 * -0 is 0.
     assert torch.equal(z[1], want[0])
 

@@ -14,9 +14,9 @@ from gencore.bench import cases
 
 @pytest.mark.parametrize("case", cases.small(cases.NOISE), ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_bits_of_the_reference(case, dtype, simd_level):
+def test_bits_of_the_reference(case, dtype, kernels):
     for key in (Key(-3).stream(7).samples(2**40), Key(torch.arange(case.shape[0]))):
-        drawn = ops.uniform(case.shape, key, dtype=dtype, memory_format=case.memory_format)
+        drawn = ops.uniform(case.shape, key, dtype=dtype, device=kernels.device, memory_format=case.memory_format)
         assert drawn.is_contiguous(memory_format=case.memory_format)
         assert same_bits(drawn, reference(case.shape, key, dtype=dtype))
 

@@ -13,8 +13,9 @@ namespace gencore_emulation {
 namespace {
 
 // Threads that wait for one another by atomics alone let each other run.
-void let_others_run() {
-  if (++current->steps % 64 == 0) yield();
+void let_others_run(const void* code) {
+  count_step(code);
+  if (emulator().steps % 64 == 0) yield();
 }
 
 }  // namespace
@@ -37,7 +38,7 @@ T atomic(AtomicKind kind, T* address, T value) {
       case AtomicKind::exchange: *address = value; break;
     }
   }
-  let_others_run();
+  let_others_run(CALLER);
   return old;
 }
 template int atomic(AtomicKind, int*, int);
@@ -52,7 +53,7 @@ T atomic_compare_and_swap(T* address, T compare, T value) {
   aligned_access(address, sizeof(T), Access::atomic, CALLER);
   const T old = *address;
   if (old == compare) *address = value;
-  let_others_run();
+  let_others_run(CALLER);
   return old;
 }
 template int atomic_compare_and_swap(int*, int, int);
@@ -150,7 +151,8 @@ void load_matrices(std::uint32_t* registers, int count, bool transposed, const v
   // The addresses of other lanes are not used.
   if (current->lane < 8 * static_cast<unsigned>(count)) {
     if (!is_shared(row, 16)) {
-      fault(cudaErrorIllegalAddress, format("out of bounds: %s from %p, which is not shared memory", function, row), where);
+      fault(cudaErrorIllegalAddress, format("out of bounds: %s from %p, which is not shared memory", function, row),
+            where);
     }
     aligned_access(row, 16, Access::read, CALLER);
   }

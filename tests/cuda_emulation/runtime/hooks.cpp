@@ -14,18 +14,18 @@ using gencore_emulation::Access;
 
 extern "C" {
 
-#define GENCORE_HOOKS(n)                                                                               \
-  void __tsan_read##n(void* address) {                                                                 \
-    if (gencore_emulation::current) gencore_emulation::aligned_access(address, n, Access::read, CALLER); \
-  }                                                                                                    \
-  void __tsan_write##n(void* address) {                                                                \
+#define GENCORE_HOOKS(n)                                                                                  \
+  void __tsan_read##n(void* address) {                                                                    \
+    if (gencore_emulation::current) gencore_emulation::aligned_access(address, n, Access::read, CALLER);  \
+  }                                                                                                       \
+  void __tsan_write##n(void* address) {                                                                   \
     if (gencore_emulation::current) gencore_emulation::aligned_access(address, n, Access::write, CALLER); \
-  }                                                                                                    \
-  void __tsan_unaligned_read##n(void* address) {                                                       \
-    if (gencore_emulation::current) gencore_emulation::access(address, n, Access::read, CALLER);       \
-  }                                                                                                    \
-  void __tsan_unaligned_write##n(void* address) {                                                      \
-    if (gencore_emulation::current) gencore_emulation::access(address, n, Access::write, CALLER);      \
+  }                                                                                                       \
+  void __tsan_unaligned_read##n(void* address) {                                                          \
+    if (gencore_emulation::current) gencore_emulation::access(address, n, Access::read, CALLER);          \
+  }                                                                                                       \
+  void __tsan_unaligned_write##n(void* address) {                                                         \
+    if (gencore_emulation::current) gencore_emulation::access(address, n, Access::write, CALLER);         \
   }
 GENCORE_HOOKS(1)
 GENCORE_HOOKS(2)
@@ -52,7 +52,8 @@ void __ubsan_handle_type_mismatch_v1(void* data, void* address) {
   const std::size_t alignment = std::size_t{1} << static_cast<unsigned char*>(data)[sizeof(void*) * 3];
   gencore_emulation::fault(
       cudaErrorIllegalAddress,
-      gencore_emulation::format("misaligned: an access at %p, which is no multiple of %zu", address, alignment), CALLER);
+      gencore_emulation::format("misaligned: an access at %p, which is no multiple of %zu", address, alignment),
+      CALLER);
 }
 
 // The names that the build's prelude gives to the functions of <cstring> in kernels.

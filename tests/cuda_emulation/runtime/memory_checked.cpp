@@ -56,8 +56,8 @@ Cell* cells_of_page(Memory& m, std::uintptr_t page) {
   Cell*& cells = m.pages[page];
   // Untouched pages of an anonymous mapping are zeros and take no memory.
   if (cells == nullptr) {
-    void* const fresh = mmap(nullptr, page_bytes * sizeof(Cell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                             -1, 0);
+    void* const fresh =
+        mmap(nullptr, page_bytes * sizeof(Cell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fresh == MAP_FAILED) throw std::bad_alloc();
     cells = static_cast<Cell*>(fresh);
   }
@@ -237,7 +237,8 @@ struct Check {
                      "; a cp.async to there was not waited for");
       }
       if (!written && (kind == Access::read || kind == Access::atomic)) {
-        memory_fault("uninitialised shared memory", address, bytes, kind, code, "; nobody wrote it in this block");
+        memory_fault("uninitialised shared memory", address, bytes, kind, code,
+                     "; nobody has written it in this block so far");
       }
     }
     const bool both_atomic = kind == Access::atomic && write.atomic;
@@ -258,20 +259,16 @@ struct Check {
   }
 };
 
-constexpr std::uint64_t most_steps = 20'000'000;
-
 }  // namespace
 
 void access(const void* pointer, std::size_t bytes, Access kind, const void* code) {
   Thread& me = *current;
   const std::uintptr_t address = number(pointer);
-  if (++me.steps > most_steps) {
-    fault(cudaErrorLaunchFailure, "no progress: the thread has not met the others for 20 million accesses", code);
-  }
+  Emulator& e = emulator();
+  count_step(code);
   if (bytes == 0) return;
   const Space space = space_of(address, bytes, kind, code);
   if (space == Space::own_stack || space == Space::constant) return;
-  Emulator& e = emulator();
   const Warp& warp = e.warp[me.warp];
   Event mine;
   mine.interval = e.interval;
@@ -332,14 +329,17 @@ void end_launch() {}
 
 void register_memory(const void* address, std::size_t bytes, const char* name) {
   Memory& m = memory();
-  const std::string text = name == nullptr || *name == 0 ? format("buffer %zu", m.buffers.size())
-                                                         : format("buffer '%s'", name);
+  const std::string text =
+      name == nullptr || *name == 0 ? format("buffer %zu", m.buffers.size()) : format("buffer '%s'", name);
   m.buffers.push_back({number(address), number(address) + bytes, text});
 }
 
 void clear_memory() {
   Memory& m = memory();
   m.buffers.clear();
+  // What is recorded of earlier launches counts no more, so pages may stay for the next.
+  constexpr std::size_t most_pages = 2048;
+  if (m.pages.size() < most_pages) return;
   for (const auto& [page, cells] : m.pages) munmap(cells, page_bytes * sizeof(Cell));
   m.pages.clear();
   for (auto& recent : m.recent) recent = {};
@@ -347,9 +347,8 @@ void clear_memory() {
 
 bool is_registered(const void* address, std::size_t bytes) {
   const std::vector<Region>& buffers = memory().buffers;
-  return buffers.empty() || std::any_of(buffers.begin(), buffers.end(), [&](const Region& buffer) {
-           return buffer.contains(number(address), bytes);
-         });
+  return buffers.empty() || std::any_of(buffers.begin(), buffers.end(),
+                                        [&](const Region& buffer) { return buffer.contains(number(address), bytes); });
 }
 
 }  // namespace gencore_emulation

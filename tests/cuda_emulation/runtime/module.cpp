@@ -38,7 +38,7 @@ void read_symbols(Module& module) {
     const char* const names = bytes.data() + sections[sections[i].sh_link].sh_offset;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(bytes.data() + sections[i].sh_offset);
     for (std::size_t j = 0; j < sections[i].sh_size / sizeof(ElfW(Sym)); ++j) {
-      const ElfW(Sym)& symbol = symbols[j];
+      const ElfW(Sym) & symbol = symbols[j];
       const std::uintptr_t begin = module.base + symbol.st_value;
       const char* const name = names + symbol.st_name;
       const int type = ELF64_ST_TYPE(symbol.st_info);
@@ -56,15 +56,15 @@ void read_symbols(Module& module) {
 int read_segments(dl_phdr_info* info, std::size_t, void* data) {
   Module& module = *static_cast<Module*>(data);
   const auto own = reinterpret_cast<std::uintptr_t>(&read_segments);
-  const auto begin_of = [&](const ElfW(Phdr)& segment) { return info->dlpi_addr + segment.p_vaddr; };
-  const auto is_own = [&](const ElfW(Phdr)& segment) {
+  const auto begin_of = [&](const ElfW(Phdr) & segment) { return info->dlpi_addr + segment.p_vaddr; };
+  const auto is_own = [&](const ElfW(Phdr) & segment) {
     return segment.p_type == PT_LOAD && own >= begin_of(segment) && own < begin_of(segment) + segment.p_memsz;
   };
   if (std::none_of(info->dlpi_phdr, info->dlpi_phdr + info->dlpi_phnum, is_own)) return 0;
   module.base = info->dlpi_addr;
   module.path = info->dlpi_name;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     // The loader writes relocated constants, then takes the right to write away.
     if ((segment.p_type == PT_LOAD && !(segment.p_flags & PF_W)) || segment.p_type == PT_GNU_RELRO) {
       module.constants.push_back({begin_of(segment), begin_of(segment) + segment.p_memsz, "constants"});
@@ -98,7 +98,16 @@ const std::vector<Region>& module_constants() { return own_module().constants; }
 
 std::string function_name(const void* function) {
   for (const Region& region : own_module().functions) {
-    if (region.begin == reinterpret_cast<std::uintptr_t>(function)) return demangled(region.name);
+    if (region.begin != reinterpret_cast<std::uintptr_t>(function)) continue;
+    // Templates are shown as "void name<...>(types)"; the name is enough.
+    std::string name = demangled(region.name);
+    if (name.compare(0, 5, "void ") == 0) name.erase(0, 5);
+    int depth = 0;
+    for (std::size_t i = name.size(); i-- > 0;) {
+      if (name[i] == ')') ++depth;
+      if (name[i] == '(' && --depth == 0) return name.substr(0, i);
+    }
+    return name;
   }
   return "?";
 }
@@ -117,6 +126,8 @@ std::string source_line(const void* code) {
       std::string text(line, std::strcspn(line, "\n ("));
       if (text.compare(0, 2, "??") == 0 || text.find("/emulation/") != std::string::npos) continue;
       if (text.find("/include/c++/") != std::string::npos) continue;
+      // What the build put in place of the repository's path.
+      if (text.compare(0, 2, "./") == 0) text.erase(0, 2);
       if (first.empty()) first = text;
     }
     pclose(pipe);

@@ -144,6 +144,7 @@ void thread_main() {
   }
   me.state = ThreadState::ended;
   ++e.ended;
+  e.steps = 0;
   e.warp[me.warp].ended |= 1u << me.lane;
   run_next(me, true);
   std::abort();
@@ -152,6 +153,7 @@ void thread_main() {
 void run_block(Emulator& e) {
   e.barrier = {};
   e.ended = e.ready_first = e.ready_count = 0;
+  e.steps = 0;
   e.warps = (e.threads + warp_threads - 1) / warp_threads;
   for (unsigned i = 0; i < e.warps; ++i) {
     Warp& warp = e.warp[i];
@@ -169,7 +171,6 @@ void run_block(Emulator& e) {
     thread.index = {i % e.block_size.x, i / e.block_size.x % e.block_size.y, i / e.block_size.x / e.block_size.y};
     thread.copies.clear();
     thread.copy_groups = 0;
-    thread.steps = 0;
     // The lowest page of each stack stays without access.
     prepare(thread.fiber, e.stacks + i * stack_bytes + 4096, stack_bytes - 4096, thread_main);
     make_ready(e, thread);
@@ -213,6 +214,11 @@ void fault(cudaError_t error, std::string what, const Where& where) {
   leave_with({error, std::move(what), place(where), nullptr, {}});
 }
 
+void count_step(const void* code) {
+  if (++emulator().steps < 10'000'000) return;
+  fault(cudaErrorLaunchFailure, "no progress: 10 million accesses, and no thread came to a barrier or its end", code);
+}
+
 void yield() {
   make_ready(emulator(), *current);
   run_next(*current, false);
@@ -224,7 +230,7 @@ int barrier(BarrierKind kind, int predicate, Where where) {
   Barrier& barrier = e.barrier;
   constexpr const char* names[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and", "__syncthreads_or"};
   const char* const function = names[static_cast<int>(kind)];
-  me.steps = 0;
+  e.steps = 0;
   if (e.ended != 0) {
     fault(cudaErrorLaunchFailure,
           format("%s is not reached by all threads of the block: %u have returned", function, e.ended), where);
@@ -273,7 +279,7 @@ void meet(const char* function, unsigned mask, void* data, void (*finish)(unsign
   Emulator& e = emulator();
   Thread& me = *current;
   Warp& warp = e.warp[me.warp];
-  me.steps = 0;
+  e.steps = 0;
   if ((mask >> me.lane & 1) == 0) {
     fault(cudaErrorLaunchFailure, format("%s: mask 0x%08x lacks the caller, lane %u", function, mask, me.lane), where);
   }
@@ -369,8 +375,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   const Fault& found = *e.fault;
   const std::string source = found.code != nullptr ? source_line(found.code) : found.place;
   remember_error(found.error, "kernel " + function_name(kernel) + ", block " + name(e.block) + ", thread " +
-                                  name(found.thread) + ": " + found.what +
-                                  (source.empty() ? "" : " [" + source + "]"));
+                                  name(found.thread) + ": " + found.what + (source.empty() ? "" : " [" + source + "]"));
   return e.last_error = found.error;
 }
 

@@ -34,8 +34,6 @@ struct Thread {
   ThreadState state;
   std::vector<AsyncCopy> copies;
   int copy_groups;
-  // Accesses since it last met other threads.
-  std::uint64_t steps;
 };
 
 // Lanes of a warp that have come to the same collective function and wait for the rest of its mask.
@@ -97,6 +95,8 @@ struct Emulator {
   Warp warp[most_threads / warp_threads];
   Barrier barrier;
   unsigned ended;
+  // Accesses since a thread of the block last came to a barrier, a collective or its end.
+  std::uint64_t steps;
   // Threads that can run, as a ring.
   std::uint16_t ready[most_threads];
   unsigned ready_first, ready_count;
@@ -126,6 +126,9 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 // Waits until all lanes of `mask` are here. The last one calls finish(mask, data of each lane) before any goes on.
 void meet(const char* function, unsigned mask, void* data, void (*finish)(unsigned mask, void* const* data),
           const Where& where);
+
+// A fault if too many steps led to nothing.
+void count_step(const void* code);
 
 // Lets other threads of the block run.
 void yield();

@@ -3,9 +3,9 @@
 
 #include "emulation/interface.h"
 
-#define GENCORE_ATOMIC(function, kind, type)                          \
-  inline type function(type* address, type value) {                   \
-    using gencore_emulation::AtomicKind;                              \
+#define GENCORE_ATOMIC(function, kind, type)                            \
+  inline type function(type* address, type value) {                     \
+    using gencore_emulation::AtomicKind;                                \
     return gencore_emulation::atomic(AtomicKind::kind, address, value); \
   }
 #define GENCORE_ATOMIC_INTEGERS(function, kind) \

@@ -31,7 +31,9 @@ inline std::uint16_t round_to_bits(double a) {
   return static_cast<std::uint16_t>(result < inf_bits ? result : inf_bits);
 }
 
-inline std::uint16_t sign_bit(double a) { return static_cast<std::uint16_t>(std::bit_cast<std::uint64_t>(a) >> 63 << 15); }
+inline std::uint16_t sign_bit(double a) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint64_t>(a) >> 63 << 15);
+}
 
 inline std::uint16_t half_bits(double a) {
   return a != a ? std::uint16_t{0x7FFF} : static_cast<std::uint16_t>(sign_bit(a) | round_to_bits<11, 16>(a));

@@ -8,8 +8,8 @@
 
 #include "emulation/vector_types.h"
 
-// The runtime changes them whenever another thread goes on. For each thread they are constants, and the compiler does not
-// instrument reads of constants (of a dim3 it would: that has a constructor).
+// The runtime changes them whenever another thread goes on. For each thread they are constants, and the compiler does
+// not instrument reads of constants (of a dim3 it would: that has a constructor).
 extern const uint3 threadIdx __asm__("gencore_emulation_thread_index");
 extern const uint3 blockIdx __asm__("gencore_emulation_block_index");
 extern const uint3 blockDim __asm__("gencore_emulation_block_size");

@@ -73,7 +73,7 @@ inline Integer clamped(Float integral, Integer of_nan) {
 
 }  // namespace gencore_emulation
 
-#define GENCORE_TO_INTEGER(name, from, to, of_nan)                                                              \
+#define GENCORE_TO_INTEGER(name, from, to, of_nan)                                                                 \
   GENCORE_INTRINSIC to __##name##_rn(from a) { return gencore_emulation::clamped<to>(std::nearbyint(a), of_nan); } \
   GENCORE_INTRINSIC to __##name##_rz(from a) { return gencore_emulation::clamped<to>(std::trunc(a), of_nan); }     \
   GENCORE_INTRINSIC to __##name##_rd(from a) { return gencore_emulation::clamped<to>(std::floor(a), of_nan); }     \
@@ -129,15 +129,15 @@ GENCORE_INTRINSIC unsigned __funnelshift_r(unsigned low, unsigned high, unsigned
 }
 
 // Loads and stores with a wish about caches.
-#define GENCORE_LOAD(name)                       \
-  template <class T>                             \
-  GENCORE_INTRINSIC T name(const T* address) {   \
-    return *address;                             \
+#define GENCORE_LOAD(name)                     \
+  template <class T>                           \
+  GENCORE_INTRINSIC T name(const T* address) { \
+    return *address;                           \
   }
-#define GENCORE_STORE(name)                            \
-  template <class T>                                   \
-  GENCORE_INTRINSIC void name(T* address, T value) {   \
-    *address = value;                                  \
+#define GENCORE_STORE(name)                          \
+  template <class T>                                 \
+  GENCORE_INTRINSIC void name(T* address, T value) { \
+    *address = value;                                \
   }
 GENCORE_LOAD(__ldg)
 GENCORE_LOAD(__ldca)
@@ -152,7 +152,7 @@ GENCORE_STORE(__stwt)
 #undef GENCORE_LOAD
 #undef GENCORE_STORE
 
-#define GENCORE_MIN_MAX(type)                                                  \
+#define GENCORE_MIN_MAX(type)                                                    \
   GENCORE_INTRINSIC constexpr type min(type a, type b) { return b < a ? b : a; } \
   GENCORE_INTRINSIC constexpr type max(type a, type b) { return a < b ? b : a; }
 GENCORE_MIN_MAX(int)

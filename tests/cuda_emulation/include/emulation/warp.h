@@ -50,13 +50,13 @@ inline T value_of(std::uint64_t bits) {
 
 }  // namespace gencore_emulation
 
-#define GENCORE_SHUFFLE(function, kind, operand_type)                                             \
-  template <class T>                                                                              \
-  inline T function(unsigned mask, T value, operand_type operand, int width = 32,                 \
-                    gencore_emulation::Where where = gencore_emulation::Where::current()) {       \
-    return gencore_emulation::value_of<T>(                                                        \
-        gencore_emulation::shuffle(gencore_emulation::ShuffleKind::kind, mask,                    \
-                                   gencore_emulation::bits_of(value), unsigned(operand), width, where)); \
+#define GENCORE_SHUFFLE(function, kind, operand_type)                                                            \
+  template <class T>                                                                                             \
+  inline T function(unsigned mask, T value, operand_type operand, int width = 32,                                \
+                    gencore_emulation::Where where = gencore_emulation::Where::current()) {                      \
+    return gencore_emulation::value_of<T>(gencore_emulation::shuffle(gencore_emulation::ShuffleKind::kind, mask, \
+                                                                     gencore_emulation::bits_of(value),          \
+                                                                     unsigned(operand), width, where));          \
   }
 GENCORE_SHUFFLE(__shfl_sync, index, int)
 GENCORE_SHUFFLE(__shfl_up_sync, up, unsigned)
@@ -82,8 +82,8 @@ inline unsigned __match_any_sync(unsigned mask, T value,
   return gencore_emulation::match_any(mask, gencore_emulation::bits_of(value), where);
 }
 
-#define GENCORE_REDUCE(function, kind, type)                                                \
-  inline type function(unsigned mask, type value,                                           \
+#define GENCORE_REDUCE(function, kind, type)                                                   \
+  inline type function(unsigned mask, type value,                                              \
                        gencore_emulation::Where where = gencore_emulation::Where::current()) { \
     return gencore_emulation::reduce(gencore_emulation::ReduceKind::kind, mask, value, where); \
   }

@@ -1,0 +1,10 @@
+"""Kernels that Triton compiles for a GPU when they are first called, or interprets on the CPU if the environment
+variable TRITON_INTERPRET is 1 before this is imported. Importing this imports triton.
+
+The ops have the names that the library knows them by."""
+
+from gencore.backends.triton.normal import normal_
+from gencore.backends.triton.reparameterize import reparameterize, reparameterize_backward, reparameterize_kl
+from gencore.backends.triton.uniform import uniform_
+
+__all__ = ["normal_", "reparameterize", "reparameterize_backward", "reparameterize_kl", "uniform_"]

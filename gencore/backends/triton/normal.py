@@ -1,0 +1,11 @@
+"""Standard normal noise."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gencore.backends.triton._fill import fill
+
+
+def normal_(out: Tensor, key: Tensor) -> None:
+    fill(out, key, uniform=False)

@@ -1,0 +1,221 @@
+"""Which backend runs an op, and what is said where none does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernels import emulated
+from support import same_bits
+
+import gencore
+from gencore import Key, ops
+from gencore.backends import choice, cpu, cuda
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """As on a machine with torch's CPU build, Triton not interpreted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(choice, "_is_interpreted", lambda: False)
+    choice._choose.cache_clear()
+    yield
+    choice._choose.cache_clear()
+
+
+def test_the_device_decides(without_a_gpu):
+    assert choice.choose(torch.device("cpu")) == "cpu"
+    with pytest.raises(
+        ValueError, match="no backend serves tensors on cuda:0: cpu: it serves tensors on the CPU; cuda: "
+    ):
+        choice.choose(CUDA)
+    with pytest.raises(
+        ValueError, match="no backend serves tensors on xla:0: cpu: .*; cuda: it serves tensors on NVIDIA"
+    ):
+        choice.choose(torch.device("xla", 0))
+
+
+def test_cuda_comes_before_triton(monkeypatch):
+    monkeypatch.setattr(choice, "refusal", lambda name, device: "it is the CPU's" if name == "cpu" else None)
+    choice._choose.cache_clear()
+    assert choice.choose(CUDA) == "cuda"
+    monkeypatch.setattr(choice, "refusal", lambda name, device: None if name == "triton" else f"no {name}")
+    choice._choose.cache_clear()
+    assert choice.choose(CUDA) == "triton"
+    choice._choose.cache_clear()
+
+
+def test_a_named_backend_that_cannot_serve_says_why(without_a_gpu):
+    with (
+        gencore.backend("triton"),
+        pytest.raises(
+            ValueError, match=r'backend\("triton"\) is in force, which does not serve .* cpu: triton: it serves'
+        ),
+    ):
+        ops.normal((2, 2))
+    with (
+        gencore.backend("cuda"),
+        pytest.raises(
+            ValueError, match="the device of mu must be one that a backend serves; .*cuda: it serves tensors on"
+        ),
+    ):
+        ops.reparameterize(torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2))
+    with gencore.backend("cuda"), pytest.raises(ValueError, match='backend."cuda". is in force'):
+        ops.reparameterize(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert ops.normal((2, 2)).shape == (2, 2)
+
+
+def test_contexts_nest_and_end_with_an_error():
+    assert choice.named() is None
+    with pytest.raises(KeyError), gencore.backend("cpu"):
+        with gencore.backend("triton"):
+            assert choice.named() == "triton"
+        assert choice.named() == "cpu"
+        raise KeyError
+    assert choice.named() is None
+
+
+@pytest.mark.parametrize("name", ["CPU", "", None, "cudnn"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match="name must be one of cpu, cuda, triton, got"), gencore.backend(name):
+        pass
+
+
+def test_the_backward_pass_follows_the_context():
+    logvar = torch.zeros(3, 10, requires_grad=True)
+    with emulated() as backend, gencore.backend("cuda"):
+        calls = []
+        module = backend._module
+        backend._module = type(
+            "Recorded", (), {"__getattr__": lambda _, name: (calls.append(name), getattr(module, name))[1]}
+        )()
+        ops.reparameterize(torch.zeros(3, 10), logvar, Key(1)).sum().backward()
+    assert calls == ["reparameterize", "reparameterize_backward"]
+
+
+def test_a_compiled_function_follows_the_context_when_it_runs():
+    draw = torch.compile(lambda key: ops.normal((4, 5), key) + 1, fullgraph=True)
+    here = draw(Key(1))
+    with emulated() as backend, gencore.backend("cuda"):
+        calls, normal_ = [], backend.normal_
+
+        def recorded(*args):
+            calls.append(args)
+            normal_(*args)
+
+        backend.normal_ = recorded
+        assert same_bits(draw(Key(1)), here)
+    assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------------ reasons
+
+
+def test_the_reasons_of_the_cuda_backend(monkeypatch):
+    find_spec = cuda.importlib.util.find_spec
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    assert cuda.unavailable().startswith("this gencore has no CUDA module: ")
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda.unavailable() == "the CUDA module is built, but this torch is not built with CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.unavailable() == "the CUDA module is built, but torch finds no GPU to use"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cuda.unavailable() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert cuda.refusal(CUDA) == "it needs a GPU of compute capability 8.0 or later, and Tesla T4 has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def broken():
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr(cuda, "load", broken)
+    assert cuda.refusal(CUDA) == "gencore._cuda cannot be loaded: undefined symbol: x"
+    monkeypatch.setattr(cuda, "load", lambda: None)
+    assert cuda.refusal(CUDA) is None
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", find_spec)
+
+
+def test_the_reasons_of_the_triton_backend(monkeypatch):
+    monkeypatch.setattr(choice, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    assert choice.refusal("triton", CUDA) == "the package triton is not installed"
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choice.refusal("triton", CUDA) == "torch finds no GPU to use"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def broken():
+        raise ImportError("no libLLVM")
+
+    monkeypatch.setattr(choice, "_load_triton", broken)
+    assert choice.refusal("triton", CUDA) == "triton cannot be loaded: no libLLVM"
+    monkeypatch.setattr(choice, "_is_interpreted", lambda: True)
+    assert choice.refusal("triton", CUDA) == "it is interpreted, on the CPU"
+
+
+def test_neither_the_cuda_module_nor_triton_is_loaded_for_the_cpu():
+    program = (
+        "import sys, torch, gencore\n"
+        "gencore.ops.normal((2, 2)); gencore.info()\n"
+        "print([name for name in sys.modules if name in ('gencore._cuda', 'triton', 'gencore.backends.triton')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    if not torch.cuda.is_available():
+        assert done.stdout.split() == ["[]"]
+
+
+# ------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain_on_the_cpu(without_a_gpu):
+    told = gencore.explain(ops.normal, (64, 1000), Key(1))
+    assert (told.op, told.device, told.chosen, told.notes) == ("normal_", "cpu", "cpu", ())
+    assert told.reasons == {"cuda": "it serves tensors on NVIDIA GPUs", "triton": "it serves tensors on GPUs"}
+    assert str(told).splitlines() == [
+        f"normal_ on cpu: cpu, {cpu.simd_level()} on up to {torch.get_num_threads()} threads",
+        "  not cuda: it serves tensors on NVIDIA GPUs",
+        "  not triton: it serves tensors on GPUs",
+    ]
+
+
+def test_explain_where_nothing_serves(without_a_gpu):
+    told = gencore.explain(ops.normal, (2, 2), device="cuda")
+    assert told.chosen is None
+    assert set(told.reasons) == {"cpu", "cuda", "triton"}
+    assert str(told).startswith("normal on cuda: no backend, it would raise\n  not cpu: it serves tensors on the CPU\n")
+
+
+def test_explain_says_what_is_copied():
+    mu = torch.zeros(4, 6, 5).transpose(0, 1)
+    told = gencore.explain(ops.reparameterize, mu.requires_grad_(), torch.zeros(6, 4, 5), Key(torch.arange(6)))
+    assert told.notes == ("mu is neither contiguous nor channels_last, so it goes through a copy that is",)
+
+
+def test_explain_in_a_context():
+    with emulated(), gencore.backend("cuda"):
+        told = gencore.explain(ops.reparameterize_kl, torch.zeros(2, 3), torch.zeros(2, 3))
+    assert told.chosen == "cuda"
+    assert told.reasons["cpu"] == 'backend("cuda")'
+
+
+def test_explain_computes_nothing_and_leaves_the_generators_alone():
+    torch.manual_seed(1)
+    state, out = torch.get_rng_state(), torch.full((2, 3), 7.0)
+    gencore.explain(ops.normal, (2, 3), out=out)
+    gencore.explain(ops.reparameterize, out, out)
+    assert torch.equal(out, torch.full((2, 3), 7.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_explain_refuses_what_the_call_would_refuse():
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        gencore.explain(ops.normal, (2, 3), dtype=torch.int32)
+    with pytest.raises(ValueError, match="op must be a function that calls an op of gencore, got"):
+        gencore.explain(torch.add, torch.zeros(2), torch.zeros(2))

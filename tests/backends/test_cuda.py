@@ -1,0 +1,116 @@
+"""The CUDA backend, on a GPU or in the emulator: what the tests of the ops, which run on it too, do not hold."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from kernels import EmulatedOps, emulated, running
+from support import laid_out, same_bits
+
+import gencore
+from gencore import Key, ops
+from gencore.backends import cuda
+from gencore.backends.reference.normal import normal as reference
+from gencore.bench import cases
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@contextmanager
+def on_cuda(monkeypatch, keys_on_device: bool = False):
+    """Runs ops on the CUDA backend; in the emulator, keys of three words count as being on the device if asked for."""
+    monkeypatch.setattr(EmulatedOps, "keys_on_device", keys_on_device)
+    with running("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("case", cases.small(cases.NOISE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_key_on_the_device(case, dtype, monkeypatch):
+    key = Key(-3).stream(2**32 - 1).samples(2**33 + 5)
+    with on_cuda(monkeypatch, keys_on_device=True):
+        drawn = ops.normal(case.shape, key.to(DEVICE), dtype=dtype, device=DEVICE, memory_format=case.memory_format)
+    assert same_bits(drawn, reference(case.shape, key, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", cases.small(cases.REPARAMETERIZE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_samples_and_gradients_have_the_bits_of_the_cpu(case, dtype, monkeypatch):
+    """More than is promised, which is the noise alone: the same operations are done in the same order."""
+    generator = torch.Generator().manual_seed(1)
+    mu, logvar = (laid_out(torch.randn(case.shape, generator=generator).to(dtype), case) for _ in range(2))
+    key = Key(torch.arange(case.shape[0]))
+
+    def run(device):
+        leaves = [x.to(device).requires_grad_() for x in (mu, logvar)]
+        z = ops.reparameterize(*leaves, key, num_samples=case.draws)
+        return z.detach(), *torch.autograd.grad(z, leaves, z.detach())
+
+    with gencore.backend("cpu"):
+        here = run("cpu")
+    with on_cuda(monkeypatch):
+        there = run(DEVICE)
+    assert same_bits(there[0], here[0])
+    for a, b in zip(there[1:], here[1:], strict=True):
+        # Halving first or last makes a difference where the result is below the smallest normal number only.
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=float(torch.finfo(torch.float32).tiny))
+
+
+def test_the_divergence_of_a_sample_does_not_depend_on_its_batch(monkeypatch):
+    mu, logvar = (torch.randn(5, 3, 41, 37, device=DEVICE) for _ in range(2))
+    with on_cuda(monkeypatch):
+        _, whole = ops.reparameterize_kl(mu, logvar, Key(3))
+        _, part = ops.reparameterize_kl(mu[1:4], logvar[1:4], Key(3).samples(1))
+    assert same_bits(part, whole[1:4])
+
+
+def test_an_error_names_the_op_and_its_shapes(monkeypatch):
+    key = Key(1).packed
+    with on_cuda(monkeypatch):
+        module = cuda.load()._module
+        with pytest.raises(
+            ValueError, match="gencore._cuda.normal of 1 x 3 x 7 float32 values, on device 0: invalid arg"
+        ):
+            module.normal(0, 0, 3, 7, 0, key.data_ptr(), 0, False, 0, 0)
+        with pytest.raises(
+            ValueError, match="reparameterize of 2 x 3 x 8 bfloat16 values, channels_last with 4 channels"
+        ):
+            module.reparameterize(0, 0, 0, 0, 2, 3, 2, 8, 4, key.data_ptr(), 0, False, 0, 0)
+        with pytest.raises(ValueError, match="invalid argument"):
+            # Rows on the host cannot be arguments of a launch.
+            module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 1, False, 0, 0)
+        with pytest.raises(ValueError, match="of 1 x 1 x 34359738368"):
+            module.uniform(key.data_ptr(), 0, 1, 2**35, 0, key.data_ptr(), 0, False, 0, 0)
+        with pytest.raises(ValueError, match="unknown dtype"):
+            module.uniform(key.data_ptr(), 9, 1, 1, 0, key.data_ptr(), 0, False, 0, 0)
+        with pytest.raises(RuntimeError, match="on device 99: "):
+            module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 0, False, 99, 0)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has no order that could be chosen")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_order_of_blocks_and_threads_matters(seed, monkeypatch):
+    mu, logvar = (torch.randn(3, 5003) for _ in range(2))
+    with emulated() as backend, gencore.backend("cuda"):
+        emulator = backend._module._emulator
+        in_order = ops.reparameterize_kl(mu, logvar, Key(3))
+        emulator.set_schedule(seed)
+        try:
+            shuffled = ops.reparameterize_kl(mu, logvar, Key(3))
+        finally:
+            emulator.set_schedule(0)
+    assert same_bits(shuffled[0], in_order[0])
+    assert same_bits(shuffled[1], in_order[1])
+
+
+@pytest.mark.skipif(GPU, reason="a GPU writes there unseen")
+def test_the_emulator_watches_the_ops():
+    """A kernel that is told of more elements than its tensor has is caught, so that the other tests mean what they say."""
+    out = torch.empty(2, 30)
+    with emulated() as backend:
+        out.data_ptr()
+        with pytest.raises(RuntimeError, match="normal of 1 x 2 x 32 float32.*fill_kernel"):
+            backend._module.normal(out.data_ptr(), 0, 2, 32, 0, Key(1).packed.data_ptr(), 0, False, 0, 0)

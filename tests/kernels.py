@@ -1,0 +1,150 @@
+"""Every way a kernel can run, for tests that hold all of them to one table of cases.
+
+Where there is a GPU, the CUDA and Triton kernels run on it. Where there is none, the CUDA kernels run in the emulator of
+tests/cuda_emulation, and Triton's are interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cuda_emulation.build import build, compiler
+from cuda_emulation.emulator import Emulator
+from torch import Tensor
+
+import gencore
+from gencore.backends import choice, cpu, cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where a test's tensors shall be. ``name`` is one of NAMES, ``backend`` what runs its ops."""
+
+    name: str
+    backend: str
+    device: str
+
+
+@contextmanager
+def running(name: str) -> Iterator[Kernels]:
+    """Makes every op run on these kernels. Skips the test where there are none."""
+    if name.startswith("cpu-"):
+        level = name.removeprefix("cpu-")
+        if level not in cpu.build_info()["simd_supported"]:
+            pytest.skip(f"this processor has no {level}")
+        before = cpu.simd_level()
+        cpu.set_simd_level(level)
+        try:
+            yield Kernels(name, "cpu", "cpu")
+        finally:
+            cpu.set_simd_level(before)
+    elif torch.cuda.is_available():
+        reason = choice.refusal(name, torch.device("cuda", torch.cuda.current_device()))
+        if reason is not None:
+            pytest.skip(reason)
+        with gencore.backend(name):
+            yield Kernels(name, name, "cuda")
+    elif name == "cuda":
+        with emulated(), gencore.backend("cuda"):
+            yield Kernels(name, "cuda", "cpu")
+    else:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("the package triton is not installed")
+        with gencore.backend("triton"):
+            yield Kernels(name, "triton", "cpu")
+
+
+class EmulatedOps(cuda.CudaOps):
+    """The CUDA backend over the emulator, where the memory of the device is that of the CPU."""
+
+    # Whether keys of three words are on the device too.
+    keys_on_device = False
+
+    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
+        return self.keys_on_device or key.dim() == 2, 0, 0
+
+
+@contextmanager
+def emulated(flavour: str = "checked") -> Iterator[EmulatedOps]:
+    """Puts the emulator in the place of the CUDA module. Kernels may touch only the tensors whose addresses they get."""
+    watched = _Watched(_emulator(flavour))
+    ops = EmulatedOps(watched)
+
+    def data_ptr(tensor: Tensor) -> int:
+        watched.asked.append(tensor)
+        return address_of(tensor)
+
+    choice._choose.cache_clear()
+    in_its_place = mock.patch.multiple(cuda, load=lambda: ops, refusal=lambda device: None)
+    with in_its_place, mock.patch.object(torch.Tensor, "data_ptr", data_ptr):
+        try:
+            yield ops
+        finally:
+            choice._choose.cache_clear()
+
+
+_emulators: dict[str, Emulator] = {}
+
+
+def _emulator(flavour: str) -> Emulator:
+    if flavour not in _emulators:
+        if compiler() is None:
+            pytest.skip("there is no g++ to build the CUDA emulator with")
+        names = {"GENCORE_VERSION": gencore.__version__, "GENCORE_CUDA_COMPILER": "g++"}
+        names["GENCORE_CUDA_ARCHITECTURES"] = "emulated"
+        module = build(
+            sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+            ROOT / "csrc" / "bindings" / "cuda_module.cpp",
+            ROOT / "build" / "cuda_emulation",
+            flavour,
+            definitions=[f'{name}="{value}"' for name, value in names.items()],
+        )
+        _emulators[flavour] = Emulator(module)
+    return _emulators[flavour]
+
+
+class _Watched:
+    """The emulated module, whose kernels may touch the tensors that were asked for their address since the last launch."""
+
+    def __init__(self, emulator: Emulator):
+        self._emulator = emulator
+        self.asked: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._emulator.module, name)
+        if name == "build_info" or name.endswith("_workspace"):
+            return function
+
+        def launch(*args: Any) -> Any:
+            for number, tensor in enumerate(self.asked):
+                self._emulator._library.register_buffer(address_of(tensor), extent(tensor), f"tensor {number}".encode())
+            try:
+                return function(*args)
+            finally:
+                self._emulator.clear()
+                self.asked.clear()
+
+        return launch
+
+
+def address_of(tensor: Tensor) -> int:
+    return torch._C.TensorBase.data_ptr(tensor)
+
+
+def extent(tensor: Tensor) -> int:
+    """The bytes from the first to the last element of a tensor."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
