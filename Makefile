@@ -16,7 +16,7 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -ty
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-slow bench gpu-check lint typecheck wheel clean
+.PHONY: help quickstart test test-slow bench gpu-check lint typecheck wheel wheels clean
 
 help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
@@ -51,6 +51,17 @@ typecheck: $(VENV)/.dev  ## check the types
 
 wheel: $(VENV)/.dev  ## build the source distribution, and from it the wheel, into dist/
 	$(BIN)/python -m build
+
+# The build tag tells the two apart in one folder, where pip takes the higher. libgomp keeps its name and stays outside, so
+# that the kernels use the threads that torch uses; the CUDA driver is the machine's.
+BUILD_WHEEL = $(BIN)/python -m build --wheel --outdir build/wheels -C--build-option=--build-number
+wheels: $(VENV)/.dev  ## build wheels for other machines, without and (given nvcc) with CUDA, into wheelhouse/
+	rm -rf build/wheels wheelhouse
+	$(BIN)/python -m build --sdist --outdir build/wheels
+	GENCORE_CUDA=off $(BUILD_WHEEL)=0cpu build/wheels/*.tar.gz
+	$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda build/wheels/*.tar.gz)
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --exclude libcuda.so.1 \
+	  --wheel-dir wheelhouse build/wheels/*.whl
 
 clean:  ## remove what was built; the environment and runs/ stay
 	rm -rf build dist wheelhouse *.egg-info gencore/_c*.so $(VENV)/.train $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Checks what a source distribution and a wheel hold: contents.py FILE..."""
+"""Checks what source distributions and wheels hold: contents.py FILE..."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SDIST_HOLDS = (
     "LICENSE",
     "README.md",
     "cmake/",
-    "csrc/",
+    "csrc/cpu/",
+    "csrc/cuda/",
+    "csrc/include/",
     "gencore/",
     "tests/",
 )
@@ -25,24 +27,44 @@ WHEEL_HOLDS = (
     "gencore/py.typed",
     "gencore/_cpu.pyi",
     "gencore/backends/reference/",
+    "gencore/backends/triton/",
     "gencore/models/vae/",
 )
+# Repair would put the libraries that it copies into gencore.libs/: there must be none.
 WHEEL_TOPS = ("gencore/", "gencore-")
+CUDA_MODULE = "gencore/_cuda.cpython"
+
+
+def holds(names: list[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
+def faults_of_wheel(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+    found = [f"holds no {start}" for start in WHEEL_HOLDS if not holds(names, start)]
+    found += [f"holds {name}" for name in names if not name.startswith(WHEEL_TOPS)]
+    if not any(name.endswith("/LICENSE") for name in names):
+        found.append("holds no LICENSE")
+    # `make wheels` says by the build tag what it asked for: gencore-VERSION[-TAG]-PYTHON-ABI-PLATFORM.whl
+    tag = path.name.split("-")[2]
+    if tag == "1cuda" and not holds(names, CUDA_MODULE):
+        found.append(f"holds no {CUDA_MODULE}")
+    if tag == "0cpu" and holds(names, CUDA_MODULE):
+        found.append(f"holds {CUDA_MODULE}")
+    return found
+
+
+def faults_of_sdist(path: Path) -> list[str]:
+    with tarfile.open(path) as sdist:
+        names = [name.partition("/")[2] for name in sdist.getnames()]
+    found = [f"holds no {start}" for start in SDIST_HOLDS if not holds(names, start)]
+    found += [f"holds {name}" for name in names if name.endswith((".so", ".pyc", ".o"))]
+    return found
 
 
 def faults(path: Path) -> list[str]:
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as wheel:
-            names = wheel.namelist()
-        found = [f"holds no {start}" for start in WHEEL_HOLDS if not any(name.startswith(start) for name in names)]
-        found += [f"holds {name}" for name in names if not name.startswith(WHEEL_TOPS)]
-        if not any(name.endswith("/LICENSE") for name in names):
-            found.append("holds no LICENSE")
-    else:
-        with tarfile.open(path) as sdist:
-            names = [name.partition("/")[2] for name in sdist.getnames()]
-        found = [f"holds no {start}" for start in SDIST_HOLDS if not any(name.startswith(start) for name in names)]
-        found += [f"holds {name}" for name in names if name.endswith((".so", ".pyc", ".o"))]
+    found = faults_of_wheel(path) if path.suffix == ".whl" else faults_of_sdist(path)
     return [f"{path.name} {fault}" for fault in found]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,23 @@ def main() -> None:
     check(torch.allclose(kl, mu.square().sum(1) / 2), "the divergence is mu^2 / 2 where the variance is 1")
     z.sum().backward()
     check(torch.allclose(logvar.grad, noise / 2), "the gradient makes the same noise again")
+
+    told = gencore.info()
+    check(told["openmp"]["shared"] in (True, "unknown"), f"the threads are torch's, of {told['openmp']['runtime']}")
+    reason = told["cuda_module"].get("reason", "nothing")
+    if importlib.util.find_spec("gencore._cuda") is not None:
+        from gencore import _cuda
+
+        built = _cuda.build_info()
+        check(
+            built["version"] == gencore.__version__,
+            f"the CUDA module can be loaded: by {built['compiler']} for {built['architectures']}",
+        )
+        check("has no CUDA module" not in reason, f"what keeps it from a GPU is said: {reason}")
+    else:
+        check("has no CUDA module" in reason, f"what is missing is said: {reason}")
+    explanation = gencore.explain(ops.normal, (2, 2))
+    check(explanation.chosen == "cpu", str(explanation).replace("\n", "\n      "))
 
     command = Path(sys.executable).with_name("gencore")
     done = subprocess.run([command, "info"], capture_output=True, text=True)

@@ -19,9 +19,9 @@ def info() -> dict[str, Any]:
     """Versions, the compiled modules, and what they use on this machine, as JSON can hold it.
 
     Keys: ``gencore``, ``python``, ``torch``, ``numpy``, ``system``, ``cpu``, ``gpus`` (those that torch can use);
-    ``cpu_module`` (compiler, SIMD levels compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the kernels'
-    ``runtime``; ``shared`` says whether it is torch's too, so that both use one pool of threads), ``cuda_module`` (how it
-    was ``built``, or why not), ``triton``; these two are ``available``, or there is a ``reason`` why they serve no GPU here.
+    ``cpu_module`` (compiler, SIMD levels compiled, supported by the CPU and chosen), ``threads``, ``openmp`` (the
+    kernels' ``runtime``; ``shared`` says whether it is torch's too, so that both use one pool of threads),
+    ``cuda_module`` (``built``, or why not) and ``triton``, each ``available`` or with the ``reason`` why it is not.
 
     Needs torch and NumPy only, and raises nothing: what is missing is said in the result.
     """

@@ -1,7 +1,7 @@
 """Every way a kernel can run, for tests that hold all of them to one table of cases.
 
-Where there is a GPU, the CUDA and Triton kernels run on it. Where there is none, the CUDA kernels run in the emulator of
-tests/cuda_emulation, and Triton's are interpreted.
+Where there is a GPU, the CUDA and Triton kernels run on it. Where there is none, the CUDA kernels run in the emulator
+of tests/cuda_emulation, and Triton's are interpreted.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class EmulatedOps(cuda.CudaOps):
 
 @contextmanager
 def emulated(flavour: str = "checked") -> Iterator[EmulatedOps]:
-    """Puts the emulator in the place of the CUDA module. Kernels may touch only the tensors whose addresses they get."""
+    """Puts the emulator in the place of the CUDA module. Kernels may touch the tensors whose addresses they get."""
     watched = _Watched(_emulator(flavour))
     ops = EmulatedOps(watched)
 
@@ -115,7 +115,7 @@ def _emulator(flavour: str) -> Emulator:
 
 
 class _Watched:
-    """The emulated module, whose kernels may touch the tensors that were asked for their address since the last launch."""
+    """The emulated module, whose kernels may touch the tensors asked for their addresses since the last launch."""
 
     def __init__(self, emulator: Emulator):
         self._emulator = emulator

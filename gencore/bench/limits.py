@@ -83,6 +83,6 @@ def _gpu_instructions_per_second() -> float:
 
 
 def floor(nbytes: int, values: int, device: str = "cpu", op: str = "normal") -> tuple[float, str]:
-    """Seconds for moving ``nbytes`` or for making ``values`` of noise, whichever is longer, and the name of that limit."""
+    """Seconds for moving ``nbytes`` or for making ``values`` of noise, the longer of the two, and that limit's name."""
     memory, (making, limit) = memory_floor(nbytes, device), noise_floor(op, values, device)
     return (memory, "memory") if memory > making else (making, limit)

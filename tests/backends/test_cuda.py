@@ -72,7 +72,7 @@ def test_an_error_names_the_op_and_its_shapes(monkeypatch):
     with on_cuda(monkeypatch):
         module = cuda.load()._module
         with pytest.raises(
-            ValueError, match="gencore._cuda.normal of 1 x 3 x 7 float32 values, on device 0: invalid arg"
+            ValueError, match=r"gencore._cuda.normal of 1 x 3 x 7 float32 values, on device 0: invalid arg"
         ):
             module.normal(0, 0, 3, 7, 0, key.data_ptr(), 0, False, 0, 0)
         with pytest.raises(
@@ -108,9 +108,9 @@ def test_no_order_of_blocks_and_threads_matters(seed, monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="a GPU writes there unseen")
 def test_the_emulator_watches_the_ops():
-    """A kernel that is told of more elements than its tensor has is caught, so that the other tests mean what they say."""
+    """A kernel that is told of more elements than its tensor has is caught: the other tests mean what they say."""
     out = torch.empty(2, 30)
     with emulated() as backend:
         out.data_ptr()
-        with pytest.raises(RuntimeError, match="normal of 1 x 2 x 32 float32.*fill_kernel"):
+        with pytest.raises(RuntimeError, match=r"normal of 1 x 2 x 32 float32.*fill_kernel"):
             backend._module.normal(out.data_ptr(), 0, 2, 32, 0, Key(1).packed.data_ptr(), 0, False, 0, 0)

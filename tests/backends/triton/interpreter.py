@@ -1,0 +1,62 @@
+"""Makes Triton's interpreter round as a GPU does, so that what it computes can be held to the last bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+from gencore.noise import fma
+
+
+@functools.cache
+def exact_arithmetic() -> None:
+    """Corrects the interpreter for this process, where it is wrong.
+
+    Until Triton 3.8 its fma rounded twice. Its conversions between float32 and bfloat16 cut off what does not fit,
+    instead of rounding to nearest, and lose subnormal numbers.
+    """
+    builder = interpreter.InterpreterBuilder
+    if not _is_fused(builder().create_fma):
+        builder.create_fma = _create_fma(builder.create_fma)
+    builder.cast_impl = _cast_impl(builder.cast_impl)
+
+
+def _is_fused(create_fma: Callable[..., Any]) -> bool:
+    x, y = (interpreter.TensorHandle(np.array([v], np.float32), tl.float32) for v in (1 + 2.0**-12, -1 - 2.0**-11))
+    return bool(create_fma(x, x, y).data[0] == 2.0**-24)
+
+
+def _create_fma(before: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        rounded_twice = before(self, x, y, z)
+        if x.data.dtype != np.float32:
+            return rounded_twice
+        with np.errstate(all="ignore"):
+            exact = fma(x.data, y.data, z.data)
+        # gencore.noise.fma is for finite values.
+        data = np.where(np.isfinite(rounded_twice.data), exact, rounded_twice.data)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    return create_fma
+
+
+def _cast_impl(before: Callable[..., Any]) -> Callable[..., Any]:
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.float32, tl.bfloat16):
+            bits = source.data.view(np.uint32)
+            rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+            data = np.where(np.isnan(source.data), 0x7FFF, rounded).astype(np.uint16)
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        # Overflow to infinity is what a GPU does too, in silence.
+        with np.errstate(over="ignore"):
+            return before(self, source, target)
+
+    return cast_impl
