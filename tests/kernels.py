@@ -7,6 +7,7 @@ of tests/cuda_emulation, and Triton's are interpreted.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,9 +77,12 @@ class EmulatedOps(cuda.CudaOps):
 
 
 @contextmanager
-def emulated(flavour: str = "checked") -> Iterator[EmulatedOps]:
-    """Puts the emulator in the place of the CUDA module. Kernels may touch the tensors whose addresses they get."""
-    watched = _Watched(_emulator(flavour))
+def emulated() -> Iterator[EmulatedOps]:
+    """Puts the emulator in the place of the CUDA module. Kernels may touch the tensors whose addresses they get.
+
+    GENCORE_EMULATOR=sanitized takes the flavour of the emulator of that name.
+    """
+    watched = _Watched(_emulator(os.environ.get("GENCORE_EMULATOR", "checked")))
     ops = EmulatedOps(watched)
 
     def data_ptr(tensor: Tensor) -> int:

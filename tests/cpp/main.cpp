@@ -4,6 +4,10 @@
 #include <gencore/reparameterize.h>
 #include <gencore/simd.h>
 
+#ifdef WITH_CUDA
+#include <gencore/cuda.h>
+#endif
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -56,4 +60,8 @@ int main(int argc, char** argv) {
   // What is wrong is a status, in words.
   status = gencore::cpu::normal(nullptr, gencore::DType::float32, shape, key, threads);
   std::printf("refused %s\n", gencore::message(status));
+#ifdef WITH_CUDA
+  std::printf("cuda %s\n",
+              gencore::cuda::message(gencore::cuda::normal(nullptr, gencore::DType::float32, shape, key, nullptr)));
+#endif
 }

@@ -142,6 +142,15 @@ __global__ void atomic_and_plain(float* data, int) {
   if (threadIdx.x == 5) data[own_index()] = static_cast<float>(count);
 }
 
+// Other blocks may count before this one reads, or after.
+template <bool right>
+__global__ void counter_of_all_blocks(float* data, int) {
+  unsigned* const counter = reinterpret_cast<unsigned*>(data);
+  if (threadIdx.x != 0) return;
+  const unsigned old = atomicAdd(counter, 1u);
+  if (blockIdx.x == 1 && (right ? old : *counter) == 9) data[1] = 1.0f;
+}
+
 template <bool right>
 __global__ void two_blocks_write(float* data, int) {
   if (threadIdx.x == 0) data[right ? own_index() : 0] = 1.0f;
@@ -352,6 +361,7 @@ constexpr Entry entries[] = {
     ENTRY(syncwarp_of_some),
     ENTRY(adjacent_bytes),
     ENTRY(atomic_and_plain),
+    ENTRY(counter_of_all_blocks),
     ENTRY(two_blocks_write),
     ENTRY(two_blocks_read_and_write),
     ENTRY(divergent_barrier),

@@ -345,6 +345,7 @@ FAULTS = {
     "syncwarp_of_some": "uninitialised shared memory|race",
     "adjacent_bytes": "race: write of 1 bytes",
     "atomic_and_plain": "race: .* atomic",
+    "counter_of_all_blocks": "race: .*; (other blocks of this launch accessed it atomically|block .* read it)",
     "two_blocks_write": "race: write of 4 bytes at .* buffer 'data' .*; block .* of this launch wrote it",
     "two_blocks_read_and_write": "race: .*; block .* of this launch",
     "divergent_barrier": "__syncthreads is not reached by all threads of the block: .* returned",

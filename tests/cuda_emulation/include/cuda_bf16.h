@@ -18,6 +18,12 @@ struct alignas(2) __nv_bfloat16 {
   operator __nv_bfloat16_raw() const { return {bits}; }
 };
 
+// The device rounds each result to the half type. Through the conversion to float it would not be, so there is none.
+__nv_bfloat16 operator+(__nv_bfloat16, __nv_bfloat16) = delete;
+__nv_bfloat16 operator-(__nv_bfloat16, __nv_bfloat16) = delete;
+__nv_bfloat16 operator*(__nv_bfloat16, __nv_bfloat16) = delete;
+__nv_bfloat16 operator/(__nv_bfloat16, __nv_bfloat16) = delete;
+
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };

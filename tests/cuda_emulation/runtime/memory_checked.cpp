@@ -191,7 +191,9 @@ struct Check {
 
   [[noreturn]] void race(const Event& event, const char* other) const {
     std::string who;
-    if (event.interval >= e.block_interval) {
+    if (event.blocks) {
+      who = std::string("other blocks of this launch ") + other;
+    } else if (event.interval >= e.block_interval) {
       const unsigned x = e.block_size.x, y = e.block_size.y, n = event.thread;
       who = format("thread (%u, %u, %u)", n % x, n / x % y, n / x / y) + " of this block " + other;
       if (event.several) who += ", as did others,";

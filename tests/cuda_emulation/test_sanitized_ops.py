@@ -1,0 +1,31 @@
+"""The CUDA kernels once more, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+These see what the emulator's own checks do not: overflows of local arrays and undefined arithmetic.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation.build import compiler
+from cuda_emulation.emulator import sanitizer_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+# Every kernel, dtype and layout; what the compiler and autograd do around them is not the sanitizers' business.
+WHICH = "cuda and (bits_of_the_reference or test_forward or backward_of_z or any_strides or nan_and_infinity)"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")
+def test_the_ops_are_clean():
+    if compiler() is None:
+        pytest.skip("there is no g++ to build the CUDA emulator with")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", WHICH]
+    environment = sanitizer_environment() | {"GENCORE_EMULATOR": "sanitized", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
