@@ -132,7 +132,7 @@ class _Watched:
 
         def launch(*args: Any) -> Any:
             for number, tensor in enumerate(self.asked):
-                self._emulator._library.register_buffer(address_of(tensor), extent(tensor), f"tensor {number}".encode())
+                self._emulator.register_address(f"tensor {number}", address_of(tensor), extent(tensor))
             try:
                 return function(*args)
             finally:

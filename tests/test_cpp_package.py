@@ -45,7 +45,9 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ side of gencore, installed."""
     folder = tmp_path_factory.mktemp("gencore")
     # For CUDA, what is compiled quickest: it is linked here, never run.
-    build(ROOT, folder / "build", "-DGENCORE_PYTHON=OFF", "-DGENCORE_WERROR=ON", "-DGENCORE_CUDA_ARCHITECTURES=80-virtual")
+    build(
+        ROOT, folder / "build", "-DGENCORE_PYTHON=OFF", "-DGENCORE_WERROR=ON", "-DGENCORE_CUDA_ARCHITECTURES=80-virtual"
+    )
     run(tool("cmake"), "--install", folder / "build", "--component", "cpp", "--prefix", folder / "installed")
     # What was installed must stand alone and may be moved.
     shutil.rmtree(folder / "build")

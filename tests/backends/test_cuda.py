@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from kernels import EmulatedOps, emulated, running
 from support import laid_out, same_bits
 
 import gencore
-from gencore import Key, ops
+from gencore import Key, noise, ops
 from gencore.backends import cuda
 from gencore.backends.reference.normal import normal as reference
 from gencore.bench import cases
@@ -104,6 +105,59 @@ def test_no_order_of_blocks_and_threads_matters(seed, monkeypatch):
             emulator.set_schedule(0)
     assert same_bits(shuffled[0], in_order[0])
     assert same_bits(shuffled[1], in_order[1])
+
+
+def normals_of_blocks(key: Key, sample: int, first: int, count: int) -> torch.Tensor:
+    """The normals of ``count`` blocks of a sample, by the definition."""
+    seed, stream, start = (int(word) for word in key.packed)
+    blocks = np.arange(first, first + count, dtype=np.uint64)
+    identity = (np.uint64(stream), np.uint64(start + sample), np.uint64(0))
+    words = noise.philox4x32((blocks, *identity), (np.uint64(seed), np.uint64(0)))
+    w0, w1, w2, w3 = (word.astype(np.uint32) for word in np.broadcast_arrays(*words))
+    return torch.from_numpy(np.stack((*noise.box_muller(w0, w1), *noise.box_muller(w2, w3)), axis=-1)).flatten()
+
+
+@pytest.fixture
+def last_blocks():
+    """Runs the last two blocks of every launch: the others of a tensor of gigabytes take no memory and no time."""
+    with emulated() as backend, gencore.backend("cuda"):
+        emulator = backend._module._emulator
+        emulator.set_blocks(-2, 2)
+        yield
+        emulator.set_blocks(0, 0)
+
+
+LARGE = pytest.mark.skipif(GPU, reason="on a GPU the slow tests run all of it")
+
+
+@LARGE
+@pytest.mark.parametrize("shape", [(1, (1 << 31) + 64), (3, (1 << 30) + 3), (1 << 20, 2051)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_noise_beyond_two_to_the_31_elements(shape, dtype, last_blocks):
+    out, key = torch.empty(shape, dtype=dtype), Key(9).stream(2).samples(5)
+    ops.normal(shape, key, out=out)
+    first = shape[1] // 4 - 128
+    want = normals_of_blocks(key, shape[0] - 1, first, 129)[: shape[1] - 4 * first]
+    assert same_bits(out[-1, 4 * first :], want.to(dtype))
+
+
+@LARGE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_samples_and_gradients_beyond_two_to_the_31_elements(layout, last_blocks):
+    case = cases.Case((2, 5, 1 << 14, (1 << 14) + 1), "", layout=layout)
+    pixels = case.shape[2] * case.shape[3]
+    mu, logvar, grad = (
+        torch.empty(case.shape, dtype=torch.bfloat16, memory_format=case.memory_format) for _ in range(3)
+    )
+    for x, value in ((mu, 1.0), (logvar, 0.0), (grad, 2.0)):
+        x[-1, :, -3:] = value
+    z, _ = ops.reparameterize_kl(mu, logvar, Key(3))
+    _, grad_logvar = torch.ops.gencore.reparameterize_backward(grad, None, None, logvar, Key(3).packed, None, False)
+    for channel in (4,) if layout == "contiguous" else range(5):
+        last = channel * pixels + pixels - 1
+        eps = normals_of_blocks(Key(3), 1, last // 4, 1)[last % 4]
+        assert z[1, channel, -1, -1] == (1 + eps).bfloat16()
+        assert grad_logvar[1, channel, -1, -1] == eps.bfloat16()
 
 
 @pytest.mark.skipif(GPU, reason="a GPU writes there unseen")

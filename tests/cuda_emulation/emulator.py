@@ -68,6 +68,13 @@ class Emulator:
         """0: blocks and threads run in order; else in an order drawn at random from the seed."""
         self._library.set_schedule(seed)
 
+    def set_blocks(self, first: int, count: int) -> None:
+        """Of every launch only ``count`` blocks run, from ``first`` on, or from the end if that is negative; 0: all.
+
+        So a kernel's last blocks can be tried on a tensor of gigabytes, most of which nobody touches.
+        """
+        self._library.set_blocks(ctypes.c_int64(first), ctypes.c_int64(count))
+
     def set_multiprocessors(self, count: int) -> None:
         """What the device says of itself, for kernels whose grid depends on it. 4 at first."""
         self._library.set_multiprocessors(count)

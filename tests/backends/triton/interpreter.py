@@ -17,13 +17,14 @@ from gencore.noise import fma
 def exact_arithmetic() -> None:
     """Corrects the interpreter for this process, where it is wrong.
 
-    Until Triton 3.8 its fma rounded twice. Its conversions between float32 and bfloat16 cut off what does not fit,
-    instead of rounding to nearest, and lose subnormal numbers.
+    The fma of Triton 3.6 rounds twice, and its loops cannot count with NumPy 2.4. The conversions of all versions up to
+    3.9 cut off what bfloat16 cannot hold, instead of rounding to nearest, and lose subnormal numbers.
     """
     builder = interpreter.InterpreterBuilder
     if not _is_fused(builder().create_fma):
         builder.create_fma = _create_fma(builder.create_fma)
     builder.cast_impl = _cast_impl(builder.cast_impl)
+    interpreter._patch_lang_tensor = _patch_lang_tensor(interpreter._patch_lang_tensor)
 
 
 def _is_fused(create_fma: Callable[..., Any]) -> bool:
@@ -60,3 +61,11 @@ def _cast_impl(before: Callable[..., Any]) -> Callable[..., Any]:
             return before(self, source, target)
 
     return cast_impl
+
+
+def _patch_lang_tensor(before: Callable[..., None]) -> Callable[..., None]:
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch_lang_tensor

@@ -29,7 +29,9 @@ def device() -> str:
 
 
 def any_bits(n: int) -> torch.Tensor:
-    return torch.randint(-(1 << 31), 1 << 31, (n,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
+    return (
+        torch.randint(-(1 << 31), 1 << 31, (n,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
+    )
 
 
 def test_fma_rounds_once(device):

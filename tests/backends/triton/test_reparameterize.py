@@ -47,7 +47,9 @@ def check(case: cases.Case, dtype: torch.dtype, key: Key) -> None:
     want_z, want_kl = cpu.ops.reparameterize_kl(mu, logvar, packed, case.draws)
     assert_same([z], [want_z])
     # The order of its sums is another one.
-    torch.testing.assert_close(kl.cpu(), want_kl, rtol=KL_TOLERANCE.get(dtype, 2e-6), atol=KL_TOLERANCE.get(dtype, 2e-6))
+    torch.testing.assert_close(
+        kl.cpu(), want_kl, rtol=KL_TOLERANCE.get(dtype, 2e-6), atol=KL_TOLERANCE.get(dtype, 2e-6)
+    )
     args = (want_z, want_kl, mu, logvar, packed, case.draws, True)
     assert_same(kernels.reparameterize_backward(*on(DEVICE, *args)), cpu.ops.reparameterize_backward(*args))
 

@@ -156,4 +156,9 @@ EXPORTED void clear_buffers() { gencore_emulation::clear_memory(); }
 // 0: blocks and threads run in order. Else they run in an order drawn at random from this seed.
 EXPORTED void set_schedule(unsigned seed) { emulator().schedule = seed; }
 
+EXPORTED void set_blocks(std::int64_t first, std::int64_t count) {
+  emulator().first_block = first;
+  emulator().block_count = count;
+}
+
 EXPORTED void set_multiprocessors(int count) { emulator().multiprocessors = count; }

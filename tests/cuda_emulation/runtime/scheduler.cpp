@@ -355,15 +355,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   e.host = {};
   begin_launch(config.dynamicSmemBytes);
 
-  const std::uint64_t blocks = std::uint64_t{e.grid.x} * e.grid.y * e.grid.z;
+  const auto blocks = static_cast<std::int64_t>(std::uint64_t{e.grid.x} * e.grid.y * e.grid.z);
+  std::int64_t first = 0, end = blocks;
+  if (e.block_count != 0) {
+    first = std::clamp<std::int64_t>(e.first_block < 0 ? blocks + e.first_block : e.first_block, 0, blocks);
+    end = std::min(first + e.block_count, blocks);
+  }
   e.block_order.clear();
   if (e.schedule != 0) {
-    e.block_order.resize(blocks);
-    std::iota(e.block_order.begin(), e.block_order.end(), std::uint64_t{0});
+    e.block_order.resize(static_cast<std::size_t>(end - first));
+    std::iota(e.block_order.begin(), e.block_order.end(), static_cast<std::uint64_t>(first));
     std::shuffle(e.block_order.begin(), e.block_order.end(), e.random);
   }
-  for (std::uint64_t i = 0; i < blocks && !e.fault; ++i) {
-    const std::uint64_t block = e.block_order.empty() ? i : e.block_order[i];
+  for (std::int64_t i = first; i < end && !e.fault; ++i) {
+    const auto block =
+        e.block_order.empty() ? static_cast<std::uint64_t>(i) : e.block_order[static_cast<std::size_t>(i - first)];
     e.block = {static_cast<unsigned>(block % e.grid.x), static_cast<unsigned>(block / e.grid.x % e.grid.y),
                static_cast<unsigned>(block / e.grid.x / e.grid.y)};
     begin_block();

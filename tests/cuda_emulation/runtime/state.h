@@ -74,6 +74,9 @@ struct Emulator {
   std::mutex mutex;  // one launch at a time
   unsigned schedule = 0;
   int multiprocessors = 4;
+  // The blocks of a launch that run: so many from `first_block` on, which counts from the end if it is negative; 0:
+  // all.
+  std::int64_t first_block = 0, block_count = 0;
   std::mt19937_64 random;
   std::unordered_map<const void*, std::size_t> shared_limits;
   cudaError_t last_error = cudaSuccess;
