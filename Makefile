@@ -54,14 +54,15 @@ wheel: $(VENV)/.dev  ## build the source distribution, and from it the wheel, in
 
 # The build tag tells the two apart in one folder, where pip takes the higher. libgomp keeps its name and stays outside, so
 # that the kernels use the threads that torch uses; the CUDA driver is the machine's.
+WHEELHOUSE ?= wheelhouse
 BUILD_WHEEL = $(BIN)/python -m build --wheel --outdir build/wheels -C--build-option=--build-number
 wheels: $(VENV)/.dev  ## build wheels for other machines, without and (given nvcc) with CUDA, into wheelhouse/
-	rm -rf build/wheels wheelhouse
+	rm -rf build/wheels
 	$(BIN)/python -m build --sdist --outdir build/wheels
 	GENCORE_CUDA=off $(BUILD_WHEEL)=0cpu build/wheels/*.tar.gz
 	$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda build/wheels/*.tar.gz)
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --exclude libcuda.so.1 \
-	  --wheel-dir wheelhouse build/wheels/*.whl
+	  --wheel-dir '$(WHEELHOUSE)' build/wheels/*.whl
 
 clean:  ## remove what was built; the environment and runs/ stay
 	rm -rf build dist wheelhouse *.egg-info gencore/_c*.so $(VENV)/.train $(VENV)/.dev

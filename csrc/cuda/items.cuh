@@ -134,15 +134,17 @@ __device__ __forceinline__ void for_each_item_of_piece(const Work& work, std::in
   } else {
     const std::int64_t first = row * work.elements + start * size, rest = work.elements - start * size;
     const std::uint32_t first_block = static_cast<std::uint32_t>(start * size / 4);
-    const int elements = static_cast<int>(rest < n * size ? rest : n * size);
+    int left = static_cast<int>(rest < n * size ? rest : n * size) - lane * size;
     item.stride = 1;
     item.skip = 0;
-    for (int i = lane; i < n; i += team) {
-      item.at = first + i * size;
-      item.count = elements - i * size < size ? elements - i * size : size;
-      item.whole = work.aligned && item.count == size;
-      item.block = first_block + static_cast<std::uint32_t>(i) * (size / 4);
+    item.at = first + lane * size;
+    item.block = first_block + static_cast<std::uint32_t>(lane) * (size / 4);
+    for (; left > 0; left -= team * size) {
+      item.count = left < size ? left : size;
+      item.whole = work.aligned && left >= size;
       body(item);
+      item.at += team * size;
+      item.block += static_cast<std::uint32_t>(team) * (size / 4);
     }
   }
 }

@@ -28,6 +28,13 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return result;
 }
 
+// 2^a, to 2^-22 of it; 0 where it is below 2^-126.
+__device__ __forceinline__ float exp2_approx(float a) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
 // The square root, correctly rounded, of 0 or a number from 2^-100 to 2^100. It is what sqrt.rn.f32 does in that range,
 // without the branch for the rest.
 __device__ __forceinline__ float sqrt_normal(float a) {

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(key_on_device ? 2 :
 #pragma unroll
         for (int i = 0; i < item.size; ++i) {
           const F log_variance = deviation[i];
-          deviation[i] = exponential<P>(P::mul(log_variance, P::set(0.5f)));
+          deviation[i] = standard_deviation<T>(log_variance);
           if constexpr (with_kl) {
             // 1/2 (mu^2 + sigma^2 - 1 - logvar)
             const F square = P::fma(mean[i], mean[i], P::fma(deviation[i], deviation[i], P::set(-1.0f)));
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(2))
         }
 #pragma unroll
         for (int i = 0; i < item.size; ++i) {
-          deviation[i] = exponential<P>(P::mul(deviation[i], P::set(0.5f)));
+          deviation[i] = standard_deviation<T>(deviation[i]);
           // Without grad_z there is no such term, not even 0 * infinity.
           weighted[i] = grad_z == nullptr ? F(0) : P::mul(weighted[i], deviation[i]);
         }

@@ -38,11 +38,10 @@ def test_one_key_on_the_device(case, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("case", cases.small(cases.REPARAMETERIZE), ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_samples_and_gradients_have_the_bits_of_the_cpu(case, dtype, monkeypatch):
-    """More than is promised, which is the noise alone: the same operations are done in the same order."""
+def test_samples_and_gradients_have_the_bits_of_the_cpu(case, monkeypatch):
+    """More than is promised, which is the noise alone: in float32 the same operations are done in the same order."""
     generator = torch.Generator().manual_seed(1)
-    mu, logvar = (laid_out(torch.randn(case.shape, generator=generator).to(dtype), case) for _ in range(2))
+    mu, logvar = (laid_out(torch.randn(case.shape, generator=generator), case) for _ in range(2))
     key = Key(torch.arange(case.shape[0]))
 
     def run(device):

@@ -103,7 +103,12 @@ def key_arguments(key: Tensor, tensor: Tensor) -> tuple[Tensor | None, int, int,
         return None, seed, stream, sample, False
     if key.device != tensor.device:
         key = key.to(tensor.device, non_blocking=True)
-    return key.contiguous(), 0, 0, 0, key.dim() == 2
+    return halves(key), 0, 0, 0, key.dim() == 2
+
+
+def halves(key: Tensor) -> Tensor:
+    """The words of a key as kernels read them."""
+    return key.contiguous().view(torch.int32)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -123,26 +123,29 @@ def multiply_add(a, b, c):
 def words_of_rows(key, seed, stream, sample, row, inside, PER_SAMPLE: tl.constexpr):
     """What the noise of rows begins with: (seed low, seed high, stream, sample id low, sample id high).
 
-    Without a `key`, the three words are arguments of the launch. A `key` on the device is read when the kernel runs, so
-    that new words give new noise when a captured graph is replayed.
+    Without a `key`, the three words are arguments of the launch. A `key` on the device, here halves of its words, is
+    read when the kernel runs, so that new words give new noise when a captured graph is replayed. It is read in halves
+    because the compiler would do all of Philox in 64 bits if it saw words cut in two.
     """
     if key is None:
         sample = sample + row
+        seed_low, seed_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        stream_low = stream.to(tl.uint32)
     elif PER_SAMPLE:
-        seed = tl.load(key + 3 * row, inside, other=0)
-        stream = tl.load(key + 3 * row + 1, inside, other=0)
-        sample = tl.load(key + 3 * row + 2, inside, other=0)
+        of_row = key + 6 * row
+        seed_low = tl.load(of_row, inside, other=0).to(tl.uint32, bitcast=True)
+        seed_high = tl.load(of_row + 1, inside, other=0).to(tl.uint32, bitcast=True)
+        stream_low = tl.load(of_row + 2, inside, other=0).to(tl.uint32, bitcast=True)
+        sample_low = tl.load(of_row + 4, inside, other=0).to(tl.uint32, bitcast=True)
+        sample_high = tl.load(of_row + 5, inside, other=0).to(tl.uint32, bitcast=True)
     else:
-        seed = tl.load(key)
-        stream = tl.load(key + 1)
-        sample = tl.load(key + 2) + row
-    return (
-        seed.to(tl.uint32),
-        (seed >> 32).to(tl.uint32),
-        stream.to(tl.uint32),
-        sample.to(tl.uint32),
-        (sample >> 32).to(tl.uint32),
-    )
+        seed_low, seed_high = tl.load(key).to(tl.uint32, bitcast=True), tl.load(key + 1).to(tl.uint32, bitcast=True)
+        stream_low = tl.load(key + 2).to(tl.uint32, bitcast=True)
+        first_low, first_high = tl.load(key + 4).to(tl.uint32, bitcast=True), tl.load(key + 5)
+        sample = first_low.to(tl.int64) + (first_high.to(tl.int64) << 32) + row
+    if not PER_SAMPLE:
+        sample_low, sample_high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
+    return seed_low, seed_high, stream_low, sample_low, sample_high
 
 
 @triton.jit

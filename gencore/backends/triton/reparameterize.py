@@ -55,7 +55,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def sum_kernel(x, total, pieces, SIZE: tl.constexpr):
+def sum_kernel(x, total, pieces: tl.int64, SIZE: tl.constexpr):
     """The sum of a row's pieces, in float64: the lanes each add up theirs, then all are added up."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, SIZE)
@@ -130,7 +130,7 @@ def _forward(
             work.rows, work.height, work.width, PER_SAMPLE=per_sample, **work.constants,
         )  # fmt: skip
         if pieces is not kl:
-            sum_kernel[(work.rows,)](pieces, kl, work.tiles_per_row, SIZE=_PIECES)
+            sum_kernel[(work.rows,)](pieces, kl, work.tiles_per_row, SIZE=_PIECES, enable_fp_fusion=False)
     return z, kl
 
 

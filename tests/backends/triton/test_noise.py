@@ -68,7 +68,7 @@ def test_out_of_any_strides():
 
 def test_key_in_the_memory_of_the_device(monkeypatch):
     def key_arguments(key: torch.Tensor, tensor: torch.Tensor) -> tuple:
-        return key.to(tensor.device), 0, 0, 0, False
+        return _tiles.halves(key.to(tensor.device)), 0, 0, 0, False
 
     monkeypatch.setattr(_fill, "key_arguments", key_arguments)
     for seed in (Key(5), KEY):

@@ -22,6 +22,12 @@ inline float max_nan(float a, float b) {
   return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
 
+// The device's is an approximation within 2^-22; results below the normal numbers are flushed in both.
+inline float exp2_approx(float a) {
+  const float result = std::exp2(a);
+  return result < 0x1p-126f ? 0.0f : result;
+}
+
 inline float sqrt_normal(float a) { return __fsqrt_rn(a); }
 
 template <class T>
