@@ -56,6 +56,9 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build)], check=True)
+        # What an earlier build with CUDA left must not become part of one without.
+        for old in (prefix / "gencore").glob("_cuda*.so"):
+            old.unlink()
         subprocess.run(
             [tool("cmake"), "--install", str(build), "--component", "python", "--prefix", str(prefix)], check=True
         )

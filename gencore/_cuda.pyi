@@ -1,6 +1,7 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
+def unusable() -> str: ...
 def normal(
     out: int,
     dtype: int,

@@ -62,6 +62,9 @@ def running(name: str) -> Iterator[Kernels]:
     else:
         if importlib.util.find_spec("triton") is None:
             pytest.skip("the package triton is not installed")
+        from backends.triton.interpreter import exact_arithmetic
+
+        exact_arithmetic()
         with gencore.backend("triton"):
             yield Kernels(name, "triton", "cpu")
 
@@ -127,7 +130,7 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._emulator.module, name)
-        if name == "build_info" or name.endswith("_workspace"):
+        if name in ("build_info", "unusable") or name.endswith("_workspace"):
             return function
 
         def launch(*args: Any) -> Any:

@@ -206,7 +206,8 @@ def test_every_kernel_is_compiled_for_every_architecture(used):
 
 
 def test_no_kernel_spills_registers(used):
-    assert [fault for uses in used.values() for fault in spilled(uses)] == []
+    faults = [fault for uses in used.values() for fault in spilled(uses)]
+    assert not faults, "\n".join(faults)
 
 
 def test_spilled_registers_are_noticed(compiler, tmp_path):

@@ -92,6 +92,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of gencore, by address. Call gencore.ops instead.";
 
   m.def("build_info", &build_info);
+  // Why the CUDA runtime in this module can use no GPU, such as a driver that is older than it; empty if it can.
+  m.def("unusable", [] {
+    int devices;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess) cudaGetLastError();
+    return std::string(error == cudaSuccess ? "" : cudaGetErrorString(error));
+  });
 
   m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
                      std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {

@@ -76,7 +76,7 @@ def refusal(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"it needs a GPU of compute capability 8.0 or later, and {name} has {capability[0]}.{capability[1]}"
     try:
-        load()
+        problem = load()._module.unusable()
     except ImportError as error:
         return f"gencore._cuda cannot be loaded: {error}"
-    return None
+    return f"the CUDA runtime of the CUDA module cannot use it: {problem}" if problem else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,10 @@ def test_the_reasons_of_the_cuda_backend(monkeypatch):
 
     monkeypatch.setattr(cuda, "load", broken)
     assert cuda.refusal(CUDA) == "gencore._cuda cannot be loaded: undefined symbol: x"
-    monkeypatch.setattr(cuda, "load", lambda: None)
+    module = SimpleNamespace(unusable=lambda: "CUDA driver version is insufficient for CUDA runtime version")
+    monkeypatch.setattr(cuda, "load", lambda: SimpleNamespace(_module=module))
+    assert cuda.refusal(CUDA).startswith("the CUDA runtime of the CUDA module cannot use it: CUDA driver version is")
+    module.unusable = lambda: ""
     assert cuda.refusal(CUDA) is None
     monkeypatch.setattr(cuda.importlib.util, "find_spec", find_spec)
 

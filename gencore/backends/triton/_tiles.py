@@ -14,6 +14,7 @@ addresses change nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ _GRID_LIMIT = 65535
 
 
 class Cut(NamedTuple):
-    """The launch arguments that say how a tensor is cut; :func:`arguments` turns them into a kernel's."""
+    """The launch arguments that say how a tensor is cut; :func:`place` reads them."""
 
     grid: tuple[int, int, int]
     # Integers that change from shape to shape without a new compilation.
@@ -52,6 +53,8 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+# Most calls repeat a shape, and working out its cut takes as long as launching a kernel.
+@functools.lru_cache(1024)
 def cut(rows: int, elements: int, channels: int, element_size: int) -> Cut:
     """The cut of tensors of `rows` rows; `channels` is 0 where elements lie in logical order."""
     if channels:

@@ -1,4 +1,4 @@
-"""Noise and exp on the device: gencore/philox.h and gencore/math.h, operation by operation, so that the bits are theirs.
+"""Noise and exp on the device: csrc's philox.h and math.h, operation by operation, so that the bits are theirs.
 
 Nothing here may be contracted: multiply-adds that shall be fused say fma, and every kernel is launched with
 ``enable_fp_fusion=False``.
@@ -79,11 +79,7 @@ def unit_uniform(word):
 @triton.jit
 def exponential(x):
     """e^x: in float32 with the bits that the other backends give, in float64 by the library."""
-    if x.dtype == tl.float64:
-        y = tl.exp(x)
-    else:
-        y = exponential32(x)
-    return y
+    return tl.exp(x) if x.dtype == tl.float64 else exponential32(x)
 
 
 @triton.jit
@@ -112,11 +108,7 @@ def exponential32(x):
 @triton.jit
 def multiply_add(a, b, c):
     """a * b + c, fused in float32 and not in float64, as the CPU kernels do."""
-    if a.dtype == tl.float64:
-        y = a * b + c
-    else:
-        y = tl.fma(a, b, c)
-    return y
+    return a * b + c if a.dtype == tl.float64 else tl.fma(a, b, c)
 
 
 @triton.jit

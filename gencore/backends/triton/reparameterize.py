@@ -104,23 +104,23 @@ def _cut(tensor: Tensor, memory_format: torch.memory_format) -> Cut:
     return cut(rows, tensor.numel() // rows, channels, tensor.element_size())
 
 
-def _forward(
-    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None, with_kl: bool
-) -> tuple[Tensor, Tensor | None]:
+def reparameterize(
+    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None, kl: Tensor | None = None
+) -> Tensor:
     memory_format = _CONTIGUOUS
     if not (mu.is_contiguous() and logvar.is_contiguous()):
         memory_format = memory_format_of(mu)
         mu = mu.contiguous(memory_format=memory_format)
         logvar = logvar.contiguous(memory_format=memory_format)
-    z, kl = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples), None
-    if with_kl:
-        kl = mu.new_empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
-        # Which lanes add up what depends on how wide the accesses are, and that on the addresses.
+    if kl is not None:
+        # Which threads add up what depends on how wide the accesses are, and that on the addresses.
         mu, logvar = (x.clone() if x.data_ptr() % 16 else x for x in (mu, logvar))
+    z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
     if mu.numel() == 0:
-        return z, None if kl is None else kl.zero_()
-    work = _cut(mu, memory_format)
-    pieces = kl
+        if kl is not None:
+            kl.zero_()
+        return z
+    work, pieces = _cut(mu, memory_format), kl
     if kl is not None and work.tiles_per_row > 1:
         pieces = kl.new_empty(work.rows, work.tiles_per_row)
     *words, per_sample = key_arguments(key, mu)
@@ -131,17 +131,12 @@ def _forward(
         )  # fmt: skip
         if pieces is not kl:
             sum_kernel[(work.rows,)](pieces, kl, work.tiles_per_row, SIZE=_PIECES, enable_fp_fusion=False)
-    return z, kl
+    return z
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
-    return _forward(mu, logvar, key, num_samples, with_kl=False)[0]
-
-
-def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    return _forward(mu, logvar, key, num_samples, with_kl=True)
+def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    kl = mu.new_empty(mu.shape[0], dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+    return reparameterize(mu, logvar, key, num_samples, kl), kl
 
 
 def reparameterize_backward(

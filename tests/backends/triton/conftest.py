@@ -1,4 +1,4 @@
-"""Triton decides at import whether it interprets its kernels, and these tests hold what it interprets to the last bit."""
+"""Triton decides at import whether it interprets its kernels; what it interprets is held to the last bit."""
 
 from __future__ import annotations
 

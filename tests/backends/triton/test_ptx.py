@@ -1,4 +1,4 @@
-"""What the kernels become for GPUs: nothing is contracted that shall not be, and memory is accessed 16 bytes at a time."""
+"""What the kernels become for GPUs: nothing is contracted that shall not be, memory is accessed 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class Variant(NamedTuple):
     dtype: str
     key: str
 
+    def __str__(self) -> str:
+        return "-".join(("x".join(map(str, self.shape)), self.layout, self.dtype, self.key, f"sm_{self.capability}"))
+
     @property
     def size(self) -> int:
         return {"float32": 4, "float64": 8}.get(self.dtype, 2)
@@ -37,19 +40,19 @@ LAYOUTS = [
     ((8, 4, 64, 64), "channels_last"),
     ((2, 3, 9, 9), "channels_last"),
 ]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KEYS = ("words", "in memory", "rows")
+# Every layout with every type; what reads the key is apart from both.
 EVERY = [
-    Variant(capability, *layout, dtype, key)
-    for capability, layout, dtype, key in itertools.product(
-        (80, 90), LAYOUTS, ("float32", "bfloat16", "float16", "float64"), ("words", "in memory", "rows")
-    )
+    Variant(capability, *layout, dtype, KEYS[number % len(KEYS)])
+    for capability in (80, 90)
+    for number, (layout, dtype) in enumerate(itertools.product(LAYOUTS, DTYPES), start=capability)
 ]
 SOME = [
     Variant(80, *LAYOUTS[0], "bfloat16", "words"),
-    Variant(90, *LAYOUTS[0], "float32", "words"),
-    Variant(90, *LAYOUTS[1], "float16", "rows"),
-    Variant(80, *LAYOUTS[2], "float32", "in memory"),
-    Variant(90, *LAYOUTS[3], "bfloat16", "rows"),
-    Variant(90, *LAYOUTS[4], "float64", "words"),
+    Variant(90, *LAYOUTS[1], "float32", "rows"),
+    Variant(90, *LAYOUTS[3], "float16", "in memory"),
+    Variant(80, *LAYOUTS[4], "float64", "words"),
 ]
 
 
@@ -77,58 +80,56 @@ def fused(found: dict[str, Any], variant: Variant) -> int:
         return 0 if constants["UNIFORM"] else noise
     if variant.dtype == "float64":
         return noise
-    # exp, one for each element of the result; the terms of kl or its gradient.
+    # exp, z or the sum over draws, and the terms of kl or of its gradient. What a kernel is not given is a constant.
     if found["kernel"] == "forward_kernel":
         return noise + elements * (8 + 1 + (0 if "kl" in constants else 2))
     return noise + elements * (8 + 1 + (0 if "grad_kl" in constants else 3))
 
 
 def check(found: dict[str, Any], variant: Variant) -> None:
-    instructions, constants = found["instructions"], found["constants"]
+    instructions, constants, kernel = found["instructions"], found["constants"], found["kernel"]
     names = " ".join(instructions)
-    assert not re.search(r"\b[ls][td]\.local", names)
+    assert "local" not in names, "registers are spilled"
     # Without .rn the assembler may contract; .ftz would lose subnormal numbers.
-    assert not re.search(r"\b(add|sub|mul|fma)(\.ftz)?\.f(32|64)\b|\.(rn|rz|approx)\.ftz\.f64", names)
+    assert not re.search(r"\b(add|sub|mul|fma)(\.ftz)?\.f(32|64)\b", names)
     assert not re.search(r"\b(add|sub|mul|fma|cvt|min|max)\S*\.ftz", names)
-    if found["kernel"] == "sum_kernel":
+    assert not re.search(r"\b(div|rem)\.[us]64", names)
+    if kernel == "sum_kernel":
         return
     assert instructions.get("fma.rn.f32", 0) == fused(found, variant)
     if variant.dtype != "float64":
         assert "fma.rn.f64" not in instructions
-    blocks = constants["A"] * constants["B"] * constants["ITEM"] // 4 // found["threads"]
-    blocks *= 2 if constants["PARTIAL"] else 1
-    # What is the same for a whole tile is multiplied once, or in another way.
-    assert 14 * blocks < sum(n for name, n in instructions.items() if re.match(r"mul\.wide\.[us]32", name))
-    assert not any(name.startswith(("div.u64", "div.s64", "rem")) for name in instructions)
+    elements = constants["A"] * constants["B"] * constants["ITEM"] // found["threads"]
+    # 64-bit products of 32-bit numbers, two in each of a block's ten rounds. The compiler finds other ways for a few of
+    # them, for the first round's and the last; were they all products of 64-bit numbers, they would cost twice as much.
+    products = sum(n for name, n in instructions.items() if name.startswith("mul.wide."))
+    assert products >= 14 * elements // 4 * (2 if constants["PARTIAL"] else 1), instructions
 
-    whole = variant.shape[1] * (1 if len(variant.shape) > 2 else 1) % (16 // variant.size) == 0
-    accesses = {name: n for name, n in instructions.items() if re.match(r"(ld|st)\.global", name)}
-    if whole:
+    width = variant.shape[1]
+    if width * variant.size % 16 == 0:
+        tensors = {"fill_kernel": 1, "forward_kernel": 3, "backward_kernel": 3 if "grad_kl" in constants else 5}[kernel]
         vector = "v2.b64" if variant.size == 8 else "v4.b32"
-        bytes_of_tile = constants["A"] * constants["B"] * constants["ITEM"] * variant.size
-        expected = bytes_of_tile // 16 // found["threads"]
-        tensors = {"fill_kernel": 1, "forward_kernel": 3}.get(found["kernel"])
-        if tensors is None:
-            tensors = 3 if "grad_kl" in constants else 5
+        accesses = {name: n for name, n in instructions.items() if re.match(r"(ld|st)\.global", name)}
         wide = sum(n for name, n in accesses.items() if name.endswith(vector))
-        assert wide == tensors * expected, accesses
-        if "channels" not in variant.layout and variant.size != 8 and found["constants"].get("kl", 0) is None:
+        assert wide == tensors * elements * variant.size // 16, accesses
+        if variant.layout == "contiguous" and variant.size < 8 and (kernel != "forward_kernel" or "kl" in constants):
+            # The noise is made by the threads that want it.
             assert found["shared"] == 0
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory) -> list[list[dict[str, Any]]]:
-    return compiled(SOME, tmp_path_factory.mktemp("triton"))
+def some(tmp_path_factory) -> dict[Variant, list[dict[str, Any]]]:
+    return dict(zip(SOME, compiled(SOME, tmp_path_factory.mktemp("triton")), strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(SOME)), ids=[f"sm_{v.capability}-{v.dtype}-{v.layout}-{v.key}" for v in SOME])
-def test_instructions(number, some):
-    kernels = [found["kernel"] for found in some[number]]
+@pytest.mark.parametrize("variant", SOME, ids=str)
+def test_instructions(variant, some):
+    kernels = [found["kernel"] for found in some[variant]]
     assert [kernel for kernel in kernels if kernel != "sum_kernel"] == [
         "fill_kernel", "fill_kernel", "forward_kernel", "forward_kernel", "backward_kernel", "backward_kernel",
     ]  # fmt: skip
-    for found in some[number]:
-        check(found, SOME[number])
+    for found in some[variant]:
+        check(found, variant)
 
 
 @pytest.mark.slow
