@@ -36,6 +36,11 @@ class Kernels:
     backend: str
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether it is Triton's interpreter, which takes tens of milliseconds for a thousand values."""
+        return self.backend == "triton" and self.device == "cpu"
+
 
 @contextmanager
 def running(name: str) -> Iterator[Kernels]:

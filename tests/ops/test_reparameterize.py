@@ -230,12 +230,13 @@ def test_gradient_of_kl_alone_at_infinite_variance(kernels):
 
 def test_exp_is_accurate(kernels):
     # With mu = 0, z is one rounding away from exp(logvar / 2) eps.
-    logvar = torch.linspace(-2 * 87.0, 2 * 88.0, 1 << 16).reshape(1, -1).to(kernels.device)
+    logvar = torch.linspace(-2 * 87.0, 2 * 88.0, 1 << (11 if kernels.interpreted else 16))
+    logvar = logvar.reshape(1, -1).to(kernels.device)
     eps = ops.normal(logvar.shape, Key(9), device=kernels.device).double()
     z = ops.reparameterize(torch.zeros_like(logvar), logvar, Key(9)).double()
     exact = torch.exp(logvar.double() / 2) * eps
     usual = (exact.abs() > 2.0**-126) & (exact.abs() < 2.0**127)
-    assert usual.sum() > 60_000
+    assert usual.sum() > 0.9 * logvar.numel()
     assert ((z - exact).abs() / exact.abs())[usual].max() < 1.6 * 2.0**-23
 
 
@@ -252,6 +253,8 @@ def test_exp_underflows_gradually(kernels):
 
 @pytest.mark.parametrize("draws", [None, 3])
 def test_gradcheck(draws, kernels):
+    if kernels.interpreted:
+        pytest.skip("Triton's interpreter is too slow for numerical gradients")
     case = cases.Case((3, 2, 3, 3), "", layout="channels_last")
     mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float64, device=kernels.device))
     for op in (ops.reparameterize, ops.reparameterize_kl):
