@@ -8,8 +8,12 @@ Nothing here may be contracted: multiply-adds that shall be fused say fma, and e
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+# Where the steps of NVIDIA's square root are known to round correctly; other vendors' reciprocal roots are others.
+_NVIDIA = tl.constexpr(torch.version.hip is None)
 
 
 @triton.jit
@@ -35,10 +39,14 @@ def square_root(a):
     These are the steps of NVIDIA's sqrt.rn.f32 in that range, without its branch for the rest, which would part the
     instructions before it from those after it.
     """
-    # Of 0 this takes the root of 2^-100 instead: infinity times 0 would be NaN.
-    reciprocal = tl.rsqrt(tl.maximum(a, 7.888609052210118e-31))
-    root = a * reciprocal
-    return tl.fma(tl.fma(-root, root, a), reciprocal * 0.5, root)
+    if _NVIDIA:
+        # Of 0 this takes the root of 2^-100 instead: infinity times 0 would be NaN.
+        reciprocal = tl.rsqrt(tl.maximum(a, 7.888609052210118e-31))
+        root = a * reciprocal
+        root = tl.fma(tl.fma(-root, root, a), reciprocal * 0.5, root)
+    else:
+        root = tl.sqrt_rn(a)
+    return root
 
 
 @triton.jit
