@@ -9,7 +9,7 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/cpp tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
 .DEFAULT_GOAL := help
@@ -25,8 +25,9 @@ help:  ## say what there is (the default)
 quickstart: $(VENV)/.train  ## install, train a VAE and a GAN on real digits, draw pictures, time the fused op
 	$(BIN)/gencore quickstart $(ARGS)
 
+# In some processes at once, each on one thread: two that share their threads would wait for each other.
 test: $(VENV)/.dev  ## install, run every test but the slow ones
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)

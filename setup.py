@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -57,8 +58,7 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build)], check=True)
         # What an earlier build with CUDA left must not become part of one without.
-        for old in (prefix / "gencore").glob("_cuda*.so"):
-            old.unlink()
+        (prefix / "gencore" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         subprocess.run(
             [tool("cmake"), "--install", str(build), "--component", "python", "--prefix", str(prefix)], check=True
         )

@@ -14,10 +14,10 @@ import torch
 
 import gencore
 from gencore.backends import choice
-from gencore.bench import cases
+from gencore.bench import cases, limits
 from gencore.bench.measure import Timing, interleave
 
-ROWS: list[tuple[str, float, dict[str, float], float, str]] = []
+ROWS: list[tuple[str, float, dict[str, float], float, str, float | None]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,11 +79,19 @@ def our_triton(device: str) -> Callable[..., dict[str, Callable[[], Any]]]:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iterator[Callable[..., None]]:
-    """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit."""
+    """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit.
+
+    With ``nbytes``, what must be read and written, the share of a copy's bandwidth is told too.
+    """
     dry = request.config.getoption("dry_run")
 
     def run(
-        ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], floor: float, limit: str, clock: str = device
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any]],
+        floor: float,
+        limit: str,
+        clock: str = device,
+        nbytes: int = 0,
     ) -> None:
         if dry:
             peers = {name: peer for name, peer in peers.items() if not name.startswith("compile")}
@@ -102,7 +110,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iter
             threads=torch.get_num_threads(),
             simd_level=gencore.info()["cpu_module"]["simd_level"],
         )
-        ROWS.append((request.node.name, mine.median, ratios, floor, limit))
+        copied = limits.memory_floor(nbytes, device) / mine.median if nbytes else None
+        benchmark.extra_info["share_of_copy_bandwidth"] = copied
+        ROWS.append((request.node.name, mine.median, ratios, floor, limit, copied))
 
         def and_wait() -> None:
             ours()
@@ -120,10 +130,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ROWS:
         return
     terminalreporter.section("ours against peers (times as long as ours), and the floor")
-    for name, mine, ratios, floor, limit in ROWS:
+    for name, mine, ratios, floor, limit, copied in ROWS:
         against = "  ".join(f"{peer} {ratio:.2f}x" for peer, ratio in ratios.items())
         terminalreporter.write_line(f"{name:58} {1e6 * mine:10.1f} us   {against}")
         share = f"{'':58} {1e6 * floor:10.1f} us   floor by {limit}: ours is at {floor / mine:.0%} of it"
+        share += "" if copied is None else f", at {copied:.0%} of a copy's bandwidth"
         terminalreporter.write_line(share)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from gencore import Key, ops
 from gencore.bench import cases, limits
+from gencore.bench.peers import compiled
 
 CASES = cases.NOISE
 
@@ -18,8 +19,14 @@ def test_normal(case, dtype, device, compare, our_triton):
     compare(
         lambda: ops.normal(case.shape, key, out=out),
         {"torch.randn(out=)": lambda: torch.randn(case.shape, dtype=dtype, device=device, out=out)}
+        | (
+            {"compile": compiled(lambda: torch.randn(case.shape, dtype=dtype, device=device))}
+            if device == "cuda"
+            else {}
+        )
         | our_triton("normal_", out, key.packed),
         *limits.floor(out.nbytes, case.elements, device),
+        nbytes=out.nbytes,
     )
 
 

@@ -33,7 +33,7 @@ def inputs(case: cases.Case, dtype: torch.dtype, device: str, grad: bool) -> lis
 
 
 CASES = cases.REPARAMETERIZE
-ONE_DRAW = ("test_forward_and_backward",)
+ONE_DRAW = ("test_forward_and_backward", "test_backward")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -41,12 +41,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_forward(case, dtype, device, compare, our_triton):
     mu, logvar = inputs(case, dtype, device, grad=False)
     key, draws = Key(0), case.draws
+    nbytes = mu.nbytes * (2 + (draws or 1))
     peers = eager_and_compiled(sample if draws is None else lambda m, v: sample_draws(m, v, draws), device)
     compare(
         lambda: ops.reparameterize(mu, logvar, key, num_samples=draws),
         {name: lambda peer=peer: peer(mu, logvar) for name, peer in peers.items()}
         | our_triton("reparameterize", mu, logvar, key.packed, draws),
-        *limits.floor(mu.nbytes * (2 + (draws or 1)), case.elements * (draws or 1), device),
+        *limits.floor(nbytes, case.elements * (draws or 1), device),
+        nbytes=nbytes,
     )
 
 
@@ -67,12 +69,31 @@ def test_forward_and_backward(op, case, dtype, device, compare):
 
     ours = ops.reparameterize if op == "z" else ops.reparameterize_kl
     peers = eager_and_compiled(sample if op == "z" else sample_kl, device)
-    # Read mu, logvar and write z; read logvar and grad_z and write the gradients (that of mu may be grad_z itself).
-    tensors = 5 if op == "z" else 7
+    # Read mu, logvar and write z; read logvar and grad_z and write that of logvar (that of mu may be grad_z itself).
+    nbytes = mu.nbytes * (6 if op == "z" else 8)
     compare(
         through(lambda m, v: ours(m, v, key)),
         {name: through(peer) for name, peer in peers.items()},
-        *limits.floor(mu.nbytes * tensors, 2 * case.elements, device),
+        *limits.floor(nbytes, 2 * case.elements, device),
+        nbytes=nbytes,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward(case, dtype, device, compare):
+    """The backward pass alone, of a graph that is kept."""
+    leaves = inputs(case, dtype, device, grad=True)
+    g = torch.randn_like(leaves[0])
+
+    def back(function):
+        z = function(*leaves)
+        return lambda: torch.autograd.grad(z, leaves, g, retain_graph=True)
+
+    compare(
+        back(lambda mu, logvar: ops.reparameterize(mu, logvar, Key(0))),
+        {"eager": back(sample)},
+        *limits.floor(3 * g.nbytes, case.elements, device),
+        nbytes=3 * g.nbytes,
     )
 
 

@@ -17,4 +17,5 @@ def test_uniform(case, device, compare):
         lambda: ops.uniform(case.shape, key, out=out),
         {"torch.rand(out=)": lambda: torch.rand(case.shape, out=out, device=device)},
         *limits.floor(out.nbytes, case.elements, device, "uniform"),
+        nbytes=out.nbytes,
     )

@@ -39,7 +39,7 @@ if(NOT GENCORE_CUDA_ARCHITECTURES)
   endif()
 endif()
 list(JOIN GENCORE_CUDA_ARCHITECTURES " " gencore_cuda_architectures)
-set(gencore_cuda_state "built")
+set(gencore_cuda_state "built by nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${gencore_cuda_architectures}")
 message(STATUS "gencore: CUDA kernels for ${gencore_cuda_architectures}, by nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
 find_package(CUDAToolkit REQUIRED)

@@ -85,17 +85,19 @@ def _openmp() -> dict[str, Any]:
 
 
 def _cuda_module() -> dict[str, Any]:
-    built = {"built": cpu.build_info()["cuda_module"]}
-    reason = cuda.unavailable()
-    if reason is None:
-        return {"available": True, **built, **{k: v for k, v in cuda.build_info().items() if k != "version"}}
-    return {"available": False, "reason": reason, **built}
+    return {"built": cpu.build_info()["cuda_module"]} | _serves("cuda", cuda.unavailable())
 
 
 def _triton() -> dict[str, Any]:
-    reason = choice.triton_unavailable()
-    version = _version("triton")
-    return {"available": reason is None, "version": version} | ({} if reason is None else {"reason": reason})
+    return {"version": _version("triton")} | _serves("triton", choice.triton_unavailable())
+
+
+def _serves(backend: choice.Name, reason: str | None) -> dict[str, Any]:
+    """Whether a backend serves a GPU of this machine, and else why not the first."""
+    if reason is None and torch.cuda.is_available():
+        reasons = [choice.refusal(backend, torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+        reason = reasons[0] if all(reasons) else None
+    return {"available": True} if reason is None else {"available": False, "reason": reason}
 
 
 def _gpus() -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gencore import Key, noise
 from gencore.bench.cases import Case
 
 
@@ -19,3 +21,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.cpu().contiguous().view(integers), b.cpu().contiguous().view(integers))
+
+
+def normals_of_blocks(key: Key, sample: int, first: int, count: int) -> torch.Tensor:
+    """The normals of ``count`` blocks of a sample, by the definition."""
+    seed, stream, start = (int(word) for word in key.packed)
+    blocks = np.arange(first, first + count, dtype=np.uint64)
+    identity = (np.uint64(stream), np.uint64(start + sample), np.uint64(0))
+    words = noise.philox4x32((blocks, *identity), (np.uint64(seed), np.uint64(0)))
+    w0, w1, w2, w3 = (word.astype(np.uint32) for word in np.broadcast_arrays(*words))
+    return torch.from_numpy(np.stack((*noise.box_muller(w0, w1), *noise.box_muller(w2, w3)), axis=-1)).flatten()

@@ -65,6 +65,8 @@ template <class Kernel>
 void run(const char* op, DType dtype, const NoiseShape& shape, int device, Kernel&& kernel) {
   cuda::Error error;
   {
+    // A launch waits where its stream's queue is full, or a kernel is loaded: other threads must go on meanwhile.
+    py::gil_scoped_release release;
     const DeviceGuard guard(device);
     error = guard.error() == cudaSuccess ? kernel() : static_cast<cuda::Error>(guard.error());
   }
@@ -92,12 +94,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of gencore, by address. Call gencore.ops instead.";
 
   m.def("build_info", &build_info);
-  // Why the CUDA runtime in this module can use no GPU, such as a driver that is older than it; empty if it can.
-  m.def("unusable", [] {
-    int devices;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
+  // Why the kernels of this module cannot run on a device, such as a driver that is older than the CUDA runtime in
+  // here, or no code for its architecture; empty if they can.
+  m.def("unusable", [](int device) {
+    py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    const cuda::Error error = guard.error() == cudaSuccess ? cuda::probe() : static_cast<cuda::Error>(guard.error());
     if (error != cudaSuccess) cudaGetLastError();
-    return std::string(error == cudaSuccess ? "" : cudaGetErrorString(error));
+    return std::string(error == cudaSuccess ? "" : cuda::message(error));
   });
 
   m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,

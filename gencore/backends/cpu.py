@@ -61,7 +61,7 @@ def vector_instructions_per_second() -> float:
 
 class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
-        return key if key.is_contiguous() else key.contiguous()
+        return key.contiguous() if key.is_cpu else key.cpu()
 
     def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)

@@ -19,7 +19,7 @@ _LEAST_CAPABILITY = (8, 0)
 class CudaOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         # The three words of a key on the CPU are arguments of the launch: nothing is copied, nothing waits.
-        if key.dim() == 2 and key.device != tensor.device:
+        if key.device != tensor.device and not (key.is_cpu and key.dim() == 1):
             key = key.to(tensor.device, non_blocking=True)
         return key if key.is_contiguous() else key.contiguous()
 
@@ -76,7 +76,7 @@ def refusal(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"it needs a GPU of compute capability 8.0 or later, and {name} has {capability[0]}.{capability[1]}"
     try:
-        problem = load()._module.unusable()
+        problem = load()._module.unusable(torch.cuda.current_device() if device.index is None else device.index)
     except ImportError as error:
         return f"gencore._cuda cannot be loaded: {error}"
-    return f"the CUDA runtime of the CUDA module cannot use it: {problem}" if problem else None
+    return f"the CUDA module ({cpu.build_info()['cuda_module']}) cannot use it: {problem}" if problem else None

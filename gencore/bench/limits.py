@@ -77,7 +77,7 @@ def noise_floor(op: str, values: int, device: str = "cpu") -> tuple[float, str]:
 @functools.lru_cache(maxsize=1)
 def _gpu_instructions_per_second() -> float:
     """Counted per thread, all multiprocessors of the current GPU together, at its highest clock."""
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count * _GPU_LANES * clock
 

@@ -28,6 +28,8 @@ class Timing:
 
 
 def _seconds(candidate: Candidate, calls: int, device: str) -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     if device == "cpu":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -35,7 +37,6 @@ def _seconds(candidate: Candidate, calls: int, device: str) -> float:
         return (time.perf_counter() - begin) / calls
     # What the GPU took from the first call to the end of the last; it waits where the calls come too slowly.
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
     first.record()
     for _ in range(calls):
         candidate()

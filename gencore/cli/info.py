@@ -32,9 +32,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     ]
     cuda, triton = told["cuda_module"], told["triton"]
     rows.append(("GPUs", ", ".join(told["gpus"]) or "none that torch can use"))
-    rows.append(
-        ("CUDA kernels", f"for {cuda['architectures']}" if cuda["available"] else f"not used: {cuda['reason']}")
-    )
+    rows.append(("CUDA kernels", cuda["built"] if cuda["available"] else f"not used: {cuda['reason']}"))
     rows.append(("Triton", triton["version"] if triton["available"] else f"not used: {triton['reason']}"))
     return [f"{name:<14}{value}" for name, value in rows]
 

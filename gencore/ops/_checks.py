@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
@@ -38,6 +39,7 @@ def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
         and not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled())
     ):
         if key is None:
+            refuse_capture(a)
             return Key.from_generator().packed
         if type(key) is Key and key.packed.is_cpu and key.packed.dim() == 1:
             return key.packed
@@ -66,12 +68,14 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 
 def check_device(name: str, device: torch.device) -> None:
-    """A backend must serve ``device``. The compiler's tensors and those without data are looked at no further."""
+    """A backend must serve ``device``; for the compiler's tensors, and others without data, none has to be here."""
     if device.type == "meta" or torch.compiler.is_compiling():
         return
     try:
         choice.choose(device)
     except choice.NoBackend as error:
+        if detect_fake_mode() is not None:
+            return
         error.args = (f"{name} must be one that a backend serves; {error}",)
         raise
 
@@ -90,7 +94,8 @@ def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:
 def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
     """The key's words for the samples of ``tensor``; without a key, one from torch's generator."""
     if key is None:
-        return Key.from_generator().packed
+        refuse_capture(tensor)
+        return _for_capture(Key.from_generator().packed, tensor)
     if not isinstance(key, Key):
         raise TypeError(f"key must be a gencore.Key or None, got {type(key).__name__}; gencore.Key(seed) makes one")
     packed = key.packed
@@ -102,6 +107,26 @@ def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
     if not packed.is_cpu and packed.device != device:
         places = "on the CPU" if device.type == "cpu" else f"on the CPU or on {device}"
         raise ValueError(f"key must be {places}, got {packed.device}; key.to(device) moves it")
+    return _for_capture(packed, tensor)
+
+
+def refuse_capture(tensor: Tensor) -> None:
+    """Without a key the noise comes from a generator on the CPU, which a captured graph would not draw from again."""
+    if not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "key must be given where a CUDA graph is captured, got None: every replay would repeat one noise. Make a "
+            "Key from a seed tensor on the device, inside the capture"
+        )
+
+
+def _for_capture(packed: Tensor, tensor: Tensor) -> Tensor:
+    """The words, on a GPU if a compiled function is to read them there.
+
+    The compiler may capture a graph of ops whose outputs are on a GPU though they read tensors on the CPU, and the
+    values of these would be frozen in it. A copy to the GPU it leaves outside.
+    """
+    if torch.compiler.is_compiling() and tensor.is_cuda and packed.is_cpu:
+        return packed.to(tensor.device)
     return packed
 
 

@@ -19,7 +19,7 @@ class Explanation:
     """What :func:`explain` found out. Printed, it is a few lines of text.
 
     Attributes:
-        op: the library's name of the op.
+        op: its name.
         device: where its tensors are.
         chosen: the backend that would run it; None if none can.
         reasons: for every other backend, why it would not run.
@@ -44,7 +44,8 @@ class Explanation:
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Tells which backend would run ``op(*args, **kwargs)``, and why the others would not.
 
-    The arguments are checked as in the call, but nothing is computed or written, and torch's generators are as before.
+    The arguments are checked as in the call, and a tensor that the call would fill is allocated, but nothing is
+    computed or written, and torch's generators are as before.
 
     Args:
         op: a function of :mod:`gencore.ops`, or one that calls a single op.
@@ -54,7 +55,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         ValueError: ``op`` calls no op of gencore.
 
     >>> print(explain(normal, (64, 1000)))  # doctest: +SKIP
-    normal_ on cpu: cpu, avx512 on up to 2 threads
+    normal on cpu: cpu, avx512 on up to 2 threads
       not cuda: it serves tensors on NVIDIA GPUs
       not triton: it serves tensors on GPUs
     """
@@ -82,7 +83,7 @@ class _FirstOp(TorchDispatchMode):
         if func.namespace == "gencore":
             names = (argument.name for argument in func._schema.arguments)
             named = {name: arg for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)}
-            raise _Found(func._schema.name.partition("::")[2], named)
+            raise _Found(func._schema.name.partition("::")[2].rstrip("_"), named)
         return func(*args, **(kwargs or {}))
 
 

@@ -137,10 +137,10 @@ def test_the_reasons_of_the_cuda_backend(monkeypatch):
 
     monkeypatch.setattr(cuda, "load", broken)
     assert cuda.refusal(CUDA) == "gencore._cuda cannot be loaded: undefined symbol: x"
-    module = SimpleNamespace(unusable=lambda: "CUDA driver version is insufficient for CUDA runtime version")
+    module = SimpleNamespace(unusable=lambda index: "no kernel image is available for execution on the device")
     monkeypatch.setattr(cuda, "load", lambda: SimpleNamespace(_module=module))
-    assert cuda.refusal(CUDA).startswith("the CUDA runtime of the CUDA module cannot use it: CUDA driver version is")
-    module.unusable = lambda: ""
+    assert cuda.refusal(CUDA).endswith(") cannot use it: no kernel image is available for execution on the device")
+    module.unusable = lambda index: ""
     assert cuda.refusal(CUDA) is None
     monkeypatch.setattr(cuda.importlib.util, "find_spec", find_spec)
 
@@ -179,10 +179,10 @@ def test_neither_the_cuda_module_nor_triton_is_loaded_for_the_cpu():
 
 def test_explain_on_the_cpu(without_a_gpu):
     told = gencore.explain(ops.normal, (64, 1000), Key(1))
-    assert (told.op, told.device, told.chosen, told.notes) == ("normal_", "cpu", "cpu", ())
+    assert (told.op, told.device, told.chosen, told.notes) == ("normal", "cpu", "cpu", ())
     assert told.reasons == {"cuda": "it serves tensors on NVIDIA GPUs", "triton": "it serves tensors on GPUs"}
     assert str(told).splitlines() == [
-        f"normal_ on cpu: cpu, {cpu.simd_level()} on up to {torch.get_num_threads()} threads",
+        f"normal on cpu: cpu, {cpu.simd_level()} on up to {torch.get_num_threads()} threads",
         "  not cuda: it serves tensors on NVIDIA GPUs",
         "  not triton: it serves tensors on GPUs",
     ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from kernels import EmulatedOps, emulated, running
-from support import laid_out, same_bits
+from support import laid_out, normals_of_blocks, same_bits
 
 import gencore
-from gencore import Key, noise, ops
+from gencore import Key, ops
 from gencore.backends import cuda
 from gencore.backends.reference.normal import normal as reference
 from gencore.bench import cases
@@ -104,16 +103,6 @@ def test_no_order_of_blocks_and_threads_matters(seed, monkeypatch):
             emulator.set_schedule(0)
     assert same_bits(shuffled[0], in_order[0])
     assert same_bits(shuffled[1], in_order[1])
-
-
-def normals_of_blocks(key: Key, sample: int, first: int, count: int) -> torch.Tensor:
-    """The normals of ``count`` blocks of a sample, by the definition."""
-    seed, stream, start = (int(word) for word in key.packed)
-    blocks = np.arange(first, first + count, dtype=np.uint64)
-    identity = (np.uint64(stream), np.uint64(start + sample), np.uint64(0))
-    words = noise.philox4x32((blocks, *identity), (np.uint64(seed), np.uint64(0)))
-    w0, w1, w2, w3 = (word.astype(np.uint32) for word in np.broadcast_arrays(*words))
-    return torch.from_numpy(np.stack((*noise.box_muller(w0, w1), *noise.box_muller(w2, w3)), axis=-1)).flatten()
 
 
 @pytest.fixture

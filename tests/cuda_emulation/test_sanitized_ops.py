@@ -14,9 +14,11 @@ import torch
 from cuda_emulation.build import compiler
 from cuda_emulation.emulator import sanitizer_environment
 
+# It compiles for minutes, and once is enough.
+pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).resolve().parents[2]
 # Every kernel, dtype and layout; what the compiler and autograd do around them is not the sanitizers' business.
-WHICH = "cuda and (bits_of_the_reference or test_forward or backward_of_z or any_strides or nan_and_infinity)"
+WHICH = "cuda and not (check or compiles)"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")

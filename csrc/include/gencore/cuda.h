@@ -12,6 +12,9 @@ using Stream = CUstream_st*;  // a cudaStream_t
 
 using Error = int;  // a cudaError_t; 0 is success
 
+// Whether there is code for the current device: looks for a kernel and launches nothing.
+Error probe();
+
 // The name and the description of an error.
 const char* name(Error error);
 const char* message(Error error);
