@@ -112,7 +112,9 @@ def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
 
 def refuse_capture(tensor: Tensor) -> None:
     """Without a key the noise comes from a generator on the CPU, which a captured graph would not draw from again."""
-    if not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or not tensor.is_cuda or not torch.cuda.is_initialized():
+        return
+    if torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "key must be given where a CUDA graph is captured, got None: every replay would repeat one noise. Make a "
             "Key from a seed tensor on the device, inside the capture"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernels import emulated
 from support import same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gencore
 from gencore import Key, ops
@@ -222,3 +223,10 @@ def test_explain_refuses_what_the_call_would_refuse():
         gencore.explain(ops.normal, (2, 3), dtype=torch.int32)
     with pytest.raises(ValueError, match="op must be a function that calls an op of gencore, got"):
         gencore.explain(torch.add, torch.zeros(2), torch.zeros(2))
+
+
+def test_tensors_without_data_may_be_on_a_gpu_that_is_not_here(without_a_gpu):
+    with FakeTensorMode():
+        assert ops.normal((2, 3), Key(1), device="cuda").device.type == "cuda"
+        mu = torch.empty(2, 3, device="cuda", requires_grad=True)
+        assert ops.reparameterize(mu, mu, Key(1)).device.type == "cuda"
