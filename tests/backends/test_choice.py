@@ -228,5 +228,5 @@ def test_explain_refuses_what_the_call_would_refuse():
 def test_tensors_without_data_may_be_on_a_gpu_that_is_not_here(without_a_gpu):
     with FakeTensorMode():
         assert ops.normal((2, 3), Key(1), device="cuda").device.type == "cuda"
-        mu = torch.empty(2, 3, device="cuda", requires_grad=True)
+        mu = torch.empty(2, 3, device="cuda")
         assert ops.reparameterize(mu, mu, Key(1)).device.type == "cuda"
