@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -58,7 +59,24 @@ class BuildError(Exception):
 
 def compiler() -> str | None:
     """The g++ to build with; None if there is none, and then nothing here works."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("g++")
+    for name in (os.environ.get("CXX", "g++"), "g++"):
+        path = shutil.which(name)
+        if path is not None and _is_gcc(path):
+            return path
+    return None
+
+
+@functools.cache
+def _is_gcc(path: str) -> bool:
+    """Clang can have the name of g++, but inserts other hooks."""
+    command = [path, "-dM", "-E", "-x", "c++", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode == 0 and "__GNUC__" in done.stdout and "__clang__" not in done.stdout
+
+
+@functools.cache
+def _version(path: str) -> str:
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def build(
@@ -155,7 +173,7 @@ def _compile(cxx: str, source: Path, flags: list[str], folder: Path) -> Path:
         used = [Path(path) for path in known["files"]]
         if all(path.exists() for path in used) and known["digest"] == _digest(command, used):
             return target
-    _run([*command, "-MMD", "-MF", str(depfile), "-o", str(target)])
+    _run([*command, "-MD", "-MF", str(depfile), "-o", str(target)])
     words = shlex.split(depfile.read_text().replace("\\\n", " "))
     files = [Path(word) for word in words[1:]]
     record.write_text(json.dumps({"files": [str(path) for path in files], "digest": _digest(command, files)}))
@@ -163,7 +181,8 @@ def _compile(cxx: str, source: Path, flags: list[str], folder: Path) -> Path:
 
 
 def _digest(command: list[str], files: Iterable[Path]) -> str:
-    digest = hashlib.sha256("\0".join(command).encode())
+    """Of all that the command's result depends on, the compiler (of one name before and after an update) included."""
+    digest = hashlib.sha256("\0".join([_version(command[0]), *command]).encode())
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()

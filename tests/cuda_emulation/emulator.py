@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cuda_emulation.build import compiler
+from cuda_emulation.build import BuildError, compiler
 
 
 def load(path: Path) -> ModuleType:
@@ -80,20 +80,35 @@ class Emulator:
         self._library.set_multiprocessors(count)
 
 
+# The C++ library too: else the sanitizer does not find what it replaces of it, exceptions above all.
+_PRELOADED = ("libasan.so", "libstdc++.so")
+
+
+def _library(name: str) -> str:
+    """Where g++ has a library; only the name if it has none."""
+    cxx = compiler()
+    if cxx is None:
+        return name
+    command = [cxx, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def sanitizer_missing() -> str | None:
+    """Why modules of the flavour "sanitized" cannot be loaded here; None if they can."""
+    if compiler() is None:
+        return "there is no g++ to build the emulator with"
+    missing = [name for name in _PRELOADED if not Path(_library(name)).is_absolute()]
+    return f"g++ has no {' and no '.join(missing)}" if missing else None
+
+
 def sanitizer_environment() -> dict[str, str]:
     """The environment for a Python process that loads a module of the flavour "sanitized"."""
-    cxx = compiler()
-    assert cxx is not None
-
-    def library(name: str) -> str:
-        return subprocess.run(
-            [cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    missing = sanitizer_missing()
+    if missing is not None:
+        raise BuildError(missing)
     return {
         **os.environ,
-        # The C++ library too: else the sanitizer does not find what it replaces of it, exceptions above all.
-        "LD_PRELOAD": " ".join(library(name) for name in ("libasan.so", "libstdc++.so")),
+        "LD_PRELOAD": " ".join(map(_library, _PRELOADED)),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

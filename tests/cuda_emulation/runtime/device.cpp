@@ -60,11 +60,23 @@ template int atomic_compare_and_swap(int*, int, int);
 template unsigned atomic_compare_and_swap(unsigned*, unsigned, unsigned);
 template unsigned long long atomic_compare_and_swap(unsigned long long*, unsigned long long, unsigned long long);
 
+void begin_cached_load(const void* address, std::size_t bytes) {
+  require_global(address, bytes, Access::cached_read, CALLER);
+  access(address, bytes, Access::cached_read, CALLER);
+}
+
+void begin_global_store(const void* address, std::size_t bytes) {
+  require_global(address, bytes, Access::write, CALLER);
+}
+
 void copy_async(void* shared, const void* global, bool valid) {
   if (!is_shared(shared, 16)) {
     fault(cudaErrorIllegalAddress, format("cp.async to %p, which is not shared memory", shared), CALLER);
   }
-  if (valid) aligned_access(global, 16, Access::read, CALLER);
+  if (valid) {
+    aligned_access(global, 16, Access::read, CALLER);
+    require_global(global, 16, Access::read, CALLER);
+  }
   aligned_access(shared, 16, Access::begin_copy, CALLER);
   current->copies.push_back({shared, global, valid, current->copy_groups});
 }

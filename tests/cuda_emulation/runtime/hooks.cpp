@@ -51,7 +51,7 @@ void __ubsan_handle_type_mismatch_v1(void* data, void* address) {
   // The source's file, line and column; the type; the logarithm of the alignment.
   const std::size_t alignment = std::size_t{1} << static_cast<unsigned char*>(data)[sizeof(void*) * 3];
   gencore_emulation::fault(
-      cudaErrorIllegalAddress,
+      cudaErrorMisalignedAddress,
       gencore_emulation::format("misaligned: an access at %p, which is no multiple of %zu", address, alignment),
       CALLER);
 }

@@ -12,6 +12,8 @@ enum class Access {
   atomic,
   // A cp.async begins to write; the bytes may not be touched before it is waited for.
   begin_copy,
+  // By __ldg: nobody may write there in the whole launch.
+  cached_read,
 };
 
 // Checks and records an access of the current thread. A fault ends the launch. `code` is where the access is.
@@ -19,6 +21,9 @@ void access(const void* address, std::size_t bytes, Access kind, const void* cod
 
 // As access, but the address must be a multiple of `bytes`, as a vector access of the device wants.
 void aligned_access(const void* address, std::size_t bytes, Access kind, const void* code);
+
+// For instructions that know global memory only; a fault if the bytes are anywhere else.
+void require_global(const void* address, std::size_t bytes, Access kind, const void* code);
 
 // The bytes of a cp.async have arrived.
 void end_copy(void* shared, std::size_t bytes, const void* code);

@@ -19,10 +19,11 @@ struct Event {
   std::uint32_t atomic : 1 = 0;
   // Of atomics: others did so in this interval, or in another block of this launch.
   std::uint32_t several : 1 = 0;
+  std::uint32_t warps : 1 = 0;  // the others are of more than one warp
   std::uint32_t blocks : 1 = 0;
   // Of cp.async: not waited for.
   std::uint32_t pending : 1 = 0;
-  std::uint32_t clock : 18 = 0;
+  std::uint32_t clock : 17 = 0;
 };
 
 // The last write of a byte and, since then, two of the reads. Two are enough: of any two threads that read in an
@@ -31,9 +32,13 @@ struct Event {
 struct Cell {
   Event write;
   Event read[2];
+  // The interval in which __ldg last read it. Kept apart: that forbids every write until the launch ends, barriers or
+  // not.
+  std::uint32_t cached = 0;
 };
 
 constexpr std::uintptr_t page_bytes = 4096;
+constexpr std::uint32_t most_clock = (1u << 17) - 1;
 
 struct Memory {
   std::vector<Region> buffers;
@@ -67,7 +72,7 @@ Cell* cells_of_page(Memory& m, std::uintptr_t page) {
 
 enum class Space { own_stack, shared, global, constant };
 
-constexpr const char* access_names[] = {"read", "write", "atomic access", "cp.async"};
+constexpr const char* access_names[] = {"read", "write", "atomic access", "cp.async", "__ldg"};
 
 const Region* find(const std::vector<Region>& regions, std::uintptr_t address, std::size_t bytes) {
   auto after = std::upper_bound(regions.begin(), regions.end(), address,
@@ -123,8 +128,9 @@ std::string nearest(std::uintptr_t address, std::size_t bytes) {
 }
 
 [[noreturn]] void memory_fault(const char* what, std::uintptr_t address, std::size_t bytes, Access kind,
-                               const void* code, const std::string& more = "") {
-  fault(cudaErrorIllegalAddress,
+                               const void* code, const std::string& more = "",
+                               cudaError_t error = cudaErrorIllegalAddress) {
+  fault(error,
         format("%s: %s of %zu bytes at 0x%zx, %s%s", what, access_names[static_cast<int>(kind)], bytes,
                static_cast<std::size_t>(address), nearest(address, bytes).c_str(), more.c_str()),
         code);
@@ -184,6 +190,8 @@ struct Check {
     if (event.interval < e.launch_interval) return false;
     if (event.interval < e.block_interval || event.blocks) return global;
     if (event.interval != e.interval) return false;
+    // The event is the last of them; whichever warp this is, another one's is among those before.
+    if (event.warps) return true;
     if (event.thread == me.number) return event.several && event.clock == mine.clock;
     if (event.thread / warp_threads != me.warp) return true;
     return !warp.has_clocks || event.clock > warp.clock[me.lane][event.thread % warp_threads];
@@ -243,9 +251,19 @@ struct Check {
                      "; nobody has written it in this block so far");
       }
     }
+    if (kind == Access::cached_read) {
+      if (write.interval >= e.launch_interval) {
+        memory_fault("stale", address, bytes, kind, code,
+                     "; written in this launch, and the cache that __ldg reads from may not know");
+      }
+      cell.cached = mine.interval;
+    } else if (kind != Access::read && cell.cached >= e.launch_interval) {
+      memory_fault("stale", address, bytes, kind, code,
+                   "; read by __ldg in this launch, which is for memory that the kernel does not write");
+    }
     const bool both_atomic = kind == Access::atomic && write.atomic;
     if (!both_atomic && unordered(write)) race(write, write.atomic ? "accessed it atomically" : "wrote it");
-    if (kind == Access::read) {
+    if (kind == Access::read || kind == Access::cached_read) {
       record_read(cell);
       return;
     }
@@ -256,8 +274,9 @@ struct Check {
     if (both_atomic && write.interval >= e.launch_interval) {
       event.blocks = write.blocks || write.interval < e.block_interval;
       event.several = write.interval == e.interval && (write.several || write.thread != event.thread);
+      event.warps = write.interval == e.interval && (write.warps || write.thread / warp_threads != me.warp);
     }
-    cell = {event, {}};
+    cell = {event, {}, cell.cached};
   }
 };
 
@@ -277,7 +296,12 @@ void access(const void* pointer, std::size_t bytes, Access kind, const void* cod
   mine.thread = me.number & 1023;
   mine.atomic = kind == Access::atomic;
   mine.pending = kind == Access::begin_copy;
-  mine.clock = warp.has_clocks ? warp.clock[me.lane][me.lane] & 0x3FFFF : 1;
+  const std::uint32_t clock = warp.has_clocks ? warp.clock[me.lane][me.lane] : 1;
+  if (clock > most_clock) {
+    fault(cudaErrorLaunchFailure, format("the emulator counts no more than %u __syncwarp between barriers", most_clock),
+          code);
+  }
+  mine.clock = clock & most_clock;
   const Check check{e, me, warp, mine, space == Space::global, kind, address, bytes, code};
   Memory& m = memory();
   for (std::size_t i = 0; i < bytes;) {
@@ -290,8 +314,16 @@ void access(const void* pointer, std::size_t bytes, Access kind, const void* cod
 }
 
 void aligned_access(const void* address, std::size_t bytes, Access kind, const void* code) {
-  if (number(address) % bytes != 0) memory_fault("misaligned", number(address), bytes, kind, code);
+  if (number(address) % bytes != 0) {
+    memory_fault("misaligned", number(address), bytes, kind, code, "", cudaErrorMisalignedAddress);
+  }
   access(address, bytes, kind, code);
+}
+
+void require_global(const void* address, std::size_t bytes, Access kind, const void* code) {
+  if (space_of(number(address), bytes, kind, code) == Space::global) return;
+  fault(cudaErrorIllegalAddress,
+        format("not global memory: %s of %zu bytes at %p", access_names[static_cast<int>(kind)], bytes, address), code);
 }
 
 void end_copy(void* shared, std::size_t bytes, const void* code) {

@@ -17,9 +17,20 @@ void access(const void* address, std::size_t bytes, Access, const void* code) {
 
 void aligned_access(const void* address, std::size_t bytes, Access kind, const void* code) {
   if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
-    fault(cudaErrorIllegalAddress, format("misaligned: %zu bytes at %p", bytes, address), code);
+    fault(cudaErrorMisalignedAddress, format("misaligned: %zu bytes at %p", bytes, address), code);
   }
   access(address, bytes, kind, code);
+}
+
+void require_global(const void* address, std::size_t bytes, Access, const void* code) {
+  const Emulator& e = emulator();
+  const auto is_in = [&](const char* begin, std::size_t size) {
+    const auto offset = reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(begin);
+    return offset < size;
+  };
+  if (is_in(e.shared, e.shared_bytes) || is_in(e.stacks, most_threads * stack_bytes)) {
+    fault(cudaErrorIllegalAddress, format("not global memory: %zu bytes at %p", bytes, address), code);
+  }
 }
 
 void end_copy(void* shared, std::size_t bytes, const void* code) { access(shared, bytes, Access::write, code); }

@@ -3,14 +3,20 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <link.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 
 namespace gencore_emulation {
 namespace {
@@ -83,6 +89,35 @@ const Module& own_module() {
   return *gencore_emulation_module;
 }
 
+// What a program writes to its standard output; nothing if it cannot be run. Without a shell, to which a path could
+// mean something else.
+std::string output_of(std::vector<std::string> words) {
+  std::vector<char*> arguments;
+  for (std::string& word : words) arguments.push_back(word.data());
+  arguments.push_back(nullptr);
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return "";
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+  posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
+  pid_t process;
+  const bool runs = posix_spawnp(&process, arguments[0], &actions, nullptr, arguments.data(), environ) == 0;
+  posix_spawn_file_actions_destroy(&actions);
+  close(ends[1]);
+  std::string output;
+  char part[4096];
+  for (ssize_t n; runs && ((n = read(ends[0], part, sizeof part)) > 0 || (n < 0 && errno == EINTR));) {
+    if (n > 0) output.append(part, static_cast<std::size_t>(n));
+  }
+  close(ends[0]);
+  if (runs) {
+    while (waitpid(process, nullptr, 0) < 0 && errno == EINTR) {
+    }
+  }
+  return output;
+}
+
 }  // namespace
 
 std::string demangled(const std::string& symbol) {
@@ -114,23 +149,19 @@ std::string function_name(const void* function) {
 
 std::string source_line(const void* code) {
   const Module& module = own_module();
-  char command[4096];
   // The address is where a call returns to; the call itself is just before. Without debug information, or without
   // addr2line, there is no answer.
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", module.path.c_str(),
-                reinterpret_cast<std::uintptr_t>(code) - 1 - module.base);
+  char address[32];
+  std::snprintf(address, sizeof address, "0x%zx", reinterpret_cast<std::uintptr_t>(code) - 1 - module.base);
+  std::istringstream lines(output_of({"addr2line", "-i", "-e", module.path, address}));
   std::string first;
-  if (FILE* const pipe = popen(command, "r")) {
-    char line[4096];
-    while (std::fgets(line, sizeof line, pipe) != nullptr) {
-      std::string text(line, std::strcspn(line, "\n ("));
-      if (text.compare(0, 2, "??") == 0 || text.find("/emulation/") != std::string::npos) continue;
-      if (text.find("/include/c++/") != std::string::npos) continue;
-      // What the build put in place of the repository's path.
-      if (text.compare(0, 2, "./") == 0) text.erase(0, 2);
-      if (first.empty()) first = text;
-    }
-    pclose(pipe);
+  for (std::string line; std::getline(lines, line);) {
+    std::string text = line.substr(0, line.find_first_of(" ("));
+    if (text.compare(0, 2, "??") == 0 || text.find("/emulation/") != std::string::npos) continue;
+    if (text.find("/include/c++/") != std::string::npos) continue;
+    // What the build put in place of the repository's path.
+    if (text.compare(0, 2, "./") == 0) text.erase(0, 2);
+    if (first.empty()) first = text;
   }
   return first;
 }

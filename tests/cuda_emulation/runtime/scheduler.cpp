@@ -275,7 +275,7 @@ int barrier(BarrierKind kind, int predicate, Where where) {
 }
 
 void meet(const char* function, unsigned mask, void* data, void (*finish)(unsigned mask, void* const* data),
-          const Where& where) {
+          const Where& where, bool anywhere) {
   Emulator& e = emulator();
   Thread& me = *current;
   Warp& warp = e.warp[me.warp];
@@ -285,7 +285,7 @@ void meet(const char* function, unsigned mask, void* data, void (*finish)(unsign
   }
   for (unsigned i = 0; i < warp.meetings.size(); ++i) {
     Meeting& meeting = warp.meetings[i];
-    if (meeting.function == function && meeting.mask == mask && same(meeting.where, where)) {
+    if (meeting.function == function && meeting.mask == mask && (anywhere || same(meeting.where, where))) {
       meeting.data[me.lane] = data;
       meeting.arrived |= 1u << me.lane;
       if (meeting.arrived != mask) {
@@ -330,9 +330,9 @@ void meet(const char* function, unsigned mask, void* data, void (*finish)(unsign
   run_next(me, false);
 }
 
-unsigned active_mask() {
-  const Warp& warp = emulator().warp[current->warp];
-  return warp.lanes & ~warp.ended;
+unsigned active_mask(Where where) {
+  fault(cudaErrorLaunchFailure,
+        "__activemask: the lanes that are active are not defined by the program; pass a mask", where);
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(const void* arguments),

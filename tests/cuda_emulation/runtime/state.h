@@ -127,8 +127,9 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 [[noreturn]] void fault(cudaError_t error, std::string what, const Where& where);
 
 // Waits until all lanes of `mask` are here. The last one calls finish(mask, data of each lane) before any goes on.
+// Unless they may be `anywhere`, they must come to the same place in the source.
 void meet(const char* function, unsigned mask, void* data, void (*finish)(unsigned mask, void* const* data),
-          const Where& where);
+          const Where& where, bool anywhere = false);
 
 // A fault if too many steps led to nothing.
 void count_step(const void* code);

@@ -155,7 +155,8 @@ template unsigned reduce(ReduceKind, unsigned, unsigned, Where);
 
 void synchronize_warp(unsigned mask, Where where) {
   Warp* warp = &emulator().warp[current->warp];
-  meet("__syncwarp", mask, &warp, finish_synchronization, where);
+  // CUDA asks that all lanes execute one with the same mask, not that it is the same one.
+  meet("__syncwarp", mask, &warp, finish_synchronization, where, true);
 }
 
 }  // namespace gencore_emulation

@@ -37,13 +37,18 @@ T reduce(ReduceKind kind, unsigned mask, T value, Where where);
 
 unsigned match_any(unsigned mask, std::uint64_t bits, Where where);
 void synchronize_warp(unsigned mask, Where where);
-unsigned active_mask();
+unsigned active_mask(Where where);
 
 enum class AtomicKind { add, min, max, bit_and, bit_or, bit_xor, exchange };
 template <class T>
 T atomic(AtomicKind kind, T* address, T value);
 template <class T>
 T atomic_compare_and_swap(T* address, T compare, T value);
+
+// What is to be known, before the access itself, of loads that the device serves from a cache of constant memory, and of
+// stores that know global memory only.
+void begin_cached_load(const void* address, std::size_t bytes);
+void begin_global_store(const void* address, std::size_t bytes);
 
 void* dynamic_shared_memory();
 void copy_async(void* shared, const void* global, bool valid);

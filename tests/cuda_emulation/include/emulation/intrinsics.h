@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "emulation/interface.h"
+
 #define GENCORE_INTRINSIC inline __attribute__((always_inline))
 
 // Compiled with -ffp-contract=off, so each operation rounds once; fma is the machine's or the library's, both exact.
@@ -139,7 +141,6 @@ GENCORE_INTRINSIC unsigned __funnelshift_r(unsigned low, unsigned high, unsigned
   GENCORE_INTRINSIC void name(T* address, T value) { \
     *address = value;                                \
   }
-GENCORE_LOAD(__ldg)
 GENCORE_LOAD(__ldca)
 GENCORE_LOAD(__ldcg)
 GENCORE_LOAD(__ldcs)
@@ -151,6 +152,13 @@ GENCORE_STORE(__stcs)
 GENCORE_STORE(__stwt)
 #undef GENCORE_LOAD
 #undef GENCORE_STORE
+
+// For global memory that nobody writes while the kernel runs.
+template <class T>
+GENCORE_INTRINSIC T __ldg(const T* address) {
+  gencore_emulation::begin_cached_load(address, sizeof(T));
+  return *address;
+}
 
 #define GENCORE_MIN_MAX(type)                                                    \
   GENCORE_INTRINSIC constexpr type min(type a, type b) { return b < a ? b : a; } \

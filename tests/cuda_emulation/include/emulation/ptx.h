@@ -28,16 +28,23 @@ inline float exp2_approx(float a) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
-inline float sqrt_normal(float a) { return __fsqrt_rn(a); }
+// The steps of the device, from a reciprocal root that is correctly rounded; the device's is an approximation.
+inline float sqrt_normal(float a) {
+  const float reciprocal = static_cast<float>(1.0 / std::sqrt(static_cast<double>(fmaxf(a, 0x1p-100f))));
+  const float root = __fmul_rn(a, reciprocal), half = __fmul_rn(reciprocal, 0.5f);
+  return __fmaf_rn(__fmaf_rn(-root, root, a), half, root);
+}
 
 template <class T>
 inline void store(T* address, T value) {
   static_assert(sizeof(T) == 16 && alignof(T) == 16);
+  gencore_emulation::begin_global_store(address, sizeof(T));
   *address = value;
 }
 
 template <class T>
 inline T* dynamic_shared() {
+  static_assert(alignof(T) <= 16);
   return static_cast<T*>(gencore_emulation::dynamic_shared_memory());
 }
 

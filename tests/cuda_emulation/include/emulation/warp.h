@@ -22,7 +22,9 @@ inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
                        gencore_emulation::Where where = gencore_emulation::Where::current()) {
   gencore_emulation::synchronize_warp(mask, where);
 }
-inline unsigned __activemask() { return gencore_emulation::active_mask(); }
+inline unsigned __activemask(gencore_emulation::Where where = gencore_emulation::Where::current()) {
+  return gencore_emulation::active_mask(where);
+}
 
 // Fences order a thread's accesses for others to see; here every access is seen at once.
 inline void __threadfence() {}
