@@ -142,6 +142,17 @@ __global__ void atomic_and_plain(float* data, int) {
   if (threadIdx.x == 5) data[own_index()] = static_cast<float>(count);
 }
 
+// The last to count are of the warp that reads.
+template <bool right>
+__global__ void atomics_of_another_warp(float* data, int) {
+  __shared__ int count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  if (!right || threadIdx.x >= 32) atomicAdd(&count, 1);
+  __syncwarp();
+  if (threadIdx.x == 32) data[own_index()] = static_cast<float>(count);
+}
+
 // Other blocks may count before this one reads, or after.
 template <bool right>
 __global__ void counter_of_all_blocks(float* data, int) {
@@ -161,6 +172,57 @@ __global__ void two_blocks_read_and_write(float* data, int n) {
   const int i = own_index(), other = n - 1 - i;
   const float sum = data[right ? i : other];
   data[i] = sum;
+}
+
+// __ldg is for memory that nobody writes in the whole launch, barriers or not.
+template <bool right>
+__global__ void ldg_after_write(float* data, int) {
+  data[own_index()] = 1.0f;
+  __syncthreads();
+  const float* const other = data + (own_index() ^ 1);
+  const float value = right ? *other : __ldg(other);
+  __syncthreads();
+  if (value < 0) data[own_index()] = value;
+}
+
+template <bool right>
+__global__ void write_after_ldg(float* data, int) {
+  const float* const other = data + (own_index() ^ 1);
+  const float value = right ? *other : __ldg(other);
+  __syncthreads();
+  data[own_index()] = value + 1.0f;
+}
+
+template <bool right>
+__global__ void ldg_from_shared(float* data, int) {
+  float* const part = ptx::dynamic_shared<float>();
+  part[threadIdx.x] = 1.0f;
+  if (__ldg(right ? data + own_index() : part + threadIdx.x) < 0) part[threadIdx.x] = 0.0f;
+}
+
+template <bool right>
+__global__ void store_to_shared(float* data, int) {
+  float* const part = ptx::dynamic_shared<float>();
+  float* const to = right ? data + blockIdx.x * blockDim.x : part;
+  if (threadIdx.x % 4 == 0) ptx::store(reinterpret_cast<float4*>(to + threadIdx.x), make_float4(1, 2, 3, 4));
+}
+
+template <bool right>
+__global__ void store_to_stack(float* data, int) {
+  alignas(16) float local[4] = {};
+  float* const to = right ? data + blockIdx.x * blockDim.x + threadIdx.x / 4 * 4 : local;
+  if (threadIdx.x % 4 == 0) ptx::store(reinterpret_cast<float4*>(to), make_float4(1, 2, 3, 4));
+}
+
+template <bool right>
+__global__ void copy_from_shared(float* data, int) {
+  float* const part = ptx::dynamic_shared<float>();
+  const bool copies = threadIdx.x < 32 && threadIdx.x % 4 == 0;
+  if (threadIdx.x >= 32) part[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (copies) ptx::cp_async_16(part + threadIdx.x, right ? data + own_index() : part + 32 + threadIdx.x, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
 }
 
 template <bool right>
@@ -242,6 +304,34 @@ __global__ void different_shuffles(float* data, int) {
     value = __shfl_down_sync(every_lane, value, 1);
   }
   data[own_index()] = value;
+}
+
+// Lanes may come to different __syncwarp, if all give the same mask.
+template <bool right>
+__global__ void different_syncwarps(float* data, int) {
+  __shared__ float part[block_threads];
+  part[threadIdx.x] = data[own_index()];
+  float value;
+  if (threadIdx.x % 32 < 16) {
+    __syncwarp();
+    value = part[threadIdx.x + 16];
+  } else {
+    __syncwarp(right ? every_lane : 0xFFFF0000u);
+    value = part[threadIdx.x - 16];
+  }
+  data[own_index()] = value;
+}
+
+template <bool right>
+__global__ void too_many_syncwarps(float* data, int) {
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < (right ? 100 : 131072); ++i) __syncwarp(1u);
+  data[own_index()] = 1.0f;
+}
+
+template <bool right>
+__global__ void active_lanes(float* data, int) {
+  if (threadIdx.x % 32 < 5) data[own_index()] = __shfl_sync(right ? 31u : __activemask(), data[own_index()], 0);
 }
 
 template <bool right>
@@ -361,9 +451,16 @@ constexpr Entry entries[] = {
     ENTRY(syncwarp_of_some),
     ENTRY(adjacent_bytes),
     ENTRY(atomic_and_plain),
+    ENTRY(atomics_of_another_warp),
     ENTRY(counter_of_all_blocks),
     ENTRY(two_blocks_write),
     ENTRY(two_blocks_read_and_write),
+    ENTRY(ldg_after_write),
+    ENTRY(write_after_ldg),
+    ENTRY(ldg_from_shared),
+    ENTRY(store_to_shared),
+    ENTRY(store_to_stack),
+    ENTRY(copy_from_shared),
     ENTRY(divergent_barrier),
     ENTRY(two_barriers),
     ENTRY(barrier_after_return),
@@ -374,6 +471,9 @@ constexpr Entry entries[] = {
     ENTRY(shuffle_against_barrier),
     ENTRY(shuffle_without_caller),
     ENTRY(different_shuffles),
+    ENTRY(different_syncwarps),
+    ENTRY(too_many_syncwarps),
+    ENTRY(active_lanes),
     {"lane_that_does_not_exist", {lane_that_does_not_exist<false>, lane_that_does_not_exist<true>}, 16},
     ENTRY(misaligned_load),
     ENTRY(misaligned_store),

@@ -59,5 +59,6 @@ PYBIND11_MODULE(_probes, m) {
   define(m, "from_halves", probes::from_halves);
   define(m, "integer_functions", probes::integer_functions);
   define(m, "float_functions", probes::float_functions);
+  define(m, "square_roots", probes::square_roots);
   define(m, "launch_only", probes::launch_only);
 }

@@ -343,6 +343,21 @@ int float_functions(const float* a, const float* b, const float* c, float* out, 
   return launch(float_functions_kernel, (n + 255) / 256, 256, 0, a, b, c, out, n);
 }
 
+// The root in double precision is near enough that rounding it again gives the rounded root.
+__global__ void square_roots_kernel(unsigned* wrong) {
+  constexpr unsigned count = 1u << 24, one = 0x3F800000u;
+  const unsigned first = blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned own = 0;
+  for (unsigned i = first; i <= count; i += gridDim.x * blockDim.x) {
+    const float x = i == count ? 0.0f : __uint_as_float(one + i);
+    const float root = static_cast<float>(__dsqrt_rn(static_cast<double>(x)));
+    own += __float_as_uint(ptx::sqrt_normal(x)) != __float_as_uint(root);
+  }
+  if (own != 0) atomicAdd(wrong, own);
+}
+
+int square_roots(unsigned* wrong) { return launch(square_roots_kernel, 8, block_threads, 0, wrong); }
+
 __global__ void empty_kernel() {}
 
 int launch_only(int threads, std::size_t shared_bytes, std::size_t raised_limit) {

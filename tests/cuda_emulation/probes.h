@@ -51,6 +51,9 @@ int integer_functions(const unsigned* a, const unsigned* b, unsigned* out, int n
 // For each triple: fma, sqrt, sqrt_normal, min_nan, max_nan, division, rint to int, to unsigned.
 int float_functions(const float* a, const float* b, const float* c, float* out, int n);
 
+// How often sqrt_normal is not the root, correctly rounded, of 0 and the 2^24 numbers in [1, 4).
+int square_roots(unsigned* wrong);
+
 // Nothing but the check of the configuration.
 int launch_only(int threads, std::size_t shared_bytes, std::size_t raised_limit);
 

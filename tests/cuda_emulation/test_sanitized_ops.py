@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation.build import compiler
-from cuda_emulation.emulator import sanitizer_environment
+from cuda_emulation.emulator import sanitizer_environment, sanitizer_missing
 
 # It compiles for minutes, and once is enough.
 pytestmark = pytest.mark.xdist_group("builds")
@@ -23,8 +22,9 @@ WHICH = "cuda and not (check or compiles)"
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")
 def test_the_ops_are_clean():
-    if compiler() is None:
-        pytest.skip("there is no g++ to build the CUDA emulator with")
+    missing = sanitizer_missing()
+    if missing is not None:
+        pytest.skip(missing)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", WHICH]
     environment = sanitizer_environment() | {"GENCORE_EMULATOR": "sanitized", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -10,7 +10,10 @@ from support import same_bits
 from gencore import Key, noise
 from gencore.bench import cases
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 
 from gencore.backends import triton as kernels
 from gencore.backends.triton import _fill, _tiles
@@ -19,7 +22,6 @@ from gencore.backends.triton.noise import square_root
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = cases.small(cases.NOISE)
 KEY = Key(-3).stream(2**32 - 1).samples(2**33 + 5)
-tl = triton.language
 
 
 @triton.jit

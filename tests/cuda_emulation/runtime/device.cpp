@@ -74,8 +74,8 @@ void copy_async(void* shared, const void* global, bool valid) {
     fault(cudaErrorIllegalAddress, format("cp.async to %p, which is not shared memory", shared), CALLER);
   }
   if (valid) {
-    aligned_access(global, 16, Access::read, CALLER);
     require_global(global, 16, Access::read, CALLER);
+    aligned_access(global, 16, Access::read, CALLER);
   }
   aligned_access(shared, 16, Access::begin_copy, CALLER);
   current->copies.push_back({shared, global, valid, current->copy_groups});

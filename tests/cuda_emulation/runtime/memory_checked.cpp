@@ -19,7 +19,7 @@ struct Event {
   std::uint32_t atomic : 1 = 0;
   // Of atomics: others did so in this interval, or in another block of this launch.
   std::uint32_t several : 1 = 0;
-  std::uint32_t warps : 1 = 0;  // the others are of more than one warp
+  std::uint32_t warps : 1 = 0;  // threads of several warps did
   std::uint32_t blocks : 1 = 0;
   // Of cp.async: not waited for.
   std::uint32_t pending : 1 = 0;
@@ -152,7 +152,7 @@ Space space_of(std::uintptr_t address, std::size_t bytes, Access kind, const voi
       return Space::global;
     }
   }
-  if (kind == Access::read) {
+  if (kind == Access::read || kind == Access::cached_read) {
     const std::uintptr_t arguments = number(e.arguments);
     if (address >= arguments && address + bytes <= arguments + e.argument_bytes) return Space::constant;
     for (const Region& region : module_constants()) {
@@ -298,8 +298,8 @@ void access(const void* pointer, std::size_t bytes, Access kind, const void* cod
   mine.pending = kind == Access::begin_copy;
   const std::uint32_t clock = warp.has_clocks ? warp.clock[me.lane][me.lane] : 1;
   if (clock > most_clock) {
-    fault(cudaErrorLaunchFailure, format("the emulator counts no more than %u __syncwarp between barriers", most_clock),
-          code);
+    fault(cudaErrorLaunchFailure,
+          format("the emulator counts no more than %u __syncwarp between barriers", most_clock - 1), code);
   }
   mine.clock = clock & most_clock;
   const Check check{e, me, warp, mine, space == Space::global, kind, address, bytes, code};

@@ -331,8 +331,8 @@ void meet(const char* function, unsigned mask, void* data, void (*finish)(unsign
 }
 
 unsigned active_mask(Where where) {
-  fault(cudaErrorLaunchFailure,
-        "__activemask: the lanes that are active are not defined by the program; pass a mask", where);
+  fault(cudaErrorLaunchFailure, "__activemask: the lanes that are active are not defined by the program; pass a mask",
+        where);
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(const void* arguments),

@@ -45,8 +45,8 @@ T atomic(AtomicKind kind, T* address, T value);
 template <class T>
 T atomic_compare_and_swap(T* address, T compare, T value);
 
-// What is to be known, before the access itself, of loads that the device serves from a cache of constant memory, and of
-// stores that know global memory only.
+// What is to be known, before the access itself, of loads that the device serves from a cache of constant memory, and
+// of stores that know global memory only.
 void begin_cached_load(const void* address, std::size_t bytes);
 void begin_global_store(const void* address, std::size_t bytes);
 

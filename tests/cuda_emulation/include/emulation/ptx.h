@@ -36,7 +36,7 @@ inline float sqrt_normal(float a) {
 }
 
 template <class T>
-inline void store(T* address, T value) {
+GENCORE_INTRINSIC void store(T* address, T value) {
   static_assert(sizeof(T) == 16 && alignof(T) == 16);
   gencore_emulation::begin_global_store(address, sizeof(T));
   *address = value;
