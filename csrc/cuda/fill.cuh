@@ -21,18 +21,14 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(key_on_device ? 3 :
 
 template <class Transform>
 cudaError_t fill(void* out, DType dtype, const NoiseShape& shape, const NoiseKey& key, cudaStream_t stream) {
-  if (!is_valid(shape, key) || (!key.on_device && key.rows != 0)) return cudaErrorInvalidValue;
+  if (!is_acceptable(shape, key)) return cudaErrorInvalidValue;
   if (shape.samples == 0 || shape.elements == 0) return cudaSuccess;
   if (out == nullptr) return cudaErrorInvalidValue;
-  return with_type(dtype, [&](auto* type) {
+  return with_variant(dtype, shape, key, [&](auto* type, auto channels_last, auto on_device) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return with_constants(
-        [&](auto channels_last, auto on_device) {
-          const Work work = make_work<T, channels_last>(shape, {out});
-          return launch(fill_kernel<Transform, T, channels_last, on_device>, work.grid(), block_threads, 0, stream,
-                        static_cast<T*>(out), work, noise_words(key));
-        },
-        shape.channels > 1, key.on_device);
+    const Work work = make_work<T, channels_last>(shape, {out});
+    return launch(fill_kernel<Transform, T, channels_last, on_device>, work.grid(), block_threads, 0, stream,
+                  static_cast<T*>(out), work, noise_words(key));
   });
 }
 

@@ -33,6 +33,21 @@ inline NoiseWords noise_words(const NoiseKey& key) {
   return words;
 }
 
+// Whether the sizes are valid, and the key where kernels can read it.
+inline bool is_acceptable(const NoiseShape& shape, const NoiseKey& key) {
+  return is_valid(shape, key) && (key.on_device || key.rows == 0);
+}
+
+// Calls body(type, channels_last, key_on_device), the last two as constants: what kernels that make noise are compiled
+// for.
+template <class Body>
+cudaError_t with_variant(DType dtype, const NoiseShape& shape, const NoiseKey& key, Body&& body) {
+  return with_type(dtype, [&](auto* type) {
+    return with_constants([&](auto... constants) { return body(type, constants...); }, shape.channels > 1,
+                          key.on_device);
+  });
+}
+
 // What the noise of one row begins with.
 template <bool key_on_device>
 struct RowNoise {
@@ -56,44 +71,32 @@ struct RowNoise {
   }
 
   // The four words of a block of the row.
-  __device__ __forceinline__ void block(std::uint32_t number, std::uint32_t (&word)[4]) const {
-    std::uint32_t c0 = number, c1 = stream, c2 = static_cast<std::uint32_t>(sample);
-    std::uint32_t c3 = static_cast<std::uint32_t>(sample >> 32);
-#pragma unroll
-    for (int i = 0; i < Philox::rounds; ++i) {
-      const std::uint64_t p0 = static_cast<std::uint64_t>(c0) * Philox::m0,
-                          p1 = static_cast<std::uint64_t>(c2) * Philox::m1;
-      std::uint32_t k0, k1;
+  __device__ __forceinline__ PhiloxBlock block(std::uint32_t number) const {
+    const PhiloxBlock counter{
+        {number, stream, static_cast<std::uint32_t>(sample), static_cast<std::uint32_t>(sample >> 32)}};
+    return philox4x32(counter, [&](int round, int half) {
       if constexpr (key_on_device) {
-        k0 = seed_low + static_cast<std::uint32_t>(i) * Philox::w0;
-        k1 = seed_high + static_cast<std::uint32_t>(i) * Philox::w1;
+        const auto rounds_before = static_cast<std::uint32_t>(round);
+        return half == 0 ? seed_low + rounds_before * Philox::w0 : seed_high + rounds_before * Philox::w1;
       } else {
-        k0 = words->round_key[i][0];
-        k1 = words->round_key[i][1];
+        return words->round_key[round][half];
       }
-      c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<std::uint32_t>(p1);
-      c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<std::uint32_t>(p0);
-    }
-    word[0] = c0;
-    word[1] = c1;
-    word[2] = c2;
-    word[3] = c3;
+    });
   }
 };
 
 struct Normals {
-  static __device__ __forceinline__ void apply(const std::uint32_t (&word)[4], float* value) {
+  static __device__ __forceinline__ void apply(const PhiloxBlock& block, float* value) {
+    const auto& word = block.word;
     box_muller<Lane>(word[0], word[1], value[0], value[1]);
     box_muller<Lane>(word[2], word[3], value[2], value[3]);
   }
 };
 
 struct Uniforms {
-  static __device__ __forceinline__ void apply(const std::uint32_t (&word)[4], float* value) {
+  static __device__ __forceinline__ void apply(const PhiloxBlock& block, float* value) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = unit_uniform<Lane>(word[i]);
+    for (int i = 0; i < 4; ++i) value[i] = unit_uniform<Lane>(block.word[i]);
   }
 };
 
@@ -102,24 +105,21 @@ template <class Transform, class T, bool channels_last, bool key_on_device>
 __device__ __forceinline__ void make_noise(const RowNoise<key_on_device>& row, const Item<T, channels_last>& item,
                                            std::uint32_t first_block, float (&value)[Item<T, channels_last>::size]) {
   const std::uint32_t block = first_block + item.block;
-  std::uint32_t word[4];
   if constexpr (!channels_last) {
 #pragma unroll
     for (int i = 0; i < item.size / 4; ++i) {
-      row.block(block + static_cast<std::uint32_t>(i), word);
-      Transform::apply(word, value + 4 * i);
+      Transform::apply(row.block(block + static_cast<std::uint32_t>(i)), value + 4 * i);
     }
   } else {
     // Where the number of pixels is no multiple of four, a channel begins inside a block.
-    row.block(block, word);
+    const PhiloxBlock first = row.block(block);
     if (item.skip == 0) {
-      Transform::apply(word, value);
+      Transform::apply(first, value);
       return;
     }
     float both[8];
-    Transform::apply(word, both);
-    row.block(block + 1, word);
-    Transform::apply(word, both + 4);
+    Transform::apply(first, both);
+    Transform::apply(row.block(block + 1), both + 4);
     // Indices that the compiler knows keep the values in registers.
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

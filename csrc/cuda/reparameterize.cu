@@ -156,23 +156,6 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(2))
       [](std::int64_t) {});
 }
 
-namespace {
-
-bool is_acceptable(const NoiseShape& shape, const NoiseKey& key) {
-  return is_valid(shape, key) && (key.on_device || key.rows == 0);
-}
-
-// Calls body(type, channels_last, key_on_device), the last two as constants.
-template <class Body>
-cudaError_t with_variant(DType dtype, const NoiseShape& shape, const NoiseKey& key, Body&& body) {
-  return with_type(dtype, [&](auto* type) {
-    return with_constants([&](auto... constants) { return body(type, constants...); }, shape.channels > 1,
-                          key.on_device);
-  });
-}
-
-}  // namespace
-
 std::int64_t reparameterize_workspace(DType dtype, const NoiseShape& shape) {
   std::int64_t bytes = 0;
   with_variant(dtype, shape, {}, [&](auto* type, auto channels_last, auto) {

@@ -123,7 +123,7 @@ def _refusal_of_triton(device: torch.device) -> str | None:
 @functools.cache
 def _is_interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU, for tests without a GPU. It decides that at import, once."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache

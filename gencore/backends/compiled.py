@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.layout import empty_draws, memory_format_of
+from gencore.backends.layout import empty_draws, in_format, memory_format_of
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
@@ -67,8 +67,7 @@ class CompiledOps:
         memory_format, channels = _CONTIGUOUS, 0
         if not (mu.is_contiguous() and logvar.is_contiguous()):
             memory_format = memory_format_of(mu)
-            mu = mu.contiguous(memory_format=memory_format)
-            logvar = logvar.contiguous(memory_format=memory_format)
+            mu, logvar = in_format(memory_format, mu, logvar)
             channels = _channels(mu, memory_format)
         key = self._key(key, mu)
         z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
@@ -105,12 +104,10 @@ class CompiledOps:
         with_grad_mu: bool,
     ) -> tuple[Tensor, Tensor]:
         memory_format = memory_format_of(logvar)
-        logvar, key = logvar.contiguous(memory_format=memory_format), self._key(key, logvar)
-        if mu is not None:
-            mu = mu.contiguous(memory_format=memory_format)
-        if grad_z is not None:
-            flat = grad_z if num_samples is None else grad_z.flatten(0, 1)
-            grad_z = flat.contiguous(memory_format=memory_format)
+        if grad_z is not None and num_samples is not None:
+            grad_z = grad_z.flatten(0, 1)
+        grad_z, mu, logvar = in_format(memory_format, grad_z, mu, logvar)
+        key = self._key(key, logvar)
         if grad_kl is not None:
             grad_kl = grad_kl.contiguous()
         grad_logvar = torch.empty_like(logvar)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +45,6 @@ def load() -> CudaOps:
     from gencore import _cuda
 
     return CudaOps(_cuda)
-
-
-def build_info() -> dict[str, Any]:
-    """How the module was built: version, compiler, architectures. Loads it."""
-    return load()._module.build_info()
 
 
 def unavailable() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,8 @@ def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
     shape = (num_samples * like.shape[0], *like.shape[1:])
     flat = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
     return flat.view(num_samples, *like.shape)
+
+
+def in_format(memory_format: torch.memory_format, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in a memory format, each itself if it has that format already; None stays None."""
+    return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]

@@ -17,19 +17,18 @@ struct PhiloxBlock {
   std::uint32_t word[4];
 };
 
-// The four words of the block `counter` under `seed`.
-GENCORE_INLINE PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) {
+// The four words of the block `counter`; key(round, half) is that half of a round's key.
+template <class RoundKey>
+GENCORE_INLINE PhiloxBlock philox4x32(PhiloxBlock counter, RoundKey&& key) {
   std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
-  std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+  GENCORE_UNROLL
   for (int round = 0; round < Philox::rounds; ++round) {
     const std::uint64_t p0 = static_cast<std::uint64_t>(c0) * Philox::m0;
     const std::uint64_t p1 = static_cast<std::uint64_t>(c2) * Philox::m1;
-    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ key(round, 0);
     c1 = static_cast<std::uint32_t>(p1);
-    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ key(round, 1);
     c3 = static_cast<std::uint32_t>(p0);
-    k0 += Philox::w0;
-    k1 += Philox::w1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gencore.backends.layout import empty_draws, memory_format_of
+from gencore.backends.layout import empty_draws, in_format, memory_format_of
 from gencore.backends.triton._tiles import Cut, cut, device_of, key_arguments, place, values_of_tile
 from gencore.backends.triton.noise import exponential, multiply_add, words_of_rows
 
@@ -110,8 +110,7 @@ def reparameterize(
     memory_format = _CONTIGUOUS
     if not (mu.is_contiguous() and logvar.is_contiguous()):
         memory_format = memory_format_of(mu)
-        mu = mu.contiguous(memory_format=memory_format)
-        logvar = logvar.contiguous(memory_format=memory_format)
+        mu, logvar = in_format(memory_format, mu, logvar)
     if kl is not None:
         # Which threads add up what depends on how wide the accesses are, and that on the addresses.
         mu, logvar = (x.clone() if x.data_ptr() % 16 else x for x in (mu, logvar))
@@ -149,12 +148,9 @@ def reparameterize_backward(
     with_grad_mu: bool,
 ) -> tuple[Tensor, Tensor]:
     memory_format = memory_format_of(logvar)
-    logvar = logvar.contiguous(memory_format=memory_format)
-    if mu is not None:
-        mu = mu.contiguous(memory_format=memory_format)
-    if grad_z is not None:
-        flat = grad_z if num_samples is None else grad_z.flatten(0, 1)
-        grad_z = flat.contiguous(memory_format=memory_format)
+    if grad_z is not None and num_samples is not None:
+        grad_z = grad_z.flatten(0, 1)
+    grad_z, mu, logvar = in_format(memory_format, grad_z, mu, logvar)
     if grad_kl is not None:
         grad_kl = grad_kl.contiguous()
     grad_logvar = torch.empty_like(logvar)
