@@ -52,6 +52,13 @@ def main() -> None:
     z.sum().backward()
     check(torch.allclose(logvar.grad, noise / 2), "the gradient makes the same noise again")
 
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    norm = gencore.nn.GroupNorm(4, 8, activation="silu")
+    want = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4))
+    check(torch.allclose(norm(x), want, atol=1e-5), "group norm with SiLU is PyTorch's")
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x), want)]
+    check(torch.allclose(*grads, atol=1e-4), "and so is its gradient")
+
     told = gencore.info()
     check(told["openmp"]["shared"] in (True, "unknown"), f"the threads are torch's, of {told['openmp']['runtime']}")
     reason = told["cuda_module"].get("reason", "nothing")

@@ -34,18 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark with the argument ``case`` runs for the cases in its module's CASES that its device is timed at."""
+    """A benchmark with the argument ``case`` runs for the cases in its module's CASES that its device is timed at.
+
+    ONLY of the module may say, by the benchmark's name, which of them it is for.
+    """
     if "case" in metafunc.fixturenames:
         timed = cases.timed(metafunc.module.CASES, metafunc.config.getoption("device"))
+        wanted = getattr(metafunc.module, "ONLY", {}).get(metafunc.function.__name__)
+        timed = [case for case in timed if wanted is None or wanted(case)]
         if metafunc.config.getoption("dry_run"):
             timed = list(dict.fromkeys(_shrunk(case) for case in timed))
-        if metafunc.function.__name__ in getattr(metafunc.module, "ONE_DRAW", ()):
-            timed = [case for case in timed if case.draws is None]
         metafunc.parametrize("case", timed, ids=str)
 
 
 def _shrunk(case: cases.Case) -> cases.Case:
-    return replace(case, shape=tuple(min(size, 8) for size in case.shape))
+    return replace(case, shape=tuple(min(size, 8) for size in case.shape), groups=min(case.groups, 4))
 
 
 @pytest.fixture

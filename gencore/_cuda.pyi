@@ -66,3 +66,37 @@ def reparameterize_backward(
     stream: int,
     /,
 ) -> None: ...
+def group_norm_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
+def group_norm_backward_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
+def group_norm(
+    x: int,
+    y: int,
+    statistics: int,
+    dtype: int,
+    shape: tuple[int, ...],
+    groups: int,
+    channels_last: bool,
+    eps: float,
+    activation: int,
+    values: tuple[tuple[int, int, int] | None, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def group_norm_backward(
+    grad_y: int,
+    x: int,
+    statistics: int,
+    dtype: int,
+    shape: tuple[int, ...],
+    groups: int,
+    channels_last: bool,
+    activation: int,
+    values: tuple[tuple[int, int, int] | None, ...],
+    grads: list[int],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...

@@ -81,8 +81,11 @@ class EmulatedOps(cuda.CudaOps):
     # Whether keys of three words are on the device too.
     keys_on_device = False
 
-    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
-        return self.keys_on_device or key.dim() == 2, 0, 0
+    def _place(self, tensor: Tensor) -> tuple[int, ...]:
+        return 0, 0
+
+    def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
+        return (self.keys_on_device or key.dim() == 2,)
 
 
 @contextmanager

@@ -57,8 +57,8 @@ OP_ROOMS = {
     "gencore/ops": ("{}.py", {"__init__"}),
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
-    "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "philox", "simd", "types"}),
-    "csrc/cpu": ("{}.cpp", {"dispatch", "limits"}),
+    "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
+    "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"error"}),
     "tests/ops": ("test_{}.py", set()),
     "benchmarks": ("test_{}.py", set()),
@@ -268,7 +268,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     imported, cuda_initialized = json.loads(done.stdout)
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
-        "gencore", "info", "ops", "backends", "_cpu", "noise",
+        "gencore", "info", "nn", "ops", "backends", "_cpu", "noise",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"gencore", "torch", "numpy"}

@@ -2,13 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
+#include "gencore/group_norm.h"
 #include "gencore/limits.h"
 #include "gencore/normal.h"
+#include "gencore/pages.h"
 #include "gencore/reparameterize.h"
 #include "gencore/simd.h"
 #include "gencore/uniform.h"
@@ -21,8 +25,6 @@ namespace py = pybind11;
 using namespace gencore;
 
 namespace {
-
-void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 NoiseKey noise_key(std::uintptr_t words, std::int64_t rows) {
   return {static_cast<const std::int64_t*>(pointer(words)), rows};
@@ -89,6 +91,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("multiplications_per_second", &cpu::multiplications_per_second);
   m.def("vector_instructions_per_second", &cpu::vector_instructions_per_second);
 
+  m.def("request_huge_pages",
+        [](std::uintptr_t memory, std::int64_t bytes) { cpu::request_huge_pages(pointer(memory), bytes); });
+
   m.def("normal", [](std::uintptr_t out, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
                      std::uintptr_t key, std::int64_t key_rows, int threads) {
     run("normal", [&] {
@@ -134,4 +139,18 @@ PYBIND11_MODULE(_cpu, m) {
                                                 threads);
           });
         });
+  m.def("group_norm",
+        [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& shape,
+           std::int64_t groups, bool channels_last, double eps, int activation, const py::tuple& values, int threads) {
+          const GroupNorm args = group_norm_arguments(
+              x, y, statistics, dtype, group_norm_shape(shape, groups, channels_last), eps, activation, values);
+          run("group_norm", [&] { return cpu::group_norm(args, threads); });
+        });
+  m.def("group_norm_backward", [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t statistics, int dtype,
+                                  const py::tuple& shape, std::int64_t groups, bool channels_last, int activation,
+                                  const py::tuple& values, const std::array<std::uintptr_t, 6>& grads, int threads) {
+    const GroupNormBackward args = group_norm_arguments(
+        grad_y, x, statistics, dtype, group_norm_shape(shape, groups, channels_last), activation, values, grads);
+    run("group_norm_backward", [&] { return cpu::group_norm_backward(args, threads); });
+  });
 }

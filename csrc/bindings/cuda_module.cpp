@@ -5,10 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "arguments.h"
+#include "gencore/group_norm.h"
 #include "gencore/normal.h"
 #include "gencore/reparameterize.h"
 #include "gencore/uniform.h"
@@ -17,8 +20,6 @@ namespace py = pybind11;
 using namespace gencore;
 
 namespace {
-
-void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 cuda::Stream stream_at(std::uintptr_t address) { return static_cast<cuda::Stream>(pointer(address)); }
 
@@ -60,9 +61,21 @@ std::string described(DType dtype) {
   return "unknown dtype";
 }
 
+std::string described(const NoiseShape& shape, DType dtype) {
+  return std::to_string(shape.draws) + " x " + std::to_string(shape.samples) + " x " + std::to_string(shape.elements) +
+         " " + described(dtype) + " values" +
+         (shape.channels > 1 ? ", channels_last with " + std::to_string(shape.channels) + " channels" : "");
+}
+
+std::string described(const GroupNormShape& shape, DType dtype) {
+  return std::to_string(shape.samples) + " x " + std::to_string(shape.channels) + " x " + std::to_string(shape.pixels) +
+         " " + described(dtype) + " values in " + std::to_string(shape.groups) + " groups" +
+         (shape.channels_last ? ", channels_last" : "");
+}
+
 // Launches kernels; an error becomes an exception that names the op and its shapes.
-template <class Kernel>
-void run(const char* op, DType dtype, const NoiseShape& shape, int device, Kernel&& kernel) {
+template <class Shape, class Kernel>
+void run(const char* op, DType dtype, const Shape& shape, int device, Kernel&& kernel) {
   cuda::Error error;
   {
     // A launch waits where its stream's queue is full, or a kernel is loaded: other threads must go on meanwhile.
@@ -71,11 +84,8 @@ void run(const char* op, DType dtype, const NoiseShape& shape, int device, Kerne
     error = guard.error() == cudaSuccess ? kernel() : static_cast<cuda::Error>(guard.error());
   }
   if (error == cudaSuccess) return;
-  const std::string what =
-      std::string("gencore._cuda.") + op + " of " + std::to_string(shape.draws) + " x " +
-      std::to_string(shape.samples) + " x " + std::to_string(shape.elements) + " " + described(dtype) + " values" +
-      (shape.channels > 1 ? ", channels_last with " + std::to_string(shape.channels) + " channels" : "") +
-      ", on device " + std::to_string(device) + ": " + cuda::message(error) + " (" + cuda::name(error) + ")";
+  const std::string what = std::string("gencore._cuda.") + op + " of " + described(shape, dtype) + ", on device " +
+                           std::to_string(device) + ": " + cuda::message(error) + " (" + cuda::name(error) + ")";
   if (error == cudaErrorInvalidValue) throw std::invalid_argument(what);
   throw std::runtime_error(what);
 }
@@ -152,4 +162,36 @@ PYBIND11_MODULE(_cuda, m) {
                 stream_at(stream));
           });
         });
+  m.def("group_norm_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
+    return cuda::group_norm_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
+  });
+  m.def("group_norm_backward_workspace",
+        [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
+          return cuda::group_norm_backward_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
+        });
+  m.def(
+      "group_norm",
+      [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& sizes,
+         std::int64_t groups, bool channels_last, double eps, int activation, const py::tuple& values, int device,
+         std::uintptr_t stream, std::uintptr_t workspace) {
+        const GroupNormShape shape = group_norm_shape(sizes, groups, channels_last);
+        const GroupNorm args = group_norm_arguments(x, y, statistics, dtype, shape, eps, activation, values);
+        run("group_norm", DType(dtype), shape, device,
+            [&] { return cuda::group_norm(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def(
+      "group_norm_backward",
+      [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t statistics, int dtype, const py::tuple& sizes,
+         std::int64_t groups, bool channels_last, int activation, const py::tuple& values,
+         const std::array<std::uintptr_t, 6>& grads, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const GroupNormShape shape = group_norm_shape(sizes, groups, channels_last);
+        const GroupNormBackward args =
+            group_norm_arguments(grad_y, x, statistics, dtype, shape, activation, values, grads);
+        run("group_norm_backward", DType(dtype), shape, device,
+            [&] { return cuda::group_norm_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg("workspace") = 0);
 }

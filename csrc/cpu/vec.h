@@ -51,6 +51,7 @@ struct Double {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F load(const double* p) { return *p; }
   static F load(const float* p) { return *p; }
@@ -63,6 +64,15 @@ inline typename P::F exponential(typename P::F x) {
     return std::exp(x);
   } else {
     return exp<P>(x);
+  }
+}
+
+template <class P>
+inline typename P::F exponential_minus(typename P::F x) {
+  if constexpr (std::is_same_v<P, Double>) {
+    return std::exp(-x);
+  } else {
+    return exp_minus<P>(x);
   }
 }
 

@@ -27,6 +27,7 @@ struct Lane {
   static __device__ __forceinline__ F sub(F a, F b) { return __fsub_rn(a, b); }
   static __device__ __forceinline__ F mul(F a, F b) { return __fmul_rn(a, b); }
   static __device__ __forceinline__ F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
+  static __device__ __forceinline__ F div(F a, F b) { return __fdiv_rn(a, b); }
   static __device__ __forceinline__ F sqrt(F a) { return ptx::sqrt_normal(a); }
   static __device__ __forceinline__ F min(F a, F b) { return ptx::min_nan(a, b); }
   static __device__ __forceinline__ F max(F a, F b) { return ptx::max_nan(a, b); }
@@ -69,6 +70,7 @@ struct Double {
   static __device__ __forceinline__ F add(F a, F b) { return a + b; }
   static __device__ __forceinline__ F sub(F a, F b) { return a - b; }
   static __device__ __forceinline__ F mul(F a, F b) { return a * b; }
+  static __device__ __forceinline__ F div(F a, F b) { return a / b; }
   static __device__ __forceinline__ F fma(F a, F b, F c) { return a * b + c; }
 };
 

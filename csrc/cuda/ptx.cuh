@@ -35,6 +35,13 @@ __device__ __forceinline__ float exp2_approx(float a) {
   return result;
 }
 
+// 1 / a, within 1 ulp of it; 0 where it is below 2^-126.
+__device__ __forceinline__ float reciprocal_approx(float a) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
 // The square root, correctly rounded, of 0 or a number from 2^-100 to 2^100. It is what sqrt.rn.f32 does in that range,
 // without the branch for the rest.
 __device__ __forceinline__ float sqrt_normal(float a) {
@@ -73,6 +80,19 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* address) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
+}
+
+// The same as `store`, for shared memory.
+__device__ __forceinline__ void store_shared(uint4* address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(address)), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(float4* address, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(address)), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 // Begins to copy 16 bytes from global to shared memory, both at multiples of 16; zeros if not valid, and `global` is

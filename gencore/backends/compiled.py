@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.layout import empty_draws, in_format, memory_format_of
+from gencore.backends.layout import empty_draws, in_format, memory_format_of, suggested_format
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
@@ -31,13 +31,27 @@ class CompiledOps:
         """The key where the kernel for ``tensor`` can read it."""
         raise NotImplementedError
 
-    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
-        """The last arguments of every op: where the key is and where to compute."""
+    def _place(self, tensor: Tensor) -> tuple[int, ...]:
+        """The last arguments of every op: where to compute."""
         raise NotImplementedError
 
-    def _workspace(self, mu: Tensor, *sizes: int) -> Tensor | None:
-        """Memory for the sums of kl, where the kernel needs some."""
-        return None
+    def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
+        """Before them, of ops that make noise: where the key is."""
+        return ()
+
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    def _is_aligned(self, tensor: Tensor) -> bool:
+        """Whether the address lets kernels read as wide as the shape does: their sums are in an order of that."""
+        return True
+
+    def _aligned(self, tensor: Tensor) -> Tensor:
+        return tensor if self._is_aligned(tensor) else tensor.clone()
+
+    def _workspace(self, op: str, tensor: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
+        """Memory for what a kernel hands on within the call, its last argument, where it needs some."""
+        return ()
 
     def _fill(self, kernel: Any, out: Tensor, key: Tensor) -> None:
         memory_format, dense, key = _CONTIGUOUS, out, self._key(key, out)
@@ -48,7 +62,7 @@ class CompiledOps:
         batch, channels = dense.shape[0], _channels(dense, memory_format)
         kernel(
             dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
-            key.data_ptr(), 0 if key.dim() == 1 else batch, *self._place(out, key),
+            key.data_ptr(), 0 if key.dim() == 1 else batch, *self._place_of_key(key), *self._place(out),
         )  # fmt: skip
         if dense is not out:
             out.copy_(dense)
@@ -70,16 +84,15 @@ class CompiledOps:
             mu, logvar = in_format(memory_format, mu, logvar)
             channels = _channels(mu, memory_format)
         key = self._key(key, mu)
-        z = torch.empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
-        batch, place, kl_address = mu.shape[0], self._place(mu, key), 0
+        z = self._empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
+        batch, place, kl_address = mu.shape[0], (*self._place_of_key(key), *self._place(mu)), 0
         sizes = (
             _DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
             channels,
         )  # fmt: skip
         if kl is not None:
-            kl_address, workspace = kl.data_ptr(), self._workspace(mu, *sizes)
-            if workspace is not None:
-                place = (*place, workspace.data_ptr())
+            kl_address, workspace = kl.data_ptr(), self._workspace("reparameterize", mu, *sizes)
+            place = (*place, *(memory.data_ptr() for memory in workspace))
         self._module.reparameterize(
             mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), kl_address, *sizes,
             key.data_ptr(), 0 if key.dim() == 1 else batch, *place,
@@ -110,14 +123,125 @@ class CompiledOps:
         key = self._key(key, logvar)
         if grad_kl is not None:
             grad_kl = grad_kl.contiguous()
-        grad_logvar = torch.empty_like(logvar)
-        grad_mu = torch.empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
+        grad_logvar = self._empty_like(logvar)
+        grad_mu = self._empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
         batch, channels = logvar.shape[0], _channels(logvar, memory_format)
         self._module.reparameterize_backward(
             0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
             0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
             grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
             logvar.numel() // batch if batch else 0, channels, key.data_ptr(), 0 if key.dim() == 1 else batch,
-            *self._place(logvar, key),
+            *self._place_of_key(key), *self._place(logvar),
         )  # fmt: skip
         return grad_mu, grad_logvar
+
+    def group_norm(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+        y: Tensor | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``statistics``: whether a gradient will need them."""
+        memory_format = _CONTIGUOUS
+        if not x.is_contiguous():
+            memory_format = suggested_format(x)
+            x = x.contiguous(memory_format=memory_format)
+        x = self._aligned(x)
+        if y is None:
+            y = self._empty_like(x)
+        kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
+        if kept is not None and not x.numel():
+            kept.zero_()
+        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        workspace = self._workspace("group_norm", x, *sizes)
+        self._module.group_norm(
+            x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, _ACTIVATION[activation],
+            values, *self._place(x), *[memory.data_ptr() for memory in workspace],
+        )  # fmt: skip
+        del dense
+        return y, kept
+
+    def group_norm_out(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+        out: Tensor,
+    ) -> None:
+        x = x.contiguous(memory_format=suggested_format(x))
+        values = (weight, bias, scale, shift, bias_in)
+        y = out if out.stride() == x.stride() and self._is_aligned(out) else self._empty_like(x)
+        self.group_norm(x, num_groups, *values, activation, eps, y, statistics=False)
+        if y is out:
+            torch.autograd.graph.increment_version(out)
+        else:
+            out.copy_(y)
+
+    def group_norm_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        activation: str | None,
+        wanted: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        memory_format = _CONTIGUOUS
+        if not (x.is_contiguous() and grad_y.is_contiguous()):
+            memory_format = suggested_format(x)
+            grad_y, x = in_format(memory_format, grad_y, x)
+        grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
+        grads: list[Tensor | None] = [self._empty_like(x) if wanted[0] else None]
+        for value, want in zip((weight, bias, scale, shift, bias_in), wanted[1:], strict=True):
+            if want and value is not None:
+                grads.append(torch.empty_like(value, memory_format=_CONTIGUOUS))
+            else:
+                grads.append(None)
+        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        workspace = self._workspace("group_norm_backward", x, *sizes)
+        self._module.group_norm_backward(
+            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, _ACTIVATION[activation], values,
+            [0 if grad is None else grad.data_ptr() for grad in grads],
+            *self._place(x), *(memory.data_ptr() for memory in workspace),
+        )  # fmt: skip
+        del dense
+        return tuple(grads)
+
+
+_ACTIVATION = {None: 0, "silu": 1}
+
+
+def _channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The values, dense along channels, and for each None or (address, dtype, elements from one sample to the next)."""
+    dense: list[Tensor] = []
+    described: list[tuple[int, int, int] | None] = []
+    for value in values:
+        if value is None:
+            described.append(None)
+            continue
+        if not value.is_contiguous() and value.stride(-1) != 1:
+            value = value.contiguous()
+        dense.append(value)
+        described.append((value.data_ptr(), _DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
+    return dense, tuple(described)

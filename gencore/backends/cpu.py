@@ -19,6 +19,9 @@ except ImportError as error:
         "from another folder or install with `pip install -e .`)"
     ) from error
 
+# Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
+_LARGE = 6 << 20
+
 _wanted = os.environ.get("GENCORE_SIMD", "")
 if _wanted not in ("", _cpu.simd_level()):
     warnings.warn(
@@ -63,8 +66,14 @@ class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key.contiguous() if key.is_cpu else key.cpu()
 
-    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
+    def _place(self, tensor: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
+
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        empty = torch.empty_like(tensor)
+        if empty.nbytes >= _LARGE:
+            _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
+        return empty
 
 
 ops = CpuOps(_cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,19 @@ class CudaOps(CompiledOps):
             key = key.to(tensor.device, non_blocking=True)
         return key if key.is_contiguous() else key.contiguous()
 
-    def _place(self, tensor: Tensor, key: Tensor) -> tuple[int, ...]:
+    def _place(self, tensor: Tensor) -> tuple[int, ...]:
         device = tensor.get_device()
-        return not key.is_cpu, device, _current_stream(device)
+        return device, _current_stream(device)
 
-    def _workspace(self, mu: Tensor, *sizes: int) -> Tensor | None:
-        nbytes = self._module.reparameterize_workspace(*sizes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=mu.device) if nbytes else None
+    def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
+        return (not key.is_cpu,)
+
+    def _is_aligned(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() % 16 == 0
+
+    def _workspace(self, op: str, tensor: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
+        nbytes = getattr(self._module, f"{op}_workspace")(*sizes)
+        return (torch.empty(nbytes, dtype=torch.uint8, device=tensor.device),) if nbytes else ()
 
 
 def _current_stream_of_torch(device: int) -> int:

@@ -21,6 +21,21 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def suggested_format(tensor: Tensor) -> torch.memory_format:
+    """The format to bring a tensor to, and to keep: that of :func:`memory_format_of`, and for a part of a larger tensor
+    the larger one's, as its strides tell."""
+    memory_format = memory_format_of(tensor)
+    if memory_format is torch.contiguous_format and tensor.dim() in (4, 5) and not tensor.is_contiguous():
+        shape, stride = tensor.shape, tensor.stride()
+        least = 1
+        for axis in (1, *range(tensor.dim() - 1, 1, -1), 0):
+            if stride[axis] < least:
+                return memory_format
+            least = stride[axis] * shape[axis]
+        return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return memory_format
+
+
 def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
     """An uninitialised tensor like ``like`` in its kept format, or one of ``(num_samples, *like.shape)``."""
     memory_format = memory_format_of(like)

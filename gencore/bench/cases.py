@@ -25,6 +25,7 @@ class Case:
         why: what the case is there for.
         layout: the memory format.
         draws: how many draws per input; None where the op draws once and adds no dimension.
+        groups: of channels, for ops that have them.
         timed: the kinds of device that benchmarks time it on.
     """
 
@@ -32,6 +33,7 @@ class Case:
     why: str
     layout: str = "contiguous"
     draws: int | None = None
+    groups: int = 1
     timed: tuple[str, ...] = ()
 
     @property
@@ -46,7 +48,8 @@ class Case:
         size = "x".join(map(str, self.shape))
         layout = "" if self.layout == "contiguous" else f"-{self.layout}"
         draws = "" if self.draws is None else f"-{self.draws}draws"
-        return f"{size}{layout}{draws}"
+        groups = "" if self.groups == 1 else f"-{self.groups}groups"
+        return f"{size}{layout}{draws}{groups}"
 
 
 _SHAPES = (
@@ -97,6 +100,43 @@ REPARAMETERIZE = (
     Case(_LATENTS, "latents of Stable Diffusion", layout="channels_last", timed=_BOTH),
     *_SIZES,
     *_LARGE,
+)
+
+
+def _both(shape: tuple[int, ...], groups: int, why: str, timed: tuple[str, ...] = ()) -> tuple[Case, ...]:
+    """A case in each of the two memory formats."""
+    layout = {4: "channels_last", 5: "channels_last_3d"}[len(shape)]
+    return tuple(Case(shape, why, layout=one, groups=groups, timed=timed) for one in ("contiguous", layout))
+
+
+GROUP_NORM = (
+    Case((0, 4, 3, 3), "empty batch", groups=2),
+    Case((2, 4, 0, 3), "no pixels", groups=2),
+    Case((1, 1, 1, 1), "one element"),
+    Case((3, 6), "no spatial dimension", groups=3),
+    Case((2, 32, 1, 1), "one pixel", groups=8),
+    Case((2, 6, 5), "one spatial dimension", groups=3),
+    *_both((2, 6, 5, 7), 3, "odd image"),
+    *_both((3, 5, 4, 4), 5, "as many groups as channels: instance norm"),
+    *_both((2, 7, 9, 9), 1, "one group: layer norm; a prime number of channels"),
+    *_both((2, 20, 8, 8), 2, "ten channels per group: no multiple of a vector"),
+    *_both((2, 48, 3, 5), 3, "vectors of channels in one group"),
+    *_both((2, 4, 3, 4, 5), 2, "video"),
+    *_both((1, 3, 90, 100), 1, "groups of many pieces"),
+    *_both((1, 2, 110, 111), 2, "planes of several pieces with an odd tail"),
+    *_both((1, 1030, 3, 3), 2, "more channels than a tile, each of few pixels"),
+    *_both((1, 32, 4, 4), 32, "the least that is timed", timed=_BOTH),
+    *_both((1, 320, 8, 8), 32, "the middle of a small U-Net", timed=_BOTH),
+    *_both((64, 64, 28, 28), 32, "a batch of small images", timed=_CPU),
+    *_both((4, 320, 64, 64), 32, "Stable Diffusion's U-Net, outermost", timed=_BOTH),
+    *_both((4, 640, 32, 32), 32, "Stable Diffusion's U-Net, second level", timed=_BOTH),
+    *_both((4, 1280, 16, 16), 32, "Stable Diffusion's U-Net, third level", timed=_GPU),
+    *_both((4, 1280, 8, 8), 32, "Stable Diffusion's U-Net, innermost", timed=_GPU),
+    *_both((2, 320, 128, 128), 32, "SDXL's U-Net, outermost", timed=_GPU),
+    *_both((2, 1280, 32, 32), 32, "SDXL's U-Net, innermost", timed=_GPU),
+    *_both((1, 512, 128, 128), 32, "the decoder of Stable Diffusion's VAE, innermost", timed=_BOTH),
+    *_both((1, 256, 512, 512), 32, "the same, in the middle", timed=_GPU),
+    *_both((1, 128, 1024, 1024), 32, "the decoder of SDXL's VAE, outermost: no group fits on a chip", timed=_GPU),
 )
 
 

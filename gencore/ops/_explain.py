@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gencore.backends import choice, cpu
 from gencore.backends.layout import memory_format_of
 
+# Of these only the channels must lie side by side.
+_PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -103,6 +106,8 @@ def _explanation(op: str, tensors: dict[str, Tensor], device: torch.device) -> E
         if argument == "key":
             if tensor.dim() == 2 and tensor.device != device:
                 notes.append(f"key has a row per sample on {tensor.device} and is copied to {device}")
+        elif argument in _PER_CHANNEL and tensor.stride(-1) == 1:
+            continue
         elif memory_format_of(tensor) is torch.contiguous_format and not tensor.is_contiguous():
             notes.append(f"{argument} is neither contiguous nor channels_last, so it goes through a copy that is")
     return Explanation(op, str(device), chosen, reasons, tuple(notes))

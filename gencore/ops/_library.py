@@ -23,6 +23,7 @@ try:
     _function_modes = torch._C._len_torch_function_stack
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing_state = torch._C._get_tracing_state
+    _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
     _forward_ad._current_level, _profiler._is_profiler_enabled  # noqa: B018
     _CAN_TELL = True
@@ -66,7 +67,9 @@ class Op:
     ):
         self.name = name
         self.library = library
-        self._eager, self._transformed = None, None
+        self._transformed: Any = None
+        # The way of plain tensors, one of which wants a gradient, while nothing observes the call.
+        self.with_gradient: Any = None
         if backward is None:
             return
 
@@ -74,7 +77,7 @@ class Op:
             # With a setup_context of its own, apply() would look at the signature at every call: 15 microseconds.
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                outputs = kernel_for(name, args)(*args)
+                outputs = run_kernel(name, args)
                 if setup_context is not None:
                     setup_context(ctx, args, outputs)
                 return outputs
@@ -89,7 +92,9 @@ class Op:
         Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.setup_context = staticmethod(setup_context or _nothing)  # type: ignore[method-assign]
-        self._eager, self._transformed = Eager, Transformed
+        self._transformed = Transformed
+        # Function.apply looks for transforms first, which are known not to be there: three microseconds.
+        self.with_gradient = super(torch.autograd.Function, Eager).apply if _CAN_TELL else Eager.apply
 
     def __call__(self, *args: Any) -> Any:
         if not is_unobserved():
@@ -104,9 +109,20 @@ class Op:
                 wanted = wanted or arg.requires_grad
             elif isinstance(arg, Tensor):
                 return self.library(*args)
-        if wanted and self._eager is not None and torch.is_grad_enabled():
-            return self._eager.apply(*args)
-        return kernel_for(self.name, args)(*args)
+        if wanted and self.with_gradient is not None and torch.is_grad_enabled():
+            return self.with_gradient(*args)
+        return run_kernel(self.name, args)
+
+
+def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
+    try:
+        return kernel_for(name, args)(*args)
+    except RuntimeError:
+        # A transform of torch.func that is over leaves wrappers without memory around the tensors that left it.
+        if not _CAN_TELL or not any(isinstance(arg, Tensor) and _is_wrapped(arg) for arg in args):
+            raise
+        alive = torch._functorch.utils.unwrap_dead_wrappers(args)
+        return kernel_for(name, alive)(*alive)
 
 
 def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
@@ -134,15 +150,25 @@ def define(
 
     Args:
         signature: the schema, such as ``"normal_(Tensor(a!) out, Tensor key) -> ()"``. Every backend has the kernel
-            under this name.
+            under this name. It may return None for one of several outputs, which then is an empty tensor like the first
+            argument.
         fake: gives outputs of the right shapes, dtypes and strides for inputs without data.
         setup_context, backward: the autograd formula, as :func:`torch.library.register_autograd` takes it.
     """
     name = signature.split("(", 1)[0]
     # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
+
+    def dispatched(*args: Any) -> Any:
+        outputs = kernel_for(name, args)(*args)
+        if isinstance(outputs, tuple):
+            # None is a gradient that is not wanted; the dispatcher wants a tensor in its place.
+            first = next(arg for arg in args if isinstance(arg, Tensor))
+            return tuple(first.new_empty(0) if output is None else output for output in outputs)
+        return outputs
+
     for device in ("CPU", "CUDA"):
-        _library.impl(name, lambda *args: kernel_for(name, args)(*args), device)
+        _library.impl(name, dispatched, device)
     torch.library.register_fake(f"gencore::{name}", fake, lib=_library)
     if backward is not None:
         setup = setup_context or _nothing
@@ -153,6 +179,6 @@ def define(
 def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     """The ``backward`` of an op that is itself a gradient."""
     raise RuntimeError(
-        "gencore ops have a first derivative only: their noise is made again for the gradient, and there is no "
-        "gradient of that. Compute this gradient without create_graph=True, or in plain PyTorch from ops.normal"
+        "gencore ops have a first derivative only: the kernels of their gradients have none. Compute this gradient "
+        "without create_graph=True, or with PyTorch's own functions"
     )

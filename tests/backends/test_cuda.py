@@ -111,7 +111,7 @@ def last_blocks():
     with emulated() as backend, gencore.backend("cuda"):
         emulator = backend._module._emulator
         emulator.set_blocks(-2, 2)
-        yield
+        yield emulator
         emulator.set_blocks(0, 0)
 
 
@@ -146,6 +146,26 @@ def test_samples_and_gradients_beyond_two_to_the_31_elements(layout, last_blocks
         eps = normals_of_blocks(Key(3), 1, last // 4, 1)[last % 4]
         assert z[1, channel, -1, -1] == (1 + eps).bfloat16()
         assert grad_logvar[1, channel, -1, -1] == eps.bfloat16()
+
+
+@LARGE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_norm_beyond_two_to_the_31_elements(layout, last_blocks):
+    """With groups that blocks keep, so that the last blocks need nothing of the others."""
+    case = cases.Case((1 << 18, 32, 27, 18), "", layout=layout)
+    x, g = (torch.empty(case.shape, dtype=torch.bfloat16, memory_format=case.memory_format) for _ in range(2))
+    for tensor in (x, g):
+        tensor[-2:] = torch.randn(2, *case.shape[1:])
+    norm, backward = torch.ops.gencore.group_norm, torch.ops.gencore.group_norm_backward
+    values, wanted = (None,) * 5, [True, *[False] * 5]
+    results = []
+    for x_, g_ in ((x, g), (x[-2:], g[-2:])):
+        y, statistics = norm(x_, 2, *values, "silu", 1e-5)
+        results.append((y, backward(g_, x_, statistics, 2, *values, "silu", wanted)[0]))
+        last_blocks.set_blocks(0, 0)
+    for large, small in zip(*results, strict=True):
+        # The last block has the last group, or more.
+        assert same_bits(large[-1, 16:], small[-1, 16:])
 
 
 @pytest.mark.skipif(GPU, reason="a GPU writes there unseen")

@@ -23,7 +23,8 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
         assert Image.open(path).format == "PNG"
         assert str(path) in result.out
     assert "SIMD level" in result.out
-    assert "ops.reparameterize" in result.out
+    assert "reparameterize and backward" in result.out
+    assert "group_norm, SiLU" in result.out
     assert gencore("sample", tmp_path / "out" / "vae", "-n", 4).code == 0
 
 

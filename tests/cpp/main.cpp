@@ -1,5 +1,6 @@
 // Prints what the installed library computes, as the hexadecimal bits of each value, one line per tensor:
 //   consumer SEED STREAM FIRST_SAMPLE SAMPLES ELEMENTS THREADS
+#include <gencore/group_norm.h>
 #include <gencore/normal.h>
 #include <gencore/reparameterize.h>
 #include <gencore/simd.h>
@@ -52,10 +53,21 @@ int main(int argc, char** argv) {
       {mu.data(), logvar.data(), z.data(), kl.data(), gencore::DType::float32, shape, key}, threads);
   if (status != gencore::Status::ok) return 1;
 
+  // The noise as one group per sample, normalized, with SiLU behind.
+  std::vector<float> y(size);
+  gencore::GroupNorm norm{};
+  norm.x = noise.data();
+  norm.y = y.data();
+  norm.shape = {samples, 1, elements, 1, false};
+  norm.eps = 1e-5;
+  norm.activation = gencore::Activation::silu;
+  if (gencore::cpu::group_norm(norm, threads) != gencore::Status::ok) return 1;
+
   std::printf("level %s\n", gencore::cpu::name(gencore::cpu::simd_level()));
   print("normal", noise);
   print("z", z);
   print("kl", kl);
+  print("y", y);
 
   // What is wrong is a status, in words.
   status = gencore::cpu::normal(nullptr, gencore::DType::float32, shape, key, threads);

@@ -3,8 +3,18 @@ variable TRITON_INTERPRET is 1 before this is imported. Importing this imports t
 
 The ops have the names that the library knows them by."""
 
+from gencore.backends.triton.group_norm import group_norm, group_norm_backward, group_norm_out
 from gencore.backends.triton.normal import normal_
 from gencore.backends.triton.reparameterize import reparameterize, reparameterize_backward, reparameterize_kl
 from gencore.backends.triton.uniform import uniform_
 
-__all__ = ["normal_", "reparameterize", "reparameterize_backward", "reparameterize_kl", "uniform_"]
+__all__ = [
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_out",
+    "normal_",
+    "reparameterize",
+    "reparameterize_backward",
+    "reparameterize_kl",
+    "uniform_",
+]

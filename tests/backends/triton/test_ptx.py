@@ -57,13 +57,17 @@ SOME = [
 
 
 def compiled(variants: list[Variant], cache: Path) -> list[list[dict[str, Any]]]:
+    wanted = [(v.capability, {"shape": v.shape, "layout": v.layout}, v.dtype, v.key) for v in variants]
+    return run("ptx.py", wanted, cache)
+
+
+def run(script: str, wanted: list[Any], cache: Path) -> list[list[dict[str, Any]]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[3]
     paths = [str(root), str(root / "tests"), environment.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)}
-    wanted = [(v.capability, {"shape": v.shape, "layout": v.layout}, v.dtype, v.key) for v in variants]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ptx.py"))],
+        [sys.executable, str(Path(__file__).with_name(script))],
         input=json.dumps(wanted), capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -86,14 +90,18 @@ def fused(found: dict[str, Any], variant: Variant) -> int:
     return noise + elements * (8 + 1 + (0 if "grad_kl" in constants else 3))
 
 
-def check(found: dict[str, Any], variant: Variant) -> None:
-    instructions, constants, kernel = found["instructions"], found["constants"], found["kernel"]
+def check_names(instructions: dict[str, int]) -> None:
     names = " ".join(instructions)
     assert "local" not in names, "a local array is in memory"
     # Without .rn the assembler may contract; .ftz would lose subnormal numbers.
     assert not re.search(r"\b(add|sub|mul|fma)(\.ftz)?\.f(32|64)\b", names)
     assert not re.search(r"\b(add|sub|mul|fma|cvt|min|max)\S*\.ftz", names)
     assert not re.search(r"\b(div|rem)\.[us]64", names)
+
+
+def check(found: dict[str, Any], variant: Variant) -> None:
+    instructions, constants, kernel = found["instructions"], found["constants"], found["kernel"]
+    check_names(instructions)
     if kernel == "sum_kernel":
         return
     assert instructions.get("fma.rn.f32", 0) == fused(found, variant)
@@ -137,3 +145,42 @@ def test_instructions_of_every_variant(tmp_path):
     for variant, results in zip(EVERY, compiled(EVERY, tmp_path), strict=True):
         for found in results:
             check(found, variant)
+
+
+# Groups in a few pieces, in many pieces of several tiles, whole groups; each in both formats.
+GROUP_NORM = [
+    (90, {"shape": (4, 320, 64, 64), "groups": 32}, "bfloat16"),
+    (90, {"shape": (4, 320, 64, 64), "groups": 32, "layout": "channels_last"}, "float16"),
+    (80, {"shape": (1, 256, 256, 256), "groups": 32}, "float32"),
+    (90, {"shape": (1, 128, 256, 256), "groups": 1, "layout": "channels_last"}, "bfloat16"),
+    (90, {"shape": (1, 64, 8, 8), "groups": 4}, "float32"),
+    (80, {"shape": (1, 512, 8, 8), "groups": 8, "layout": "channels_last"}, "bfloat16"),
+    (90, {"shape": (1, 64, 40, 40), "groups": 2, "layout": "channels_last"}, "float64"),
+]
+# How many accesses to tensors each has of each element; one for the first tile of a piece, one for those that follow.
+TENSORS = {
+    "group_kernel": 2, "pieces_kernel": 1, "apply_kernel": 2, "group_backward_kernel": 3, "pieces_backward_kernel": 2,
+    "apply_backward_kernel": 3,
+}  # fmt: skip
+
+
+def test_instructions_of_group_norm(tmp_path):
+    seen = set()
+    for (_, case, dtype), results in zip(GROUP_NORM, run("ptx_group_norm.py", GROUP_NORM, tmp_path), strict=True):
+        size = {"float32": 4, "float64": 8}.get(dtype, 2)
+        for found in results:
+            instructions, constants, kernel = found["instructions"], found["constants"], found["kernel"]
+            seen.add(kernel)
+            check_names(instructions)
+            if dtype != "float64":
+                assert "fma.rn.f64" not in instructions
+            if kernel not in TENSORS:
+                continue
+            elements = constants["A"] * constants["B"] // found["threads"]
+            accesses = {name: n for name, n in instructions.items() if re.match(r"(ld|st)\.global", name)}
+            wide = sum(n for name, n in accesses.items() if re.search(r"v4\.b32|v2\.b64", name))
+            tensors = TENSORS[kernel] + (kernel == "pieces_kernel" and constants["ROUNDS"] > 1)
+            assert wide >= tensors * elements * size // 16, (kernel, case, accesses)
+            if size == 2:
+                assert not any(name.endswith("b16") for name in accesses), (kernel, case, accesses)
+    assert seen == {*TENSORS, "merge_kernel", "merge_backward_kernel", "samples_kernel"}

@@ -28,6 +28,13 @@ inline float exp2_approx(float a) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
+// The device's is within 1 ulp; numbers below the normal ones are flushed in both.
+inline float reciprocal_approx(float a) {
+  if (std::fabs(a) < 0x1p-126f) a = std::copysign(0.0f, a);
+  const float result = 1.0f / a;
+  return std::fabs(result) < 0x1p-126f ? std::copysign(0.0f, result) : result;
+}
+
 // The steps of the device, from a reciprocal root that is correctly rounded; the device's is an approximation.
 inline float sqrt_normal(float a) {
   const float reciprocal = static_cast<float>(1.0 / std::sqrt(static_cast<double>(fmaxf(a, 0x1p-100f))));
@@ -39,6 +46,12 @@ template <class T>
 GENCORE_INTRINSIC void store(T* address, T value) {
   static_assert(sizeof(T) == 16 && alignof(T) == 16);
   gencore_emulation::begin_global_store(address, sizeof(T));
+  *address = value;
+}
+
+template <class T>
+GENCORE_INTRINSIC void store_shared(T* address, T value) {
+  static_assert(sizeof(T) == 16 && alignof(T) == 16);
   *address = value;
 }
 

@@ -1,0 +1,84 @@
+// Arguments that both modules take.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+
+#include "gencore/group_norm.h"
+
+namespace gencore {
+
+inline void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// The shape of a tensor, samples and channels first.
+inline GroupNormShape group_norm_shape(const pybind11::tuple& shape, std::int64_t groups, bool channels_last) {
+  if (shape.size() < 2) throw pybind11::value_error("shape must have samples and channels");
+  GroupNormShape sizes{shape[0].cast<std::int64_t>(), shape[1].cast<std::int64_t>(), 1, groups, channels_last};
+  for (std::size_t i = 2; i < shape.size(); ++i) {
+    if (__builtin_mul_overflow(sizes.pixels, shape[i].cast<std::int64_t>(), &sizes.pixels)) sizes.pixels = -1;
+  }
+  return sizes;
+}
+
+// weight, bias, scale, shift and bias_in: each None or (address, dtype, stride).
+struct GroupNormValues {
+  ChannelValues weight, bias, scale, shift, bias_in;
+
+  explicit GroupNormValues(const pybind11::tuple& values) {
+    ChannelValues* const into[] = {&weight, &bias, &scale, &shift, &bias_in};
+    if (values.size() != std::size(into)) throw pybind11::value_error("values must be five");
+    for (std::size_t i = 0; i < std::size(into); ++i) {
+      *into[i] = {nullptr, DType::float32, 0};
+      if (values[i].is_none()) continue;
+      const auto value = values[i].cast<pybind11::tuple>();
+      *into[i] = {pointer(value[0].cast<std::uintptr_t>()), DType(value[1].cast<int>()), value[2].cast<std::int64_t>()};
+    }
+  }
+};
+
+inline GroupNorm group_norm_arguments(std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype,
+                                      const GroupNormShape& shape, double eps, int activation,
+                                      const pybind11::tuple& values) {
+  const GroupNormValues v(values);
+  return {pointer(x),
+          pointer(y),
+          static_cast<double*>(pointer(statistics)),
+          DType(dtype),
+          shape,
+          eps,
+          Activation(activation),
+          v.weight,
+          v.bias,
+          v.scale,
+          v.shift,
+          v.bias_in};
+}
+
+// grads: the addresses of the gradients of x and of the five values, 0 where one is not wanted.
+inline GroupNormBackward group_norm_arguments(std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t statistics,
+                                              int dtype, const GroupNormShape& shape, int activation,
+                                              const pybind11::tuple& values,
+                                              const std::array<std::uintptr_t, 6>& grads) {
+  const GroupNormValues v(values);
+  return {pointer(grad_y),
+          pointer(x),
+          static_cast<const double*>(pointer(statistics)),
+          DType(dtype),
+          shape,
+          Activation(activation),
+          v.weight,
+          v.bias,
+          v.scale,
+          v.shift,
+          v.bias_in,
+          pointer(grads[0]),
+          pointer(grads[1]),
+          pointer(grads[2]),
+          pointer(grads[3]),
+          pointer(grads[4]),
+          pointer(grads[5])};
+}
+
+}  // namespace gencore

@@ -1,0 +1,244 @@
+#include <initializer_list>
+
+#include "gencore/group_norm.h"
+#include "group_norm_backward.cuh"
+#include "group_norm_forward.cuh"
+
+namespace gencore::cuda {
+namespace {
+
+// Where a group's values take several blocks to read, one may still keep them, if there are groups for all of a GPU.
+// The results are the same bits.
+constexpr std::int64_t enough_blocks = 128;
+
+// Calls body(type, width, channels_last) with what a kernel for this tensor is made for. Without spatial dimensions the
+// two formats are one.
+template <class Body>
+cudaError_t with_layout(DType dtype, const GroupNormShape& shape, bool aligned, Body&& body) {
+  return with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return with_constants(
+        [&](auto channels_last) {
+          if constexpr (!std::is_same_v<T, double>) {
+            if (aligned && has_vectors<T>(shape, channels_last)) {
+              return body(type, std::integral_constant<int, Vector<T>::size>{}, channels_last);
+            }
+          }
+          return body(type, std::integral_constant<int, 1>{}, channels_last);
+        },
+        shape.channels_last && shape.pixels > 1 && shape.channels > 1);
+  });
+}
+
+bool are_aligned(std::initializer_list<const void*> addresses) {
+  return std::all_of(addresses.begin(), addresses.end(),
+                     [](const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; });
+}
+
+bool is_empty(const GroupNormShape& shape) { return shape.samples == 0 || shape.channels == 0 || shape.pixels == 0; }
+
+// Shared memory that a block has without asking; that every GPU of compute capability 8.0 or later gives.
+constexpr std::uintptr_t usual_bytes = 48 << 10, common_bytes = 96 << 10;
+
+// Whether one block, with `bytes` of shared memory, takes all slices of a tile.
+bool takes_whole(const GroupNormWork& work, bool channels_last, std::uintptr_t bytes, std::uintptr_t most_bytes) {
+  if (work.tiles_per_group > 1) return false;
+  if (work.slices == 1 && bytes <= usual_bytes) return true;
+  return !channels_last && work.tiles >= enough_blocks && work.slices <= rows_at_once && bytes <= most_bytes;
+}
+
+// What the current device gives a block that asks.
+std::uintptr_t most_shared_bytes() {
+  int device, limit;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess) {
+    return static_cast<std::uintptr_t>(limit);
+  }
+  cudaGetLastError();
+  return common_bytes;
+}
+
+// Launches with more shared memory than kernels have unless they ask.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::uintptr_t bytes,
+                          cudaStream_t stream, Arguments&&... arguments) {
+  if (bytes > usual_bytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return error;
+    }
+  }
+  return launch(kernel, blocks_for(blocks * block_threads), threads, bytes, stream,
+                std::forward<Arguments>(arguments)...);
+}
+
+// The threads of a block that takes a whole tile: a team for each strand, if there are not too many.
+template <bool channels_last>
+int threads_of_whole(const GroupNormWork& work) {
+  if (channels_last) return block_threads;
+  const std::int64_t wanted = work.slices * work.tile_channels * work.strands << work.team_log2;
+  return wanted > block_threads ? whole_threads : block_threads;
+}
+
+template <class F, class Base>
+BackwardSpace<F> backward_space(Arrays<Base>& arrays, const GroupNormWork& work) {
+  BackwardSpace<F> space{};
+  const std::int64_t channels = work.rows * work.channels;
+  arrays.place(space.parts, work.rows * work.groups * work.parts());
+  arrays.place(space.of_samples, 2 * channels);
+  arrays.place(space.sums, channel_sums * work.slices * channels);
+  return space;
+}
+
+// The most that body(T, width, channels_last) says for any alignment.
+template <class Body>
+std::int64_t most_bytes(DType dtype, const GroupNormShape& shape, Body&& body) {
+  std::int64_t most = 0;
+  if (!is_valid(shape) || is_empty(shape)) return most;
+  for (const bool aligned : {false, true}) {
+    with_layout(dtype, shape, aligned, [&](auto* type, auto width, auto channels_last) {
+      most = std::max(most, static_cast<std::int64_t>(body(type, width, channels_last)));
+      return cudaSuccess;
+    });
+  }
+  return most;
+}
+
+template <class T>
+std::uintptr_t forward_bytes(const GroupNormWork& work, GroupNormPhase phase, bool keep) {
+  Arrays<std::nullptr_t> arrays{nullptr};
+  forward_shared<T>(arrays, work, phase, keep);
+  return arrays.bytes;
+}
+
+template <class T>
+std::uintptr_t backward_bytes(const GroupNormWork& work, GroupNormPhase phase, bool keep) {
+  Arrays<std::nullptr_t> arrays{nullptr};
+  backward_shared<T>(arrays, work, phase, keep);
+  return arrays.bytes;
+}
+
+// As little as every device has, so that the workspace depends on none.
+template <class T, bool channels_last>
+bool forward_takes_whole(const GroupNormWork& work) {
+  return takes_whole(work, channels_last, forward_bytes<T>(work, GroupNormPhase::whole, !channels_last), common_bytes);
+}
+
+template <class T, int width, bool channels_last>
+cudaError_t forward(const GroupNorm& args, void* workspace, cudaStream_t stream) {
+  const auto work = make_group_norm_work<T, width, channels_last>(args.shape);
+  if (forward_takes_whole<T, channels_last>(work)) {
+    return launch_blocks(group_norm_whole_kernel<T, width, channels_last>, work.rows * work.tiles,
+                         threads_of_whole<channels_last>(work),
+                         forward_bytes<T>(work, GroupNormPhase::whole, !channels_last), stream, args, work);
+  }
+  if (workspace == nullptr) return cudaErrorInvalidValue;
+  auto* const parts = static_cast<GroupNormMoments*>(workspace);
+  const cudaError_t error =
+      launch_blocks(group_norm_gather_kernel<T, width, channels_last>, work.blocks(), block_threads,
+                    forward_bytes<T>(work, GroupNormPhase::gather, false), stream, args, work, parts);
+  if (error != cudaSuccess) return error;
+  return launch_blocks(group_norm_scatter_kernel<T, width, channels_last>, work.blocks(), block_threads,
+                       forward_bytes<T>(work, GroupNormPhase::scatter, false), stream, args, work, parts);
+}
+
+template <class T, int width, bool channels_last>
+cudaError_t backward(const GroupNormBackward& args, void* workspace, cudaStream_t stream) {
+  using F = typename Arithmetic<T>::F;
+  const auto work = make_group_norm_work<T, width, channels_last>(args.shape);
+  const bool over_samples = args.grad_weight != nullptr || args.grad_bias != nullptr;
+  const bool with_values =
+      over_samples || args.grad_scale != nullptr || args.grad_shift != nullptr || args.grad_bias_in != nullptr;
+  if (!with_values && args.grad_x == nullptr) return cudaSuccess;
+  if (workspace == nullptr) return cudaErrorInvalidValue;
+  Arrays<> arrays{static_cast<unsigned char*>(workspace)};
+  const BackwardSpace<F> space = backward_space<F>(arrays, work);
+
+  const std::uintptr_t whole_bytes = backward_bytes<T>(work, GroupNormPhase::whole, !channels_last);
+  cudaError_t error;
+  if (takes_whole(work, channels_last, whole_bytes, most_shared_bytes())) {
+    error = launch_blocks(group_norm_backward_whole_kernel<T, width, channels_last>, work.rows * work.tiles,
+                          threads_of_whole<channels_last>(work), whole_bytes, stream, args, work, space.of_samples,
+                          with_values);
+  } else {
+    error =
+        launch_blocks(group_norm_backward_gather_kernel<T, width, channels_last>, work.blocks(), block_threads,
+                      backward_bytes<T>(work, GroupNormPhase::gather, false), stream, args, work, space, with_values);
+    if (error == cudaSuccess && args.grad_x != nullptr) {
+      error = launch_blocks(group_norm_backward_scatter_kernel<T, width, channels_last>, work.blocks(), block_threads,
+                            backward_bytes<T>(work, GroupNormPhase::scatter, false), stream, args, work,
+                            static_cast<const GroupSums*>(space.parts));
+    }
+    if (error == cudaSuccess && with_values) {
+      error = launch_blocks(group_norm_channels_kernel<T>,
+                            (work.rows * work.channels + columns_at_once - 1) / columns_at_once, block_threads, 0,
+                            stream, args, work, space);
+    }
+  }
+  if (error != cudaSuccess || !over_samples) return error;
+  return launch_blocks(group_norm_samples_kernel<T>, (args.shape.channels + columns_at_once - 1) / columns_at_once,
+                       block_threads, 0, stream, args, static_cast<const double*>(space.of_samples));
+}
+
+cudaError_t set_zero(void* tensor, DType dtype, std::int64_t n, cudaStream_t stream) {
+  if (tensor == nullptr || n == 0) return cudaSuccess;
+  return with_type(dtype, [&](auto* type) {
+    const cudaError_t error = cudaMemsetAsync(tensor, 0, static_cast<std::size_t>(n) * sizeof *type, stream);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+  });
+}
+
+}  // namespace
+
+std::int64_t group_norm_workspace(DType dtype, const GroupNormShape& shape) {
+  return most_bytes(dtype, shape, [&](auto* type, auto width, auto channels_last) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto work = make_group_norm_work<T, width, channels_last>(shape);
+    if (forward_takes_whole<T, channels_last>(work)) return std::int64_t{0};
+    return work.rows * work.groups * work.parts() * static_cast<std::int64_t>(sizeof(GroupNormMoments));
+  });
+}
+
+Error group_norm(const GroupNorm& args, void* workspace, Stream stream) {
+  const GroupNormShape& shape = args.shape;
+  if (!is_valid(shape) || !has_valid_values(args)) return cudaErrorInvalidValue;
+  if (is_empty(shape)) return cudaSuccess;
+  if (args.x == nullptr || args.y == nullptr) return cudaErrorInvalidValue;
+  return with_layout(args.dtype, shape, are_aligned({args.x, args.y}), [&](auto* type, auto width, auto channels_last) {
+    return forward<std::remove_pointer_t<decltype(type)>, width, channels_last>(args, workspace, stream);
+  });
+}
+
+std::int64_t group_norm_backward_workspace(DType dtype, const GroupNormShape& shape) {
+  return most_bytes(dtype, shape, [&](auto* type, auto width, auto channels_last) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Arrays<std::nullptr_t> arrays{nullptr};
+    backward_space<typename Arithmetic<T>::F>(arrays, make_group_norm_work<T, width, channels_last>(shape));
+    return arrays.bytes;
+  });
+}
+
+Error group_norm_backward(const GroupNormBackward& args, void* workspace, Stream stream) {
+  const GroupNormShape& shape = args.shape;
+  if (!is_valid(shape) || !has_valid_values(args)) return cudaErrorInvalidValue;
+  if (is_empty(shape)) {
+    const std::int64_t all = shape.samples * shape.channels;
+    cudaError_t error = set_zero(args.grad_weight, args.weight.dtype, shape.channels, stream);
+    if (error == cudaSuccess) error = set_zero(args.grad_bias, args.bias.dtype, shape.channels, stream);
+    if (error == cudaSuccess) error = set_zero(args.grad_scale, args.scale.dtype, all, stream);
+    if (error == cudaSuccess) error = set_zero(args.grad_shift, args.shift.dtype, all, stream);
+    if (error == cudaSuccess) error = set_zero(args.grad_bias_in, args.bias_in.dtype, all, stream);
+    return error;
+  }
+  if (args.grad_y == nullptr || args.x == nullptr || args.statistics == nullptr) return cudaErrorInvalidValue;
+  return with_layout(args.dtype, shape, are_aligned({args.grad_y, args.x, args.grad_x}),
+                     [&](auto* type, auto width, auto channels_last) {
+                       return backward<std::remove_pointer_t<decltype(type)>, width, channels_last>(args, workspace,
+                                                                                                    stream);
+                     });
+}
+
+}  // namespace gencore::cuda

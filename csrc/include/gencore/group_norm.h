@@ -1,0 +1,98 @@
+// Group normalization (Wu and He, 2018), with what stands around it in U-Nets in the same pass: the embedding added
+// before, scale and shift (adaptive group normalization), the activation.
+#pragma once
+
+#include "gencore/cuda.h"
+#include "gencore/types.h"
+
+namespace gencore {
+
+enum class Activation : int { none = 0, silu = 1 };
+
+// One value per channel, or per sample and channel: that of sample n and channel c is element n * stride + c.
+struct ChannelValues {
+  // Null: left out.
+  const void* data;
+  // That of the tensor, or float32.
+  DType dtype;
+  // 0: all samples share the values.
+  std::int64_t stride;
+};
+
+// A tensor of samples x channels x pixels, or, with channels_last, samples x pixels x channels. A group is
+// channels / groups neighbouring channels of a sample with all their pixels.
+struct GroupNormShape {
+  std::int64_t samples, channels, pixels, groups;
+  bool channels_last;
+};
+
+// With u = x + bias_in, mean and variance (biased) of u over each group, and xhat = (u - mean) / sqrt(variance + eps):
+//   y = act((xhat * weight + bias) * (1 + scale) + shift)
+// where a value that is left out is 0, and weight 1. y may be x.
+//
+// `statistics`, which may be null, receives mean and 1 / sqrt(variance + eps) of each group, samples x groups x 2.
+struct GroupNorm {
+  const void* x;
+  void* y;
+  double* statistics;
+  DType dtype;
+  GroupNormShape shape;
+  double eps;
+  Activation activation;
+  ChannelValues weight, bias, scale, shift, bias_in;
+};
+
+// The gradients, from `statistics` of the forward pass. With t the argument of act, z = xhat * weight + bias,
+// dt = grad_y act'(t), k = weight (1 + scale), and m the number of elements of a group:
+//   grad_x = (k dt - 1/m sum_group(k dt) - xhat 1/m sum_group(k dt xhat)) / sqrt(variance + eps)
+//   grad_weight = sum_samples,pixels((1 + scale) dt xhat)      grad_bias    = sum_samples,pixels((1 + scale) dt)
+//   grad_scale  = sum_pixels(dt z)                             grad_shift   = sum_pixels(dt)
+//   grad_bias_in = sum_pixels(grad_x)
+// Each may be null: it is then not wanted. grad_x is like x, the others are dense and of the dtype of their value.
+struct GroupNormBackward {
+  const void* grad_y;
+  const void* x;
+  const double* statistics;
+  DType dtype;
+  GroupNormShape shape;
+  Activation activation;
+  ChannelValues weight, bias, scale, shift, bias_in;
+  void *grad_x, *grad_weight, *grad_bias, *grad_scale, *grad_shift, *grad_bias_in;
+};
+
+// Whether the sizes fit together.
+static inline bool is_valid(const GroupNormShape& shape) {
+  if (shape.samples < 0 || shape.channels < 0 || shape.pixels < 0 || shape.groups < 1) return false;
+  std::int64_t planes, total;
+  return shape.channels % shape.groups == 0 && !__builtin_mul_overflow(shape.samples, shape.channels, &planes) &&
+         !__builtin_mul_overflow(planes, shape.pixels, &total);
+}
+
+// Whether the activation is known and every value has a type that it may have.
+template <class Args>
+bool has_valid_values(const Args& args) {
+  for (const ChannelValues* values : {&args.weight, &args.bias, &args.scale, &args.shift, &args.bias_in}) {
+    if (values->data != nullptr && values->dtype != DType::float32 && values->dtype != args.dtype) return false;
+  }
+  return args.activation == Activation::none || args.activation == Activation::silu;
+}
+
+}  // namespace gencore
+
+namespace gencore::cpu {
+
+// `threads` is at least 1; small tensors take fewer. The bits of the results do not depend on it.
+Status group_norm(const GroupNorm& args, int threads);
+Status group_norm_backward(const GroupNormBackward& args, int threads);
+
+}  // namespace gencore::cpu
+
+namespace gencore::cuda {
+
+// `workspace` is device memory of as many bytes as the function of that name says, which may be 0.
+std::int64_t group_norm_workspace(DType dtype, const GroupNormShape& shape);
+Error group_norm(const GroupNorm& args, void* workspace, Stream stream);
+std::int64_t group_norm_backward_workspace(DType dtype, const GroupNormShape& shape);
+Error group_norm_backward(const GroupNormBackward& args, void* workspace, Stream stream);
+
+}  // namespace gencore::cuda

@@ -1,0 +1,310 @@
+"""Fused group normalization: statistics, normalization, modulation and activation are one op."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gencore.backends import choice
+from gencore.backends.layout import suggested_format
+from gencore.ops._checks import FLOATING, check_same, check_tensor
+from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
+
+Activation = Literal["silu"]
+
+_STRIDED = torch.strided
+
+_VALUE_NAMES = ("weight", "bias", "scale", "shift", "bias_in")
+_VALUES = ", ".join(f"Tensor? {name}" for name in _VALUE_NAMES)
+
+
+def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=suggested_format(x))
+    return y, x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64)
+
+
+def _fake_out(*_: Any) -> None:
+    return None
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias_in: Tensor | None,
+    activation: str | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    grad_x = torch.empty_like(x, memory_format=suggested_format(x)) if wanted[0] else grad_y.new_empty(0)
+    values = zip((weight, bias, scale, shift, bias_in), wanted[1:], strict=True)
+    return grad_x, *(
+        value.new_empty(value.shape) if want and value is not None else grad_y.new_empty(0) for value, want in values
+    )
+
+
+_group_norm_backward = define(
+    f"group_norm_backward(Tensor grad_y, Tensor x, Tensor statistics, int num_groups, {_VALUES}, str? activation, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    backward=refuse_second_derivative,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.num_groups, *values, ctx.activation, _ = inputs
+    statistics = output[1]
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, statistics, *values)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
+    x, statistics, *values = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], *needs[2:7]]
+    grads = _group_norm_backward(grad_y, x, statistics, ctx.num_groups, *values, ctx.activation, wanted)
+    if not all(wanted):
+        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return grads[0], None, *grads[1:], None, None
+
+
+_group_norm = define(
+    f"group_norm(Tensor x, int num_groups, {_VALUES}, str? activation, float eps) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_group_norm_out = define(
+    f"group_norm_out(Tensor x, int num_groups, {_VALUES}, str? activation, float eps, Tensor(a!) out) -> ()",
+    fake=_fake_out,
+)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation | None = None,
+    bias_in: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Group normalization, with what a U-Net does before and after it, in one op.
+
+    y = act((xhat * weight + bias) * (1 + scale) + shift), xhat = (u - mean) / sqrt(variance + eps), u = x + bias_in,
+    where mean and variance (biased) are those of u over each group of C / num_groups channels and all pixels of a
+    sample.
+
+    Args:
+        x: (N, C, ...), float32, bfloat16, float16 or float64; any number of spatial dimensions.
+        num_groups: a divisor of C. 1 is layer norm over channels and pixels, C is instance norm.
+        weight, bias: (C,), the affine transformation; left out they are 1 and 0.
+        eps: added to the variance, at least 0.
+        scale, shift: (N, C), the modulation by an embedding (adaptive group norm); left out they are 0.
+        activation: ``"silu"``, t * sigmoid(t), or None.
+        bias_in: (N, C), added before the normalization, such as the embedding of the time step.
+        out: a tensor like ``x`` to write to instead of a new one, with any strides; it may be ``x`` itself. Not where a
+            gradient is wanted.
+
+    ``weight``, ``bias``, ``scale``, ``shift`` and ``bias_in`` are each of ``x``'s dtype or float32, with any strides;
+    under autocast, of a half type too.
+
+    Returns:
+        y: x's shape, dtype and memory format (contiguous or channels_last). The arithmetic is in float32, for float64
+        inputs in float64, and y is rounded once. Autocast changes nothing: a half-precision ``x`` stays so, which loses
+        nothing, as statistics and arithmetic are never in half precision.
+
+    The statistics are as accurate as float32 whatever the mean: sums are taken of deviations from a nearby value and
+    combined in float64. They, not xhat or y, are kept for the gradient, which is made for ``x`` and the five
+    others, once: there is no second derivative. NaN and infinities propagate as in PyTorch.
+
+    Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level; no atomics.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which, and nothing is written.
+
+    >>> x = torch.randn(2, 64, 16, 16)
+    >>> want = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32))
+    >>> torch.allclose(group_norm(x, 32, activation="silu"), want, atol=1e-5)
+    True
+
+    Source: Wu and He, "Group Normalization" (2018), equations 1 to 7; scale and shift: Nichol and Dhariwal, "Improved
+    Denoising Diffusion Probabilistic Models" (2021), section 3, and Dhariwal and Nichol, "Diffusion Models Beat GANs on
+    Image Synthesis" (2021), equation 5.
+    """
+    values: tuple[Tensor | None, ...] = (weight, bias, scale, shift, bias_in)
+    if out is None:
+        wants_gradient = _wants_gradient_if_everyday(
+            x, num_groups, weight, bias, scale, shift, bias_in, activation, eps
+        )
+        if wants_gradient is False:
+            return choice.kernel("group_norm", x)(
+                x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
+            )[0]
+        if wants_gradient:
+            return _group_norm.with_gradient(x, num_groups, *values, activation, eps)[0]
+    if isinstance(x, Tensor) and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        # An embedding is in half precision then, where x may have come from an op that is not.
+        values = tuple(_widened(value) for value in values)
+    eps = _check(x, num_groups, eps, activation, *values)
+    if out is None:
+        return _group_norm(x, num_groups, *values, activation, eps)[0]
+    _check_out(out, x, values)
+    if not torch.compiler.is_compiling() and out.is_neg():
+        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
+        return out.copy_(_group_norm(x, num_groups, *values, activation, eps)[0])
+    _group_norm_out(x, num_groups, *values, activation, eps, out)
+    return out
+
+
+def _wants_gradient_if_everyday(
+    x: Any,
+    num_groups: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    bias_in: Any,
+    activation: Any,
+    eps: Any,
+) -> bool | None:
+    """Whether a gradient is wanted, if the kernel can be called as it is; two microseconds tell. Else None.
+
+    It can if nothing observes the call and the arguments are right, and plain tensors on the CPU or on one GPU. What is
+    not so is then looked at argument by argument, to be served or to be told what is wrong.
+    """
+    if not (
+        is_unobserved()
+        and type(x) in PLAIN_TYPES
+        and (dtype := x.dtype) in FLOATING
+        and x.layout is _STRIDED
+        and ((on_cpu := x.is_cpu) or x.is_cuda)
+        and not x.is_neg()
+        and type(num_groups) is int
+        and type(eps) is float
+        and eps >= 0
+        and (activation is None or activation == "silu")
+    ):
+        return None
+    try:
+        shape, wanted = x.shape, x.requires_grad
+        if not (len(shape) >= 2 and num_groups >= 1 and shape[1] % num_groups == 0):
+            return None
+        of_channels, of_samples = shape[1:2], shape[:2]
+        values: tuple[tuple[Any, Any], ...] = ((weight, of_channels), (bias, of_channels))
+        if not scale is shift is bias_in is None:
+            values = (*values, (scale, of_samples), (shift, of_samples), (bias_in, of_samples))
+        for value, its_shape in values:
+            if value is not None:
+                if not (
+                    type(value) in PLAIN_TYPES
+                    and (value.dtype is dtype or (value.dtype is torch.float32 and dtype is not torch.float64))
+                    and value.layout is _STRIDED
+                    and (value.is_cpu if on_cpu else value.is_cuda and value.get_device() == x.get_device())
+                    and not value.is_neg()
+                    and value.shape == its_shape
+                ):
+                    return None
+                wanted = wanted or value.requires_grad
+    except RuntimeError:  # A nested tensor has no shape.
+        return None
+    return wanted and torch.is_grad_enabled()
+
+
+def _check(
+    x: Any,
+    num_groups: Any,
+    eps: Any,
+    activation: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    bias_in: Any,
+) -> float:
+    """Looks at every argument; returns eps as a float."""
+    check_tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have at least two dimensions, samples and channels, got {x.dim()}")
+    samples, channels = x.shape[:2]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if channels % num_groups != 0:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    if isinstance(eps, bool) or not isinstance(eps, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:  # type: ignore[operator]
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    check_activation(activation)
+    for name, value in (("weight", weight), ("bias", bias)):
+        _check_value(name, value, x, (channels,), "C")
+    for name, value in (("scale", scale), ("shift", shift), ("bias_in", bias_in)):
+        _check_value(name, value, x, (samples, channels), "N, C")
+    return eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def check_activation(activation: Any) -> None:
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f'activation must be "silu" or None, got {activation!r}')
+
+
+def _check_value(name: str, value: Any, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, Tensor) and not value.is_nested and value.shape != shape:
+        raise ValueError(f"{name} must have the shape ({letters}) of x, {shape}, got {tuple(value.shape)}")
+    check_tensor(name, value)
+    if value.dtype != x.dtype and (value.dtype != torch.float32 or x.dtype == torch.float64):
+        allowed = str(x.dtype) + ("" if x.dtype in (torch.float32, torch.float64) else " or torch.float32")
+        raise TypeError(f"{name} must have the dtype {allowed} for such an x, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
+def _check_out(out: Any, x: Tensor, values: tuple[Tensor | None, ...]) -> None:
+    check_same("out", out, "x", x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, x, *values)):
+        raise ValueError("out must be left out where a gradient is wanted: what it would need may be written over")
+    if not (is_unobserved() and all(t is None or type(t) in PLAIN_TYPES for t in (out, x, *values))):
+        return
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError("out must not have several elements in one place, as an expanded tensor has")
+    for name, tensor in zip(("x", *_VALUE_NAMES), (x, *values), strict=True):
+        if tensor is not None and _share(out, tensor):
+            if tensor is x and out.data_ptr() == x.data_ptr() and out.stride() == x.stride():
+                continue
+            raise ValueError(f"out must be x itself or lie apart from {name} in memory; they may overlap")
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may have elements in one place."""
+    (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    first, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.numel() == 0:
+        return first, first
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (steps + 1) * size
