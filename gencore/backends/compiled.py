@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.layout import empty_draws, in_format, memory_format_of, suggested_format
+from gencore.backends.layout import empty_draws, empty_gradients, in_format, memory_format_of, suggested_format
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
@@ -149,13 +149,13 @@ class CompiledOps:
         y: Tensor | None = None,
         statistics: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """``statistics``: whether a gradient will need them."""
+        """``y``: where to write to, with the strides of ``x`` in its format; ``statistics``: whether to keep them."""
         memory_format = _CONTIGUOUS
         if not x.is_contiguous():
             memory_format = suggested_format(x)
             x = x.contiguous(memory_format=memory_format)
-        x = self._aligned(x)
-        if y is None:
+        x, given = self._aligned(x), y
+        if y is None or not self._is_aligned(y):
             y = self._empty_like(x)
         kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
         if kept is not None and not x.numel():
@@ -168,29 +168,9 @@ class CompiledOps:
             values, *self._place(x), *[memory.data_ptr() for memory in workspace],
         )  # fmt: skip
         del dense
+        if given is not None and given is not y:
+            y = given.copy_(y)
         return y, kept
-
-    def group_norm_out(
-        self,
-        x: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        bias_in: Tensor | None,
-        activation: str | None,
-        eps: float,
-        out: Tensor,
-    ) -> None:
-        x = x.contiguous(memory_format=suggested_format(x))
-        values = (weight, bias, scale, shift, bias_in)
-        y = out if out.stride() == x.stride() and self._is_aligned(out) else self._empty_like(x)
-        self.group_norm(x, num_groups, *values, activation, eps, y, statistics=False)
-        if y is out:
-            torch.autograd.graph.increment_version(out)
-        else:
-            out.copy_(y)
 
     def group_norm_backward(
         self,
@@ -211,12 +191,8 @@ class CompiledOps:
             memory_format = suggested_format(x)
             grad_y, x = in_format(memory_format, grad_y, x)
         grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
-        grads: list[Tensor | None] = [self._empty_like(x) if wanted[0] else None]
-        for value, want in zip((weight, bias, scale, shift, bias_in), wanted[1:], strict=True):
-            if want and value is not None:
-                grads.append(torch.empty_like(value, memory_format=_CONTIGUOUS))
-            else:
-                grads.append(None)
+        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
+        grads = [self._empty_like(x) if wanted[0] else None, *of_values]
         sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
         dense, values = _channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm_backward", x, *sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,3 +50,11 @@ def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
 def in_format(memory_format: torch.memory_format, *tensors: Tensor | None) -> list[Any]:
     """The tensors in a memory format, each itself if it has that format already; None stays None."""
     return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]
+
+
+def empty_gradients(values: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """A contiguous tensor for the gradient of each value that is there and wants one, None for the others."""
+    return [
+        torch.empty_like(value, memory_format=torch.contiguous_format) if want and value is not None else None
+        for value, want in zip(values, wanted, strict=True)
+    ]

@@ -125,8 +125,13 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
         return kernel_for(name, alive)(*alive)
 
 
+_composed: dict[str, Callable[..., Any]] = {}
+
+
 def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The kernel where the first tensor of ``args`` is; the key, which comes after, may be on the CPU."""
+    if name in _composed:
+        return _composed[name]
     return choice.kernel(name, next(arg for arg in args if isinstance(arg, Tensor)))
 
 
@@ -145,6 +150,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    composed: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers an op.
 
@@ -154,8 +160,11 @@ def define(
             argument.
         fake: gives outputs of the right shapes, dtypes and strides for inputs without data.
         setup_context, backward: the autograd formula, as :func:`torch.library.register_autograd` takes it.
+        composed: what runs instead of a kernel of that name, where an op is another one's kernel called in another way.
     """
     name = signature.split("(", 1)[0]
+    if composed is not None:
+        _composed[name] = composed
     # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gencore.backends import choice
-from gencore.backends.layout import suggested_format
+from gencore.backends.layout import empty_gradients, suggested_format
 from gencore.ops._checks import FLOATING, check_same, check_tensor
 from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
 
@@ -26,10 +26,6 @@ def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
     return y, x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64)
 
 
-def _fake_out(*_: Any) -> None:
-    return None
-
-
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -43,11 +39,9 @@ def _fake_backward(
     activation: str | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    grad_x = torch.empty_like(x, memory_format=suggested_format(x)) if wanted[0] else grad_y.new_empty(0)
-    values = zip((weight, bias, scale, shift, bias_in), wanted[1:], strict=True)
-    return grad_x, *(
-        value.new_empty(value.shape) if want and value is not None else grad_y.new_empty(0) for value, want in values
-    )
+    grad_x = torch.empty_like(x, memory_format=suggested_format(x)) if wanted[0] else None
+    grads = (grad_x, *empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:]))
+    return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
 
 
 _group_norm_backward = define(
@@ -84,9 +78,25 @@ _group_norm = define(
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+def _compute_into(x: Tensor, num_groups: int, *args: Any) -> None:
+    """The kernel with a tensor to write to, its last argument."""
+    *values_and_eps, out = args
+    x = x.contiguous(memory_format=suggested_format(x))
+    y = out if out.stride() == x.stride() else torch.empty_like(x)
+    choice.kernel("group_norm", x)(x, num_groups, *values_and_eps, y, False)
+    if y is out:
+        # Autograd must know that what it may have saved was written over.
+        torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(y)
+
+
 _group_norm_out = define(
     f"group_norm_out(Tensor x, int num_groups, {_VALUES}, str? activation, float eps, Tensor(a!) out) -> ()",
-    fake=_fake_out,
+    fake=lambda *_: None,
+    composed=_compute_into,
 )
 
 
@@ -147,10 +157,8 @@ def group_norm(
     Image Synthesis" (2021), equation 5.
     """
     values: tuple[Tensor | None, ...] = (weight, bias, scale, shift, bias_in)
+    wants_gradient = _wants_gradient_if_everyday(x, num_groups, weight, bias, scale, shift, bias_in, activation, eps)
     if out is None:
-        wants_gradient = _wants_gradient_if_everyday(
-            x, num_groups, weight, bias, scale, shift, bias_in, activation, eps
-        )
         if wants_gradient is False:
             return choice.kernel("group_norm", x)(
                 x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
@@ -160,7 +168,8 @@ def group_norm(
     if isinstance(x, Tensor) and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         # An embedding is in half precision then, where x may have come from an op that is not.
         values = tuple(_widened(value) for value in values)
-    eps = _check(x, num_groups, eps, activation, *values)
+    if wants_gradient is None:
+        eps = _check(x, num_groups, eps, activation, *values)
     if out is None:
         return _group_norm(x, num_groups, *values, activation, eps)[0]
     _check_out(out, x, values)
@@ -289,8 +298,9 @@ def _check_out(out: Any, x: Tensor, values: tuple[Tensor | None, ...]) -> None:
         return
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError("out must not have several elements in one place, as an expanded tensor has")
+    memory = out.untyped_storage().data_ptr()
     for name, tensor in zip(("x", *_VALUE_NAMES), (x, *values), strict=True):
-        if tensor is not None and _share(out, tensor):
+        if tensor is not None and tensor.untyped_storage().data_ptr() == memory and _share(out, tensor):
             if tensor is x and out.data_ptr() == x.data_ptr() and out.stride() == x.stride():
                 continue
             raise ValueError(f"out must be x itself or lie apart from {name} in memory; they may overlap")

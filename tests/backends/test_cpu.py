@@ -1,15 +1,17 @@
-"""The choice of the SIMD level."""
+"""The choice of the SIMD level, the memory of results, what the module refuses."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from gencore import Key, _cpu
+from gencore import Key, _cpu, ops
 from gencore.backends import cpu
 
 PRINT_LEVEL = "from gencore.backends import cpu; print(cpu.simd_level())"
@@ -56,3 +58,41 @@ def test_no_thread_is_refused(threads):
     with pytest.raises(ValueError, match=r"gencore\._cpu\.normal: invalid argument"):
         _cpu.normal(out.data_ptr(), 2, 1, out.numel(), 0, key.data_ptr(), 0, threads)
     assert not out.any()
+
+
+def test_large_results_ask_for_huge_pages():
+    """The system says in what a mapping is flagged with; "hg" is the request."""
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("this system grants no huge pages")
+    x = torch.zeros(1, 4, 1024, 3 * 1024)
+    y = ops.group_norm(x, 2)
+    middle, flags = y.data_ptr() + y.nbytes // 2, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= middle < int(match[2], 16)
+        elif line.startswith("VmFlags") and inside:
+            flags = line
+    assert "hg" in flags.split()
+
+
+def test_the_module_refuses_what_is_no_group_norm():
+    x = torch.zeros(2, 6)
+    nothing = (None,) * 5
+
+    def call(shape=(2, 6), dtype=0, groups=3, activation=0, values=nothing, threads=1) -> None:
+        at = x.data_ptr()
+        _cpu.group_norm(at, at, 0, dtype, shape, groups, False, 1e-5, activation, values, threads)
+
+    call()
+    half = ((x.data_ptr(), 2, 0), *nothing[1:])
+    for wrong in (
+        {"groups": 4}, {"groups": 0}, {"threads": 0}, {"dtype": 9}, {"activation": 7}, {"values": half},
+        {"shape": (2, 6, 1 << 62)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="group_norm: invalid argument"):
+            call(**wrong)
+    with pytest.raises(ValueError, match="shape must have samples and channels"):
+        call(shape=(2,))
+    with pytest.raises(ValueError, match="values must be five"):
+        call(values=nothing[1:])

@@ -3,7 +3,7 @@ variable TRITON_INTERPRET is 1 before this is imported. Importing this imports t
 
 The ops have the names that the library knows them by."""
 
-from gencore.backends.triton.group_norm import group_norm, group_norm_backward, group_norm_out
+from gencore.backends.triton.group_norm import group_norm, group_norm_backward
 from gencore.backends.triton.normal import normal_
 from gencore.backends.triton.reparameterize import reparameterize, reparameterize_backward, reparameterize_kl
 from gencore.backends.triton.uniform import uniform_
@@ -11,7 +11,6 @@ from gencore.backends.triton.uniform import uniform_
 __all__ = [
     "group_norm",
     "group_norm_backward",
-    "group_norm_out",
     "normal_",
     "reparameterize",
     "reparameterize_backward",

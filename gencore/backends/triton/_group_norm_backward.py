@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gencore.backends.layout import in_format, suggested_format
+from gencore.backends.layout import empty_gradients, in_format, suggested_format
 from gencore.backends.triton._group_norm import (
     Limits,
     aligned,
@@ -308,14 +308,11 @@ def group_norm_backward(
     bias_in: Tensor | None,
     activation: str | None,
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     memory_format = suggested_format(x)
     grad_y, x = in_format(memory_format, grad_y, x)
     statistics = statistics.contiguous()
-    grads = [
-        value.new_empty(value.shape) if want and value is not None else None
-        for value, want in zip((weight, bias, scale, shift, bias_in), wanted[1:], strict=True)
-    ]
+    grads = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
     grad_x = torch.empty_like(x) if wanted[0] else None
     if x.numel():
         _launch(grad_y, x, statistics, num_groups, (weight, bias, scale, shift, bias_in), activation, grad_x, grads)
@@ -323,7 +320,7 @@ def group_norm_backward(
         for grad in grads:
             if grad is not None:
                 grad.zero_()
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (grad_x, *grads))
+    return grad_x, *grads
 
 
 def _launch(

@@ -295,26 +295,3 @@ def group_norm(
             x, y, partials, found, coefficient, *values, eps, samples, *work.sizes, SILU=silu, SLOTS=most, **constants
         )
     return y, kept
-
-
-def group_norm_out(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    bias_in: Tensor | None,
-    activation: str | None,
-    eps: float,
-    out: Tensor,
-) -> None:
-    x = x.contiguous(memory_format=suggested_format(x))
-    same = out.stride() == x.stride()
-    y = out if same else torch.empty_like(x)
-    group_norm(x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, y=y, statistics=False)
-    if same:
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(y)
