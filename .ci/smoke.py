@@ -59,6 +59,18 @@ def main() -> None:
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x), want)]
     check(torch.allclose(*grads, atol=1e-4), "and so is its gradient")
 
+    schedule, t = gencore.diffusion.linear(), torch.tensor([0, 500, 999])
+    data = torch.linspace(-1, 1, 36).reshape(3, 12)
+    noised, eps = ops.add_noise(data, t, schedule, key, return_noise=True)
+    alpha, sigma = (level[t].float()[:, None] for level in (schedule.alpha, schedule.sigma))
+    check(torch.allclose(noised, alpha * data + sigma * eps, atol=1e-6), "data is noised to each sample's own step")
+    output = eps.clone().requires_grad_()
+    loss = ops.denoising_loss(output, data, t, schedule, key)
+    check(bool((loss == 0).all()), "the loss of the very noise is 0")
+    sampler = gencore.diffusion.ddim(schedule, 10)
+    found = gencore.diffusion.sample(lambda x, t: x * sigma[0], (2, 12), sampler, key)
+    check(bool(found.isfinite().all()) and found.shape == (2, 12), "a sampler samples")
+
     told = gencore.info()
     check(told["openmp"]["shared"] in (True, "unknown"), f"the threads are torch's, of {told['openmp']['runtime']}")
     reason = told["cuda_module"].get("reason", "nothing")

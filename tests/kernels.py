@@ -27,6 +27,8 @@ from gencore.backends import choice, cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cuda", "triton")
+# For tests of what stands around the kernels, which takes long and does not depend on the SIMD level.
+BACKENDS = ("cpu-scalar", "cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Kernels:
     name: str
     backend: str
     device: str
+
+    @property
+    def emulated(self) -> bool:
+        """Whether they are a GPU's, on the CPU."""
+        return self.backend != "cpu" and self.device == "cpu"
 
     @property
     def interpreted(self) -> bool:
@@ -78,14 +85,18 @@ def running(name: str) -> Iterator[Kernels]:
 class EmulatedOps(cuda.CudaOps):
     """The CUDA backend over the emulator, where the memory of the device is that of the CPU."""
 
-    # Whether keys of three words are on the device too.
+    # Whether keys of three words are on the device too, and tables of one row.
     keys_on_device = False
+    tables_on_device = False
 
     def _place(self, tensor: Tensor) -> tuple[int, ...]:
         return 0, 0
 
     def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
         return (self.keys_on_device or key.dim() == 2,)
+
+    def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
+        return self.tables_on_device or index is not None or len(table) != 1
 
 
 @contextmanager

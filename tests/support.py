@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+import gencore
 from gencore import Key, noise
 from gencore.bench.cases import Case
 
@@ -21,6 +25,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.cpu().contiguous().view(integers), b.cpu().contiguous().view(integers))
+
+
+def on_cpu(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What the CPU kernels make of the same arguments, whatever backend is in force and wherever the tensors are."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(moved(one) for one in value)
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    with gencore.backend("cpu"):
+        return op(*moved(args), **{name: moved(value) for name, value in kwargs.items()})
 
 
 def normals_of_blocks(key: Key, sample: int, first: int, count: int) -> torch.Tensor:

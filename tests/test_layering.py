@@ -30,7 +30,7 @@ LEVELS = (
     ("ops",),
     ("backends",),
     ("_cpu", "_cuda"),
-    ("noise", "config", "files"),
+    ("schedule", "noise", "config", "files"),
 )
 # What is used by a few only, however low it lies.
 USERS = {
@@ -268,7 +268,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     imported, cuda_initialized = json.loads(done.stdout)
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
-        "gencore", "info", "nn", "ops", "backends", "_cpu", "noise",
+        "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"gencore", "torch", "numpy"}

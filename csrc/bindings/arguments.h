@@ -6,11 +6,40 @@
 #include <array>
 #include <cstdint>
 
+#include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
 
 namespace gencore {
 
 inline void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// (address of the rows, how many, address of the index or 0, whether both are in the memory of a device).
+inline Coefficients coefficients(const pybind11::tuple& table) {
+  if (table.size() != 4) throw pybind11::value_error("coefficients must be four");
+  return {static_cast<const double*>(pointer(table[0].cast<std::uintptr_t>())), table[1].cast<std::int64_t>(),
+          static_cast<const std::int64_t*>(pointer(table[2].cast<std::uintptr_t>())), table[3].cast<bool>()};
+}
+
+// addresses: x, output, second, history0, history1, known, mask, y, prediction; 0 where there is none.
+inline DiffusionStep diffusion_step_arguments(const std::array<std::uintptr_t, 9>& addresses, int dtype,
+                                              const NoiseShape& shape, bool learned, bool second_learned,
+                                              const Coefficients& table, const NoiseKey& key) {
+  return {pointer(addresses[0]),
+          pointer(addresses[1]),
+          pointer(addresses[2]),
+          pointer(addresses[3]),
+          pointer(addresses[4]),
+          pointer(addresses[5]),
+          pointer(addresses[6]),
+          pointer(addresses[7]),
+          pointer(addresses[8]),
+          DType(dtype),
+          shape,
+          learned,
+          second_learned,
+          table,
+          key};
+}
 
 // The shape of a tensor, samples and channels first.
 inline GroupNormShape group_norm_shape(const pybind11::tuple& shape, std::int64_t groups, bool channels_last) {

@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "arguments.h"
+#include "gencore/add_noise.h"
+#include "gencore/denoising_loss.h"
+#include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
 #include "gencore/limits.h"
 #include "gencore/normal.h"
@@ -40,6 +43,19 @@ void run(const char* op, Kernel&& kernel) {
   }
   if (status == Status::out_of_memory) throw std::bad_alloc();
   if (status != Status::ok) throw std::invalid_argument(std::string("gencore._cpu.") + op + ": " + message(status));
+}
+
+// The coefficients of `samples` samples, all of which have a row.
+Coefficients checked_coefficients(const py::tuple& table, std::int64_t samples) {
+  const Coefficients found = coefficients(table);
+  for (std::int64_t b = 0; found.index != nullptr && b < samples; ++b) {
+    if (found.index[b] < 0 || found.index[b] >= found.rows) {
+      throw std::invalid_argument("t must be in [0, " + std::to_string(found.rows) +
+                                  "), the steps of the schedule, got " + std::to_string(found.index[b]) +
+                                  " for sample " + std::to_string(b));
+    }
+  }
+  return found;
 }
 
 std::vector<std::string> levels(bool (*holds)(cpu::SimdLevel)) {
@@ -139,6 +155,54 @@ PYBIND11_MODULE(_cpu, m) {
                                                 threads);
           });
         });
+  m.def("add_noise", [](std::uintptr_t x0, std::uintptr_t x_t, std::uintptr_t noise, int dtype, std::int64_t samples,
+                        std::int64_t elements, std::int64_t channels, const py::tuple& table, std::uintptr_t key,
+                        std::int64_t key_rows, int threads) {
+    const AddNoise args{pointer(x0),
+                        pointer(x_t),
+                        pointer(noise),
+                        DType(dtype),
+                        {samples, 1, elements, channels},
+                        checked_coefficients(table, samples),
+                        noise_key(key, key_rows)};
+    run("add_noise", [&] { return cpu::add_noise(args, threads); });
+  });
+  m.def("denoising_loss", [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t loss, int dtype,
+                             std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned,
+                             const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, int threads) {
+    const DenoisingLoss args{pointer(output),
+                             pointer(x0),
+                             pointer(loss),
+                             DType(dtype),
+                             {samples, 1, elements, channels},
+                             learned,
+                             checked_coefficients(table, samples),
+                             noise_key(key, key_rows)};
+    run("denoising_loss", [&] { return cpu::denoising_loss(args, threads); });
+  });
+  m.def("denoising_loss_backward",
+        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t grad_output, int dtype,
+           std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
+           std::uintptr_t key, std::int64_t key_rows, int threads) {
+          const DenoisingLossBackward args{pointer(grad_loss),
+                                           pointer(output),
+                                           pointer(x0),
+                                           pointer(grad_output),
+                                           DType(dtype),
+                                           {samples, 1, elements, channels},
+                                           learned,
+                                           checked_coefficients(table, samples),
+                                           noise_key(key, key_rows)};
+          run("denoising_loss_backward", [&] { return cpu::denoising_loss_backward(args, threads); });
+        });
+  m.def("diffusion_step", [](const std::array<std::uintptr_t, 9>& addresses, int dtype, std::int64_t samples,
+                             std::int64_t elements, std::int64_t channels, bool learned, bool second_learned,
+                             const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, int threads) {
+    const DiffusionStep args =
+        diffusion_step_arguments(addresses, dtype, {samples, 1, elements, channels}, learned, second_learned,
+                                 checked_coefficients(table, samples), noise_key(key, key_rows));
+    run("diffusion_step", [&] { return cpu::diffusion_step(args, threads); });
+  });
   m.def("group_norm",
         [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& shape,
            std::int64_t groups, bool channels_last, double eps, int activation, const py::tuple& values, int threads) {

@@ -11,6 +11,9 @@
 #include <string>
 
 #include "arguments.h"
+#include "gencore/add_noise.h"
+#include "gencore/denoising_loss.h"
+#include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
 #include "gencore/normal.h"
 #include "gencore/reparameterize.h"
@@ -161,6 +164,65 @@ PYBIND11_MODULE(_cuda, m) {
                  pointer(grad_logvar), DType(dtype), shape, noise_key(key, key_rows, key_on_device)},
                 stream_at(stream));
           });
+        });
+  m.def("add_noise", [](std::uintptr_t x0, std::uintptr_t x_t, std::uintptr_t noise, int dtype, std::int64_t samples,
+                        std::int64_t elements, std::int64_t channels, const py::tuple& table, std::uintptr_t key,
+                        std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+    const AddNoise args{pointer(x0),
+                        pointer(x_t),
+                        pointer(noise),
+                        DType(dtype),
+                        {samples, 1, elements, channels},
+                        coefficients(table),
+                        noise_key(key, key_rows, key_on_device)};
+    run("add_noise", args.dtype, args.shape, device, [&] { return cuda::add_noise(args, stream_at(stream)); });
+  });
+  m.def("denoising_loss_workspace", [](int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels) {
+    return cuda::denoising_loss_workspace(DType(dtype), {samples, 1, elements, channels});
+  });
+  m.def(
+      "denoising_loss",
+      [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t loss, int dtype, std::int64_t samples,
+         std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table, std::uintptr_t key,
+         std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const DenoisingLoss args{pointer(output),
+                                 pointer(x0),
+                                 pointer(loss),
+                                 DType(dtype),
+                                 {samples, 1, elements, channels},
+                                 learned,
+                                 coefficients(table),
+                                 noise_key(key, key_rows, key_on_device)};
+        run("denoising_loss", args.dtype, args.shape, device,
+            [&] { return cuda::denoising_loss(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def("denoising_loss_backward",
+        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t grad_output, int dtype,
+           std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
+           std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+          const DenoisingLossBackward args{pointer(grad_loss),
+                                           pointer(output),
+                                           pointer(x0),
+                                           pointer(grad_output),
+                                           DType(dtype),
+                                           {samples, 1, elements, channels},
+                                           learned,
+                                           coefficients(table),
+                                           noise_key(key, key_rows, key_on_device)};
+          run("denoising_loss_backward", args.dtype, args.shape, device,
+              [&] { return cuda::denoising_loss_backward(args, stream_at(stream)); });
+        });
+  m.def("diffusion_step",
+        [](const std::array<std::uintptr_t, 9>& addresses, int dtype, std::int64_t samples, std::int64_t elements,
+           std::int64_t channels, bool learned, bool second_learned, const py::tuple& table, std::uintptr_t key,
+           std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+          const DiffusionStep args =
+              diffusion_step_arguments(addresses, dtype, {samples, 1, elements, channels}, learned, second_learned,
+                                       coefficients(table), noise_key(key, key_rows, key_on_device));
+          run("diffusion_step", args.dtype, args.shape, device,
+              [&] { return cuda::diffusion_step(args, stream_at(stream)); });
         });
   m.def("group_norm_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
     return cuda::group_norm_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));

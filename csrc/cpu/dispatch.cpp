@@ -71,6 +71,14 @@ bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads) {
   return threads >= 1 && !key.on_device && gencore::is_valid(shape, key);
 }
 
+bool has_rows(const Coefficients& table, std::int64_t samples) {
+  if (table.on_device || !gencore::is_valid(table, samples)) return false;
+  for (std::int64_t b = 0; table.index != nullptr && b < samples; ++b) {
+    if (table.index[b] < 0 || table.index[b] >= table.rows) return false;
+  }
+  return true;
+}
+
 SimdLevel simd_level() { return chosen.load(std::memory_order_relaxed); }
 
 bool set_simd_level(SimdLevel level) {

@@ -18,6 +18,9 @@ namespace gencore::cpu {
 // Whether the sizes are valid, the key is where the CPU can read it, and there is a thread to do the work.
 bool is_valid(const NoiseShape& shape, const NoiseKey& key, int threads);
 
+// Whether each of `samples` samples has a row, and the CPU can read it.
+bool has_rows(const Coefficients& table, std::int64_t samples);
+
 }  // namespace gencore::cpu
 
 #ifdef GENCORE_X86_LEVELS

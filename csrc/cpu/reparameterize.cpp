@@ -1,29 +1,11 @@
 #include "gencore/reparameterize.h"
 
 #include "noise.h"
+#include "sums.h"
 #include "workspace.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
-
-// The sum of n values with an order that no SIMD level and no number of threads changes: 16 interleaved sums in
-// binary32 (as many as the widest vector has lanes), added up pairwise in binary64.
-template <class A>
-double sum(const A* x, std::int64_t n) {
-  constexpr int lanes = 16;
-  A lane[lanes] = {};
-  std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int j = 0; j < lanes; ++j) lane[j] += x[i + j];
-  }
-  for (int j = 0; i < n; ++i, ++j) lane[j] += x[i];
-  double total[lanes];
-  for (int j = 0; j < lanes; ++j) total[j] = static_cast<double>(lane[j]);
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) total[j] += total[j + half];
-  }
-  return total[0];
-}
 
 template <class T>
 Status forward(const Reparameterize& args, int threads) {
@@ -38,11 +20,10 @@ Status forward(const Reparameterize& args, int threads) {
   T* const z = static_cast<T*>(args.z);
   A* const kl = static_cast<A*>(args.kl);
 
-  const bool pieces = kl != nullptr && tiles.tiles_per_row > 1;
   const Workspace<float> noise_space(tiles.team(threads), capacity);
   const Workspace<A> sigma_space(tiles.team(threads), 2 * capacity);
-  const Workspace<double> piece_space(1, pieces ? tiles.count : 0);
-  if (!noise_space.ok() || !sigma_space.ok() || !piece_space.ok()) return Status::out_of_memory;
+  const RowSums sums(tiles, kl != nullptr);
+  if (!noise_space.ok() || !sigma_space.ok() || !sums.ok()) return Status::out_of_memory;
 
   if (kl != nullptr && shape.elements == 0) std::memset(kl, 0, static_cast<std::size_t>(shape.samples) * sizeof(A));
 
@@ -77,23 +58,9 @@ Status forward(const Reparameterize& args, int threads) {
         store_part<P>(z + at + i, P::fma(deviation, load_part<P>(noise + i, count), mean), count);
       });
     }
-    if (pieces) {
-      const std::int64_t row = start / shape.elements;
-      piece_space.of_thread(0)[row * tiles.tiles_per_row + start % shape.elements / tiles.piece] = sum(term, n);
-    } else if (kl != nullptr) {
-      for (std::int64_t i = 0; i < n; i += shape.elements) {
-        kl[(start + i) / shape.elements] = static_cast<A>(sum(term + i, shape.elements));
-      }
-    }
+    if (kl != nullptr) sums.add(start, n, term, kl);
   });
-  if (pieces) {
-    const double* const piece = piece_space.of_thread(0);
-    for (std::int64_t row = 0; row < shape.samples; ++row) {
-      double total = 0;
-      for (std::int64_t i = 0; i < tiles.tiles_per_row; ++i) total += piece[row * tiles.tiles_per_row + i];
-      kl[row] = static_cast<A>(total);
-    }
-  }
+  if (kl != nullptr) sums.finish(kl);
   return Status::ok;
 }
 

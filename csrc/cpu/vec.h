@@ -53,6 +53,8 @@ struct Double {
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
   static F load(const double* p) { return *p; }
   static F load(const float* p) { return *p; }
   static void store(double* p, F x) { *p = x; }

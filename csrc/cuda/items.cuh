@@ -60,12 +60,40 @@ Work make_work(const NoiseShape& shape, std::initializer_list<const void*> addre
   return work;
 }
 
+// The elements of one item as they came from memory: converted when they are used, for only then are they waited for.
+template <class T, bool channels_last>
+struct Held {
+  static constexpr int size = item_size<T, channels_last>;
+  // Four registers for eight elements of a half type, as one access brings them.
+  static constexpr bool packed = !channels_last && sizeof(T) == 2;
+
+  std::conditional_t<packed, uint4, T[size]> elements;
+
+  __device__ __forceinline__ void get(typename Arithmetic<T>::F (&x)[size]) const {
+    if constexpr (packed) {
+      uint4 behind = elements;
+      ptx::keep_behind(behind);
+      Vector<T>::unpack(behind, x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        T behind = elements[i];
+        ptx::keep_behind(behind);
+        x[i] = to_arithmetic(behind);
+      }
+    }
+  }
+};
+
 // The elements of one item: where they are in the first draw of a tensor, and which noise is theirs.
 template <class T, bool channels_last>
 struct Item {
   static constexpr int size = item_size<T, channels_last>;
 
   std::int64_t at, stride;
+  // In a tensor of twice the channels, the first element is at `at + before`, and in the second half of them, `half`
+  // behind that.
+  std::int64_t before, half;
   // How many elements are inside the row; `whole` if they are all and can be read at once.
   int count;
   bool whole;
@@ -89,16 +117,67 @@ struct Item {
 
   template <class A>
   __device__ __forceinline__ void store(T* tensor, const A (&x)[size]) const {
+    store_at(tensor + at, stride, x);
+  }
+
+  // Of a tensor that the launch may write to as well.
+  __device__ __forceinline__ Held<T, channels_last> hold(const T* tensor) const { return hold_at(tensor + at, stride); }
+
+  // The same for one half of a tensor of twice the channels.
+  __device__ __forceinline__ Held<T, channels_last> hold_half(const T* tensor, int which) const {
+    return hold_at(tensor + at + before + which * half, channels_last ? 2 * stride : stride);
+  }
+
+  template <class A>
+  __device__ __forceinline__ void store_half(T* tensor, int which, const A (&x)[size]) const {
+    store_at(tensor + at + before + which * half, channels_last ? 2 * stride : stride, x);
+  }
+
+ private:
+  __device__ __forceinline__ Held<T, channels_last> hold_at(const T* first, std::int64_t step) const {
+    Held<T, channels_last> held;
+    if constexpr (Held<T, channels_last>::packed) {
+      if (whole) {
+        held.elements = *reinterpret_cast<const uint4*>(first);
+        return held;
+      }
+      std::uint32_t word[size / 2];
+#pragma unroll
+      for (int i = 0; i < size; i += 2) {
+        const std::uint32_t low = i < count ? first[i * step].bits : 0,
+                            high = i + 1 < count ? first[(i + 1) * step].bits : 0;
+        word[i / 2] = low | high << 16;
+      }
+      held.elements = make_uint4(word[0], word[1], word[2], word[3]);
+    } else {
+      if constexpr (!channels_last) {
+        using V = Vector<T>;
+        if (whole) {
+#pragma unroll
+          for (int i = 0; i < size / V::size; ++i) {
+            V::unpack(reinterpret_cast<const typename V::Memory*>(first)[i], held.elements + i * V::size);
+          }
+          return held;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < size; ++i) held.elements[i] = i < count ? first[i * step] : T{};
+    }
+    return held;
+  }
+
+  template <class A>
+  __device__ __forceinline__ void store_at(T* first, std::int64_t step, const A (&x)[size]) const {
     if (whole) {
       using V = Vector<T>;
 #pragma unroll
       for (int i = 0; i < size / V::size; ++i) {
-        ptx::store(reinterpret_cast<typename V::Memory*>(tensor + at) + i, V::pack(x + i * V::size));
+        ptx::store(reinterpret_cast<typename V::Memory*>(first) + i, V::pack(x + i * V::size));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        if (i < count) from_arithmetic(x[i], tensor[at + i * stride]);
+        if (i < count) from_arithmetic(x[i], first[i * step]);
       }
     }
   }
@@ -116,10 +195,12 @@ __device__ __forceinline__ void for_each_item_of_piece(const Work& work, std::in
     std::int64_t group = (start + lane) / work.channels, channel = (start + lane) % work.channels;
     const std::int64_t group_step = team / work.channels, channel_step = team % work.channels;
     item.stride = work.channels;
+    item.half = work.channels;
     item.whole = false;
     for (int i = lane; i < n; i += team) {
       const std::int64_t pixel = size * group, index = channel * pixels + pixel;
-      item.at = row * work.elements + pixel * work.channels + channel;
+      item.before = row * work.elements + pixel * work.channels;
+      item.at = item.before + channel;
       item.count = static_cast<int>(pixels - pixel < size ? pixels - pixel : size);
       item.block = static_cast<std::uint32_t>(index / 4);
       item.skip = static_cast<int>(index % 4);
@@ -136,6 +217,8 @@ __device__ __forceinline__ void for_each_item_of_piece(const Work& work, std::in
     const std::uint32_t first_block = static_cast<std::uint32_t>(start * size / 4);
     int left = static_cast<int>(rest < n * size ? rest : n * size) - lane * size;
     item.stride = 1;
+    item.before = row * work.elements;
+    item.half = work.elements;
     item.skip = 0;
     item.at = first + lane * size;
     item.block = first_block + static_cast<std::uint32_t>(lane) * (size / 4);

@@ -72,6 +72,9 @@ struct Double {
   static __device__ __forceinline__ F mul(F a, F b) { return a * b; }
   static __device__ __forceinline__ F div(F a, F b) { return a / b; }
   static __device__ __forceinline__ F fma(F a, F b, F c) { return a * b + c; }
+  // The second operand if one is NaN.
+  static __device__ __forceinline__ F min(F a, F b) { return a < b ? a : b; }
+  static __device__ __forceinline__ F max(F a, F b) { return a > b ? a : b; }
 };
 
 // The arithmetic for elements of type T: binary64 for float64, binary32 for all others.
@@ -89,6 +92,16 @@ __device__ __forceinline__ auto standard_deviation(typename Arithmetic<T>::F log
     return ptx::exp2_approx(__fmul_rn(log_variance, half_log2_e));
   } else {
     return gencore::exp<Lane>(__fmul_rn(log_variance, 0.5f));
+  }
+}
+
+// e^x, for P either of the above.
+template <class P>
+__device__ __forceinline__ typename P::F exponential(typename P::F x) {
+  if constexpr (std::is_same_v<P, Double>) {
+    return ::exp(x);
+  } else {
+    return gencore::exp<P>(x);
   }
 }
 

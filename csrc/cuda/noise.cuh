@@ -48,6 +48,23 @@ cudaError_t with_variant(DType dtype, const NoiseShape& shape, const NoiseKey& k
   });
 }
 
+// Calls body(type, channels_last, from_device), the last two as constants, for kernels that begin their rows with
+// `begin_either`: from_device says that what differs from row to row may be on the device, or for float64 that it may
+// be anywhere, as that needs no kernel of its own to be fast.
+template <class Body>
+cudaError_t with_row_variant(DType dtype, const NoiseShape& shape, bool from_device, Body&& body) {
+  return with_type(dtype, [&](auto* type) {
+    return with_constants(
+        [&](auto channels_last) {
+          if constexpr (!std::is_same_v<std::remove_pointer_t<decltype(type)>, double>) {
+            if (!from_device) return body(type, channels_last, std::false_type{});
+          }
+          return body(type, channels_last, std::true_type{});
+        },
+        shape.channels > 1);
+  });
+}
+
 // What the noise of one row begins with.
 template <bool key_on_device>
 struct RowNoise {
@@ -68,6 +85,20 @@ struct RowNoise {
       stream = key.stream;
       sample = key.sample + static_cast<std::uint64_t>(row);
     }
+  }
+
+  // Of a key that may be on the device or not.
+  __device__ __forceinline__ void begin_either(const NoiseWords& key, std::int64_t row) {
+    if constexpr (key_on_device) {
+      if (key.on_device == nullptr) {
+        seed_low = key.round_key[0][0];
+        seed_high = key.round_key[0][1];
+        stream = key.stream;
+        sample = key.sample + static_cast<std::uint64_t>(row);
+        return;
+      }
+    }
+    begin(key, row);
   }
 
   // The four words of a block of the row.

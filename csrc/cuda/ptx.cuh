@@ -70,6 +70,16 @@ __device__ __forceinline__ void store(double2* address, double2 value) {
                : "memory");
 }
 
+// What is computed from the value stays behind this point of the program: with it the wait for the value, where it was
+// loaded before.
+__device__ __forceinline__ void keep_behind(uint4& value) {
+  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+}
+__device__ __forceinline__ void keep_behind(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void keep_behind(double& value) { asm volatile("" : "+d"(value)); }
+__device__ __forceinline__ void keep_behind(bfloat16& value) { asm volatile("" : "+h"(value.bits)); }
+__device__ __forceinline__ void keep_behind(float16& value) { asm volatile("" : "+h"(value.bits)); }
+
 // The shared memory whose size the launch gives; at a multiple of 16.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {

@@ -1,5 +1,6 @@
 #include "gencore/reparameterize.h"
 #include "noise.cuh"
+#include "sums.cuh"
 
 namespace gencore::cuda {
 
@@ -58,37 +59,10 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(key_on_device ? 2 :
       },
       [&](std::int64_t task) {
         if constexpr (with_kl) {
-          for (int distance = 1 << work.team_log2 >> 1; distance > 0; distance /= 2) {
-            sum = P::add(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, distance));
-          }
-          if (task >= 0 && (threadIdx.x & ((1u << work.team_log2) - 1)) == 0) tensors.kl[task] = sum;
+          sum = sum_of_team<P>(work, sum);
+          if (task >= 0 && is_first_of_team(work)) tensors.kl[task] = sum;
         }
       });
-}
-
-// kl[row] = the sum of the row's pieces; a block takes a row at a time.
-template <class A>
-__global__ void __launch_bounds__(block_threads)
-    sum_pieces_kernel(const A* pieces, A* kl, std::int64_t rows, std::int64_t pieces_per_row) {
-  constexpr int warps = block_threads / warp_threads;
-  __shared__ double of_warp[warps];
-  const int warp = static_cast<int>(threadIdx.x) / warp_threads, lane = static_cast<int>(threadIdx.x) % warp_threads;
-  for (std::int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    double sum = 0;
-    for (std::int64_t i = threadIdx.x; i < pieces_per_row; i += block_threads) {
-      sum += static_cast<double>(pieces[row * pieces_per_row + i]);
-    }
-    for (int distance = warp_threads / 2; distance > 0; distance /= 2) {
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-    }
-    if (lane == 0) of_warp[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int i = 1; i < warps; ++i) sum += of_warp[i];
-      kl[row] = static_cast<A>(sum);
-    }
-    __syncthreads();
-  }
 }
 
 template <class A>
@@ -192,8 +166,7 @@ Error reparameterize(const Reparameterize& args, void* workspace, Stream stream)
         },
         with_kl);
     if (error != cudaSuccess || !pieces) return error;
-    return launch(sum_pieces_kernel<A>, blocks_for(work.rows * block_threads), block_threads, 0, stream,
-                  static_cast<const A*>(workspace), kl, work.rows, work.pieces_per_row);
+    return sum_pieces(work, workspace, kl, 1, stream);
   });
 }
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.layout import empty_draws, empty_gradients, in_format, memory_format_of, suggested_format
+from gencore.backends.layout import (
+    empty_draws,
+    empty_gradients,
+    in_format,
+    kept_format,
+    memory_format_of,
+    suggested_format,
+)
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
@@ -39,8 +46,28 @@ class CompiledOps:
         """Before them, of ops that make noise: where the key is."""
         return ()
 
+    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
+        """The last arguments of ops that make noise: the key, which the caller holds, and where to compute."""
+        rows = 0 if key.dim() == 1 else len(key)
+        return key.data_ptr(), rows, *self._place_of_key(key), *self._place(tensor)
+
     def _empty_like(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor)
+
+    def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
+        """Whether kernels read these coefficients in the memory of a device."""
+        return False
+
+    def _coefficients(
+        self, table: Tensor, index: Tensor | None, tensor: Tensor
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, bool]]:
+        """Tensors for the caller to hold, and what the kernel for ``tensor`` takes of them."""
+        on_device = self._is_on_device(table, index)
+        place = tensor.device if on_device else torch.device("cpu")
+        table = table.to(place, non_blocking=on_device).contiguous()
+        if index is not None:
+            index = index.to(place, non_blocking=on_device).contiguous()
+        return (table, index), (table.data_ptr(), len(table), 0 if index is None else index.data_ptr(), on_device)
 
     def _is_aligned(self, tensor: Tensor) -> bool:
         """Whether the address lets kernels read as wide as the shape does: their sums are in an order of that."""
@@ -62,7 +89,7 @@ class CompiledOps:
         batch, channels = dense.shape[0], _channels(dense, memory_format)
         kernel(
             dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
-            key.data_ptr(), 0 if key.dim() == 1 else batch, *self._place_of_key(key), *self._place(out),
+            *self._noise(key, out),
         )  # fmt: skip
         if dense is not out:
             out.copy_(dense)
@@ -85,17 +112,17 @@ class CompiledOps:
             channels = _channels(mu, memory_format)
         key = self._key(key, mu)
         z = self._empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
-        batch, place, kl_address = mu.shape[0], (*self._place_of_key(key), *self._place(mu)), 0
+        batch, kl_address = mu.shape[0], 0
+        workspace: tuple[Tensor, ...] = ()
         sizes = (
             _DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
             channels,
         )  # fmt: skip
         if kl is not None:
             kl_address, workspace = kl.data_ptr(), self._workspace("reparameterize", mu, *sizes)
-            place = (*place, *(memory.data_ptr() for memory in workspace))
         self._module.reparameterize(
-            mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), kl_address, *sizes,
-            key.data_ptr(), 0 if key.dim() == 1 else batch, *place,
+            mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), kl_address, *sizes, *self._noise(key, mu),
+            *[memory.data_ptr() for memory in workspace],
         )  # fmt: skip
         return z
 
@@ -130,10 +157,87 @@ class CompiledOps:
             0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
             0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
             grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
-            logvar.numel() // batch if batch else 0, channels, key.data_ptr(), 0 if key.dim() == 1 else batch,
-            *self._place_of_key(key), *self._place(logvar),
+            logvar.numel() // batch if batch else 0, channels, *self._noise(key, logvar),
         )  # fmt: skip
         return grad_mu, grad_logvar
+
+    def add_noise(
+        self, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, with_noise: bool, x_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``x_t``: where to write to, with the strides of ``x0`` in its format."""
+        memory_format = kept_format(x0)
+        (x0,) = in_format(memory_format, x0)
+        sizes = _sizes(x0, memory_format)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        if x_t is None:
+            x_t = self._empty_like(x0)
+        noise = self._empty_like(x0) if with_noise else None
+        self._module.add_noise(
+            x0.data_ptr(), x_t.data_ptr(), 0 if noise is None else noise.data_ptr(), *sizes, coefficients,
+            *self._noise(key, x0),
+        )  # fmt: skip
+        del held
+        return x_t, noise
+
+    def denoising_loss(self, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+        memory_format = kept_format(output, x0)
+        output, x0 = in_format(memory_format, output, x0)
+        sizes = _sizes(x0, memory_format)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        loss = torch.empty(x0.shape[0], dtype=dtype, device=x0.device)
+        workspace = self._workspace("denoising_loss", x0, *sizes)
+        self._module.denoising_loss(
+            output.data_ptr(), x0.data_ptr(), loss.data_ptr(), *sizes, output.shape != x0.shape, coefficients,
+            *self._noise(key, x0),
+            *[memory.data_ptr() for memory in workspace],
+        )  # fmt: skip
+        del held
+        return loss
+
+    def denoising_loss_backward(
+        self, grad_loss: Tensor, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+    ) -> Tensor:
+        memory_format = kept_format(output, x0)
+        output, x0 = in_format(memory_format, output, x0)
+        sizes = _sizes(x0, memory_format)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        grad_loss, grad_output = grad_loss.contiguous(), self._empty_like(output)
+        self._module.denoising_loss_backward(
+            grad_loss.data_ptr(), output.data_ptr(), x0.data_ptr(), grad_output.data_ptr(), *sizes,
+            output.shape != x0.shape, coefficients, *self._noise(key, x0),
+        )  # fmt: skip
+        del held
+        return grad_output
+
+    def diffusion_step(
+        self,
+        x: Tensor,
+        output: Tensor | None,
+        second: Tensor | None,
+        history0: Tensor | None,
+        history1: Tensor | None,
+        known: Tensor | None,
+        mask: Tensor | None,
+        rows: Tensor,
+        key: Tensor,
+        y: Tensor | None = None,
+        prediction: Tensor | None = None,
+    ) -> Tensor:
+        """``y``, ``prediction``: where to write to, with the strides of ``x`` in its format."""
+        memory_format = kept_format(x)
+        x, *tensors = in_format(memory_format, x, output, second, history0, history1, known, mask)
+        sizes = _sizes(x, memory_format)
+        key, (held, coefficients) = self._key(key, x), self._coefficients(rows, None, x)
+        if y is None:
+            y = self._empty_like(x)
+        learned = [tensor is not None and tensor.shape != x.shape for tensor in tensors[:2]]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, *tensors, y, prediction)]
+        self._module.diffusion_step(
+            addresses, *sizes, *learned, coefficients, *self._noise(key, x),
+        )  # fmt: skip
+        del held
+        return y
 
     def group_norm(
         self,
@@ -203,6 +307,12 @@ class CompiledOps:
         )  # fmt: skip
         del dense
         return tuple(grads)
+
+
+def _sizes(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
+    """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
+    batch = x.shape[0]
+    return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
 
 
 _ACTIVATION = {None: 0, "silu": 1}

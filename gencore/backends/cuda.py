@@ -30,6 +30,10 @@ class CudaOps(CompiledOps):
     def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
         return (not key.is_cpu,)
 
+    def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
+        # A single row on the CPU is an argument of the launch.
+        return index is not None or len(table) != 1 or not table.is_cpu
+
     def _is_aligned(self, tensor: Tensor) -> bool:
         return tensor.data_ptr() % 16 == 0
 

@@ -37,6 +37,16 @@ def suggested_format(tensor: Tensor) -> torch.memory_format:
     return memory_format
 
 
+def kept_format(tensor: Tensor, like: Tensor | None = None) -> torch.memory_format:
+    """:func:`suggested_format`, of a tensor that may hold several for each of the channels of ``like`` (itself).
+
+    Where these are one channel, it is contiguous: kernels cannot tell the formats of such a tensor apart.
+    """
+    if tensor.dim() < 4 or tensor.is_contiguous() or (tensor if like is None else like).shape[1] == 1:
+        return torch.contiguous_format
+    return suggested_format(tensor)
+
+
 def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
     """An uninitialised tensor like ``like`` in its kept format, or one of ``(num_samples, *like.shape)``."""
     memory_format = memory_format_of(like)

@@ -103,6 +103,28 @@ REPARAMETERIZE = (
 )
 
 
+# Of three ops, each with tests and benchmarks of its own: a short table keeps these within their time.
+DIFFUSION = (
+    Case((0, 4), "empty batch"),
+    Case((3, 0), "empty samples"),
+    Case((1, 1), "one element"),
+    Case((5,), "one element per sample, no further dimension"),
+    Case((7, 33), "odd tail, rows shorter than a vector"),
+    Case((2, 5003), "rows of several tiles with an odd tail"),
+    Case((2, 3, 5, 7), "odd image"),
+    Case((2, 4, 9, 9), "odd image", layout="channels_last"),
+    Case((3, 5, 16, 16), "more pixels than a run, odd number of channels", layout="channels_last"),
+    Case((2, 3, 4, 5, 6), "odd video", layout="channels_last_3d"),
+    Case((4, 1, 28, 28), "a few images of MNIST", timed=_CPU),
+    Case((64, 3, 64, 64), "a batch of small pictures", timed=_CPU),
+    Case((64, 3, 64, 64), "a batch of small pictures", layout="channels_last", timed=_CPU),
+    Case((16, 3, 256, 256), "a batch of pictures", timed=_BOTH),
+    Case((256, 4, 128, 128), "64 MB of float32", timed=_GPU),
+    Case((64, 16, 256, 256), "256 MB of float32", timed=_GPU),
+    Case((64, 16, 256, 256), "256 MB of float32", layout="channels_last", timed=_GPU),
+)
+
+
 def _both(shape: tuple[int, ...], groups: int, why: str, timed: tuple[str, ...] = ()) -> tuple[Case, ...]:
     """A case in each of the two memory formats."""
     layout = {4: "channels_last", 5: "channels_last_3d"}[len(shape)]

@@ -20,3 +20,15 @@ def eager_and_compiled(function: Callable[..., Any], device: str = "cpu") -> dic
     """
     peers = {"eager": function, "compile": compiled(function)}
     return peers | ({"compile, fallback RNG": compiled(function, fallback_random=True)} if device == "cpu" else {})
+
+
+def diffusers_scheduler(name: str, device: str, steps: int | None = None) -> Any:
+    """diffusers' scheduler of that name with its default betas, those of DDPM; None where it is not installed."""
+    try:
+        import diffusers
+    except ImportError:
+        return None
+    scheduler = getattr(diffusers, name)()
+    if steps is not None:
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler

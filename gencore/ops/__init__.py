@@ -2,10 +2,28 @@
 
 from gencore.backends.choice import backend as backend
 from gencore.ops._explain import explain as explain
+from gencore.ops.add_noise import add_noise as add_noise
+from gencore.ops.denoising_loss import denoising_loss as denoising_loss
+from gencore.ops.denoising_loss import variational_bound as variational_bound
+from gencore.ops.diffusion_step import STEP_COLUMNS as STEP_COLUMNS
+from gencore.ops.diffusion_step import diffusion_step as diffusion_step
+from gencore.ops.diffusion_step import step_coefficients as step_coefficients
 from gencore.ops.group_norm import group_norm as group_norm
 from gencore.ops.normal import normal as normal
 from gencore.ops.reparameterize import reparameterize as reparameterize
 from gencore.ops.reparameterize import reparameterize_kl as reparameterize_kl
 from gencore.ops.uniform import uniform as uniform
 
-__all__ = ["group_norm", "normal", "reparameterize", "reparameterize_kl", "uniform"]
+__all__ = [
+    "STEP_COLUMNS",
+    "add_noise",
+    "denoising_loss",
+    "diffusion_step",
+    "group_norm",
+    "normal",
+    "reparameterize",
+    "reparameterize_kl",
+    "step_coefficients",
+    "uniform",
+    "variational_bound",
+]

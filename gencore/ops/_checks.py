@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from gencore.ops._library import PLAIN_TYPES, is_unobserved
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING = frozenset(FLOATING)
 _STRIDED = torch.strided
+_NONE: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
 def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
@@ -130,6 +134,54 @@ def _for_capture(packed: Tensor, tensor: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and tensor.is_cuda and packed.is_cpu:
         return packed.to(tensor.device)
     return packed
+
+
+def check_elements_of(name: str, tensor: Tensor) -> None:
+    """Each sample of ``tensor`` must have no more elements than there are noise values."""
+    check_elements(name, math.prod(tensor.shape[1:]))
+
+
+def check_out(
+    out: Any,
+    name: str,
+    x: Tensor,
+    others: Mapping[str, Tensor | None] = _NONE,
+    *,
+    own_name: str = "out",
+    may_be_x: bool = True,
+) -> None:
+    """``out`` must be like ``x``, which is called ``name``: ``x`` itself, or apart from it and ``others`` in memory."""
+    check_same(own_name, out, name, x)
+    tensors = {name: x, **others}
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *tensors.values())):
+        raise ValueError(
+            f"{own_name} must be left out where a gradient is wanted: what it would need may be written over"
+        )
+    if not (is_unobserved() and all(t is None or type(t) in PLAIN_TYPES for t in (out, *tensors.values()))):
+        return
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"{own_name} must not have several elements in one place, as an expanded tensor has")
+    memory = out.untyped_storage().data_ptr()
+    for other_name, tensor in tensors.items():
+        if tensor is not None and tensor.untyped_storage().data_ptr() == memory and _share(out, tensor):
+            if may_be_x and tensor is x and out.data_ptr() == x.data_ptr() and out.stride() == x.stride():
+                continue
+            itself = f"be {name} itself or " if may_be_x else ""
+            raise ValueError(f"{own_name} must {itself}lie apart from {other_name} in memory; they may overlap")
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may have elements in one place."""
+    (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    first, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.numel() == 0:
+        return first, first
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (steps + 1) * size
 
 
 def check_elements(name: str, elements: int | torch.SymInt) -> None:

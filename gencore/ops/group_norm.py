@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
-from gencore.ops._checks import FLOATING, check_same, check_tensor
+from gencore.ops._checks import FLOATING, check_out, check_tensor
 from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
 
 Activation = Literal["silu"]
@@ -172,7 +172,7 @@ def group_norm(
         eps = _check(x, num_groups, eps, activation, *values)
     if out is None:
         return _group_norm(x, num_groups, *values, activation, eps)[0]
-    _check_out(out, x, values)
+    check_out(out, "x", x, dict(zip(_VALUE_NAMES, values, strict=True)))
     if not torch.compiler.is_compiling() and out.is_neg():
         # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
         return out.copy_(_group_norm(x, num_groups, *values, activation, eps)[0])
@@ -288,33 +288,3 @@ def _check_value(name: str, value: Any, x: Tensor, shape: tuple[int, ...], lette
         raise TypeError(f"{name} must have the dtype {allowed} for such an x, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-
-
-def _check_out(out: Any, x: Tensor, values: tuple[Tensor | None, ...]) -> None:
-    check_same("out", out, "x", x)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, x, *values)):
-        raise ValueError("out must be left out where a gradient is wanted: what it would need may be written over")
-    if not (is_unobserved() and all(t is None or type(t) in PLAIN_TYPES for t in (out, x, *values))):
-        return
-    if torch._debug_has_internal_overlap(out) == 1:
-        raise ValueError("out must not have several elements in one place, as an expanded tensor has")
-    memory = out.untyped_storage().data_ptr()
-    for name, tensor in zip(("x", *_VALUE_NAMES), (x, *values), strict=True):
-        if tensor is not None and tensor.untyped_storage().data_ptr() == memory and _share(out, tensor):
-            if tensor is x and out.data_ptr() == x.data_ptr() and out.stride() == x.stride():
-                continue
-            raise ValueError(f"out must be x itself or lie apart from {name} in memory; they may overlap")
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors may have elements in one place."""
-    (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
-    return a_first < b_end and b_first < a_end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    first, size = tensor.data_ptr(), tensor.element_size()
-    if tensor.numel() == 0:
-        return first, first
-    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (steps + 1) * size

@@ -14,6 +14,12 @@ from gencore.ops._library import define
 _normal_ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None)
 
 
+def fill_with_normals(out: Tensor, key: Tensor) -> Tensor:
+    """Fills ``out`` with the noise that :func:`normal` draws, for a key's words."""
+    _normal_(out, key)
+    return out
+
+
 def normal(
     shape: Sequence[int],
     key: Key | None = None,

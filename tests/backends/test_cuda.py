@@ -10,19 +10,22 @@ from kernels import EmulatedOps, emulated, running
 from support import laid_out, normals_of_blocks, same_bits
 
 import gencore
-from gencore import Key, ops
+from gencore import Key, diffusion, ops
 from gencore.backends import cuda
 from gencore.backends.reference.normal import normal as reference
 from gencore.bench import cases
+from gencore.schedule import Schedule
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 
 @contextmanager
-def on_cuda(monkeypatch, keys_on_device: bool = False):
-    """Runs ops on the CUDA backend; in the emulator, keys of three words count as being on the device if asked for."""
+def on_cuda(monkeypatch, keys_on_device: bool = False, tables_on_device: bool = False):
+    """Runs ops on the CUDA backend; in the emulator, keys of three words and tables of one row count as being on the
+    device if asked for."""
     monkeypatch.setattr(EmulatedOps, "keys_on_device", keys_on_device)
+    monkeypatch.setattr(EmulatedOps, "tables_on_device", tables_on_device)
     with running("cuda"):
         yield
 
@@ -66,6 +69,77 @@ def test_the_divergence_of_a_sample_does_not_depend_on_its_batch(monkeypatch):
     assert same_bits(part, whole[1:4])
 
 
+def step_inputs(case: cases.Case, dtype: torch.dtype, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """x, an output with a variance, coefficients; and what else a step can take, but where to write."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(channels: int = 1) -> torch.Tensor:
+        shape = (case.shape[0], channels * case.shape[1], *case.shape[2:])
+        return laid_out(torch.randn(shape, generator=generator).to(dtype), case)
+
+    columns = torch.randn(len(ops.STEP_COLUMNS), generator=generator)
+    coefficients = ops.step_coefficients(**dict(zip(ops.STEP_COLUMNS, columns.tolist(), strict=True)) | {"limit": 0.5})
+    more = {"second": tensor(2), "history": (tensor(), tensor()), "known": tensor(), "mask": tensor().clamp(0, 1)}
+    return (tensor(), tensor(2), coefficients), more
+
+
+@pytest.mark.parametrize("key_on_device", [False, True], ids=["key-here", "key-there"])
+@pytest.mark.parametrize("table_on_device", [False, True], ids=["table-here", "table-there"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_keys_and_coefficients_of_one_row_wherever_they_are(key_on_device, table_on_device, layout, dtype, monkeypatch):
+    case = cases.Case((3, 4, 9, 9), "", layout=layout)
+    key, schedule = Key(-3).stream(2**32 - 1).samples(2**33 + 5), diffusion.linear(10)
+    (x, output, coefficients), more = step_inputs(case, dtype)
+    with gencore.backend("cpu"):
+        step_here = ops.diffusion_step(x, output, coefficients, key, **more)
+        noised_here = ops.add_noise(x, 7, schedule, key)
+        loss_here = ops.denoising_loss(output, x, 7, schedule, key)
+
+    def moved(value):
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value.to(DEVICE)
+
+    with on_cuda(monkeypatch, key_on_device, table_on_device):
+        x, output, more = x.to(DEVICE), output.to(DEVICE), {name: moved(value) for name, value in more.items()}
+        key = key.to(DEVICE) if key_on_device else key
+        coefficients = coefficients.to(DEVICE) if table_on_device else coefficients
+        assert same_bits(ops.diffusion_step(x, output, coefficients, key, **more), step_here)
+        assert same_bits(ops.add_noise(x, 7, schedule, key), noised_here)
+        # Summed in another order; 729 positive terms.
+        torch.testing.assert_close(ops.denoising_loss(output, x, 7, schedule, key).cpu(), loss_here, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_step_may_write_over_whatever_is_x(layout, monkeypatch):
+    """Every input but the mask is x itself: no kernel reads it behind its writing, or as what nobody writes."""
+    case = cases.Case((2, 8, 16, 16), "", layout=layout)
+    (x, _, coefficients), more = step_inputs(case, torch.bfloat16)
+    mask = more["mask"].to(DEVICE)
+
+    def stepped(x, **where):
+        return ops.diffusion_step(x, x, coefficients, Key(3), second=x, history=(x, x), known=x, mask=mask, **where)
+
+    with on_cuda(monkeypatch):
+        x = x.to(DEVICE)
+        over = x.clone()
+        y = stepped(x)
+        assert stepped(over, out=over) is over
+        assert same_bits(over, y)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 41, 37), (3, 8, 130, 64)])
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(shape, monkeypatch):
+    x0, output = torch.randn(shape, device=DEVICE), torch.randn(shape[0], 2 * shape[1], *shape[2:], device=DEVICE)
+    t, schedule = torch.arange(shape[0], device=DEVICE), diffusion.linear(10)
+    with on_cuda(monkeypatch):
+        whole = ops.denoising_loss(output, x0, t, schedule, Key(3))
+        part = ops.denoising_loss(output[1:], x0[1:], t[1:], schedule, Key(3).samples(1))
+        # Not at a multiple of 16 bytes: read in another way, summed in the same order.
+        shifted = torch.empty(x0.numel() + 1, device=DEVICE)[1:].view(shape).copy_(x0)
+        assert same_bits(ops.denoising_loss(output, shifted, t, schedule, Key(3)), whole)
+    assert same_bits(part, whole[1:])
+
+
 def test_an_error_names_the_op_and_its_shapes(monkeypatch):
     key = Key(1).packed
     with on_cuda(monkeypatch):
@@ -81,6 +155,21 @@ def test_an_error_names_the_op_and_its_shapes(monkeypatch):
         with pytest.raises(ValueError, match="invalid argument"):
             # Rows on the host cannot be arguments of a launch.
             module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 1, False, 0, 0)
+        out, rows = torch.empty(21).data_ptr(), torch.ones(2, 16, dtype=torch.float64).data_ptr()
+        rest = key.data_ptr(), 0, False, 0, 0
+        with pytest.raises(ValueError, match=r"_cuda.add_noise of 1 x 2 x 7 float16 values, on device 0: invalid arg"):
+            # Nor can two rows of coefficients.
+            module.add_noise(out, out, 0, 3, 2, 7, 0, (rows, 2, 0, False), *rest)
+        with pytest.raises(ValueError, match=r"denoising_loss of 1 x 3 x 7 .*: invalid argument"):
+            # Three samples, two rows and no index.
+            module.denoising_loss(out, out, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+        with pytest.raises(ValueError, match=r"denoising_loss_backward of 1 x 3 x 7 .*: invalid argument"):
+            module.denoising_loss_backward(out, out, out, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+        with pytest.raises(ValueError, match=r"diffusion_step of 1 x 3 x 7 .*: invalid argument"):
+            # A prediction without an output.
+            module.diffusion_step(
+                [out, 0, 0, 0, 0, 0, 0, out, out], 0, 3, 7, 0, False, False, (rows, 1, 0, False), *rest
+            )
         with pytest.raises(ValueError, match="of 1 x 1 x 34359738368"):
             module.uniform(key.data_ptr(), 0, 1, 2**35, 0, key.data_ptr(), 0, False, 0, 0)
         with pytest.raises(ValueError, match="unknown dtype"):
@@ -103,6 +192,20 @@ def test_no_order_of_blocks_and_threads_matters(seed, monkeypatch):
             emulator.set_schedule(0)
     assert same_bits(shuffled[0], in_order[0])
     assert same_bits(shuffled[1], in_order[1])
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has no order that could be chosen")
+def test_no_order_of_blocks_and_threads_matters_to_the_loss():
+    x0, output, schedule = torch.randn(3, 2, 2503), torch.randn(3, 4, 2503), diffusion.linear(10)
+    results = []
+    with emulated() as backend, gencore.backend("cuda"):
+        emulator = backend._module._emulator
+        for seed in (0, 1, 2):
+            emulator.set_schedule(seed)
+            results.append(ops.denoising_loss(output, x0, torch.tensor([0, 5, 9]), schedule, Key(3)))
+        emulator.set_schedule(0)
+    assert same_bits(results[1], results[0])
+    assert same_bits(results[2], results[0])
 
 
 @pytest.fixture
@@ -166,6 +269,33 @@ def test_group_norm_beyond_two_to_the_31_elements(layout, last_blocks):
     for large, small in zip(*results, strict=True):
         # The last block has the last group, or more.
         assert same_bits(large[-1, 16:], small[-1, 16:])
+
+
+@LARGE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_steps_and_losses_beyond_two_to_the_31_elements(layout, last_blocks):
+    case = cases.Case((2, 4, 1 << 14, (1 << 14) + 4), "", layout=layout)
+    x, output = (
+        torch.empty((2, channels, *case.shape[2:]), dtype=torch.bfloat16, memory_format=case.memory_format)
+        for channels in (4, 8)
+    )
+    x[-1, :, -1, -4:], output[-1, :4, -1, -4:], output[-1, 4:, -1, -4:] = 1.0, 2.0, 0.5
+    table = ops.step_coefficients(x=2.0, direct=1.0, noise=1.0, log_scale_slope=2.0)
+    y = ops.diffusion_step(x, output, table, Key(3))
+    x_t = ops.add_noise(x, torch.tensor([0, 1]), Schedule([0.9, 0.5], [0.1, 0.5]), Key(3))
+    columns = torch.tensor([[1.0, 0.5, 1.0, 1.0, 0.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
+    grad_loss = torch.full((2,), float(x[0].numel()))
+    grad = torch.ops.gencore.denoising_loss_backward(grad_loss, output, x, columns, None, Key(3).packed)
+    pixels, e = case.shape[2] * case.shape[3], torch.e
+    for channel in (3,) if layout == "contiguous" else range(4):
+        last = channel * pixels + pixels - 1
+        eps = normals_of_blocks(Key(3), 1, last // 4, 1)[last % 4]
+        assert y[1, channel, -1, -1] == torch.addcmul(torch.tensor(4.0), torch.tensor(e), eps).bfloat16()
+        assert x_t[1, channel, -1, -1] == (0.5 + 0.5 * eps).bfloat16()
+        assert grad[1, channel, -1, -1] == (2 * (2.0 - (1 + 0.5 * eps))).bfloat16()
+        # gap = 0.5 + 1, nothing is moved.
+        want = (1 - torch.exp(torch.tensor(-1.5))) / 2
+        assert grad[1, 4 + channel, -1, -1] == want.bfloat16()
 
 
 @pytest.mark.skipif(GPU, reason="a GPU writes there unseen")

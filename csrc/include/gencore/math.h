@@ -5,6 +5,8 @@
 // contracted or reassociated by a compiler: multiply-adds that shall be fused say fma.
 #pragma once
 
+#include <math.h>
+
 #include "gencore/types.h"
 
 namespace gencore {
@@ -103,6 +105,28 @@ template <class V>
 GENCORE_INLINE typename V::F silu_derivative(typename V::F x, typename V::F exp_minus_x) {
   const typename V::F sigmoid = V::div(V::set(1.0f), V::add(V::set(1.0f), exp_minus_x));
   return V::mul(sigmoid, V::fma(x, V::sub(V::set(1.0f), sigmoid), V::set(1.0f)));
+}
+
+// -log p of an 8-bit value x in [-1, 1], whose bin is 2/255 wide or, at either end, reaches to infinity, under a normal
+// distribution, and its derivative by the logarithm of the variance (Ho et al. 2020, equation 13). p counts as 1e-12 at
+// least. In binary64 and by the math library, as probabilities of bins are differences.
+struct DecoderTerm {
+  double value, derivative;
+};
+
+GENCORE_INLINE DecoderTerm decoder_term(double x, double mean, double log_variance) {
+  constexpr double half_bin = 1.0 / 255, sqrt_half = 0.70710678118654752, density = 0.39894228040143268;
+  const double deviation = ::exp(0.5 * log_variance), c = x - mean;
+  const bool first = x < -0.999, last = x > 0.999;
+  const double low = (c - half_bin) / deviation, high = (c + half_bin) / deviation;
+  // Of the two tails of the distribution the one whose difference loses no digits.
+  const bool upper = last || (!first && c > 0);
+  const double near = upper ? low : -high, far = upper ? high : -low;
+  const double p = 0.5 * (::erfc(near * sqrt_half) - (first || last ? 0 : ::erfc(far * sqrt_half)));
+  if (p < 1e-12) return {-::log(1e-12), 0};
+  const double at_high = last ? 0 : high * density * ::exp(-0.5 * high * high);
+  const double at_low = first ? 0 : low * density * ::exp(-0.5 * low * low);
+  return {-::log(p), 0.5 * (at_high - at_low) / p};
 }
 
 }  // namespace gencore

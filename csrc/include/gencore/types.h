@@ -52,6 +52,25 @@ struct NoiseShape {
   std::int64_t channels;
 };
 
+// Coefficients that differ from sample to sample: a table of float64 rows, of as many columns as the op says. Sample b
+// takes row index[b]; without an index row b, or the only row if there is one.
+struct Coefficients {
+  const double* values;
+  std::int64_t rows;
+  const std::int64_t* index;
+  // For CUDA: both lie in device memory and are read when kernels run. Else they lie in host memory and are read at the
+  // call; CUDA then takes a single row. The index of a GPU is not looked at before the launch: a sample whose row is
+  // not in the table becomes NaN.
+  bool on_device = false;
+};
+
+// Whether there is a row for each of `samples` samples.
+static inline bool is_valid(const Coefficients& table, std::int64_t samples) {
+  if (samples == 0) return true;
+  if (table.values == nullptr || table.rows < 1) return false;
+  return table.index != nullptr || table.rows == 1 || table.rows == samples;
+}
+
 // Whether the sizes fit together and in the counters: at most 2^34 values per sample, and key rows for every sample.
 static inline bool is_valid(const NoiseShape& shape, const NoiseKey& key) {
   if (shape.samples < 0 || shape.draws < 0 || shape.elements < 0 || shape.channels < 0) return false;

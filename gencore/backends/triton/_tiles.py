@@ -161,6 +161,27 @@ def place(
 
 
 @triton.jit
+def place_of_pairs(
+    row, height, width, CHANNELS_LAST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ITEM: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where this program's tile lies in a tensor that has two values for each element, in twice the channels.
+
+    Returns: the offsets of the first values, and how far from them the second ones are.
+    """
+    width = width.to(tl.int64) * UNIT
+    if CHANNELS_LAST:
+        channel_tiles = tl.cdiv(width, B).to(tl.int32)
+        tile = tl.program_id(0) // channel_tiles
+        first_channel = (tl.program_id(0) - tile * channel_tiles).to(tl.int64) * B
+        pixel = tile.to(tl.int64) * (A * ITEM) + tl.arange(0, A * ITEM)[:, None]
+        at = row * (2 * width * height) + pixel * (2 * width) + (first_channel + tl.arange(0, B)[None, :])
+    else:
+        at = row * (2 * width) + (tl.program_id(0).to(tl.int64) * (B * ITEM) + tl.arange(0, B * ITEM)[None, :])
+    return at, width
+
+
+@triton.jit
 def values_of_tile(
     block, skip, words, CHANNELS_LAST: tl.constexpr, PARTIAL: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     ITEM: tl.constexpr, UNIFORM: tl.constexpr,

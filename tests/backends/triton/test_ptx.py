@@ -184,3 +184,44 @@ def test_instructions_of_group_norm(tmp_path):
             if size == 2:
                 assert not any(name.endswith("b16") for name in accesses), (kernel, case, accesses)
     assert seen == {*TENSORS, "merge_kernel", "merge_backward_kernel", "samples_kernel"}
+
+
+# Rows of several tiles, several rows in a tile, both formats; where the coefficients are.
+DIFFUSION = [
+    (90, {"shape": (8, 4, 32, 32)}, "float32", "launch"),
+    (80, {"shape": (8, 4, 32, 32)}, "bfloat16", "index"),
+    (90, {"shape": (64, 4, 2, 2)}, "float16", "memory"),
+    (80, {"shape": (4, 8, 16, 16), "layout": "channels_last"}, "bfloat16", "launch"),
+    (90, {"shape": (4, 4, 16, 16), "layout": "channels_last"}, "float64", "index"),
+]
+
+
+def test_instructions_of_diffusion(tmp_path):
+    for (_, case, dtype, _), results in zip(DIFFUSION, run("ptx_diffusion.py", DIFFUSION, tmp_path), strict=True):
+        size = {"float32": 4, "float64": 8}.get(dtype, 2)
+        kernels = [found["kernel"] for found in results if found["kernel"] != "mean_kernel"]
+        losses = ["loss_kernel", "loss_backward_kernel"] * 2
+        assert kernels == ["add_noise_kernel"] * 2 + losses + ["step_kernel"] * 2
+        for found in results:
+            instructions, constants, kernel = found["instructions"], found["constants"], found["kernel"]
+            check_names(instructions)
+            if kernel == "mean_kernel":
+                continue
+            learned = constants.get("LEARNED", False)
+            if dtype != "float64" and kernel in ("add_noise_kernel", "step_kernel"):
+                assert "fma.rn.f64" not in instructions
+            elements = constants["A"] * constants["B"] * constants["ITEM"] // found["threads"]
+            # What is read and written of each element; with the halves of an output, and each optional tensor.
+            tensors = {
+                "add_noise_kernel": 2 if "eps" in constants else 3,
+                "loss_kernel": 3 if learned else 2,
+                "loss_backward_kernel": 5 if learned else 3,
+                "step_kernel": 10 if learned else 3,
+            }[kernel]
+            vector = "v2.b64" if size == 8 else "v4.b32"
+            accesses = {name: n for name, n in instructions.items() if re.match(r"(ld|st)\.global", name)}
+            wide = sum(n for name, n in accesses.items() if name.endswith(vector))
+            assert wide == tensors * elements * size // 16, (kernel, case, accesses)
+            # The noise is made by the threads that want it, also behind a branch.
+            if constants["A"] == 1 and size < 8 and kernel != "loss_kernel":
+                assert found["shared"] == 0

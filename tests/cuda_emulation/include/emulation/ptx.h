@@ -56,6 +56,9 @@ GENCORE_INTRINSIC void store_shared(T* address, T value) {
 }
 
 template <class T>
+inline void keep_behind(T&) {}
+
+template <class T>
 inline T* dynamic_shared() {
   static_assert(alignof(T) <= 16);
   return static_cast<T*>(gencore_emulation::dynamic_shared_memory());

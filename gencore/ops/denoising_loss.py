@@ -1,0 +1,187 @@
+"""The training loss of diffusion models: its target is made in the kernel, noise and all, and never stored."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencore.backends.layout import kept_format
+from gencore.noise import Key
+from gencore.ops._checks import check_elements_of, check_same, check_tensor, resolve_key
+from gencore.ops._coefficients import check_schedule, column_of, rows_at, widened
+from gencore.ops._library import define, refuse_second_derivative
+from gencore.schedule import Parameterization, Schedule, Variance, Weighting
+
+
+def _fake(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+    return x0.new_empty(x0.shape[0], dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
+
+
+def _fake_backward(
+    grad_loss: Tensor, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+) -> Tensor:
+    return torch.empty_like(output, memory_format=kept_format(output, x0))
+
+
+_ARGUMENTS = "Tensor output, Tensor x0, Tensor table, Tensor? t, Tensor key"
+_denoising_loss_backward = define(
+    f"denoising_loss_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor",
+    fake=_fake_backward,
+    backward=refuse_second_derivative,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    output, x0, table, t, key = ctx.saved_tensors
+    grad_output = _denoising_loss_backward(grad_loss, output, x0, table, t, key)
+    grad_x0 = None
+    if ctx.needs_input_grad[1]:
+        # The target holds x0 of_x0 times.
+        of_prediction = grad_output if output.shape == x0.shape else grad_output[:, : x0.shape[1]]
+        grad_x0 = (-column_of(table, t, 0, x0) * of_prediction).to(x0.dtype)
+    return grad_output if ctx.needs_input_grad[0] else None, grad_x0, None, None, None
+
+
+_denoising_loss = define(
+    f"denoising_loss({_ARGUMENTS}) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward
+)
+
+
+def denoising_loss(
+    model_output: Tensor,
+    x0: Tensor,
+    t: Tensor | int,
+    schedule: Schedule,
+    key: Key,
+    *,
+    parameterization: Parameterization = "eps",
+    weighting: Weighting | Tensor = "simple",
+    gamma: float = 5.0,
+    bound_weight: float = 0.001,
+) -> Tensor:
+    """The loss of each sample: loss_b = w_t mean_i (output_i - target_i)^2, in one pass; its gradient in another.
+
+    The target is made in the kernel of ``x0`` and the noise that :func:`add_noise` drew with the same ``key``, and made
+    again for the gradient: no tensor of its size is kept or allocated.
+
+    Args:
+        model_output: what a network said of x_t, x0's shape and dtype (where that is float32, a half type is converted
+            first, as under autocast). With twice the channels (dimension 1) it says
+            the variance too: its second half v places the log variance of p(x_{t-1} | x_t) between the posterior's and
+            beta's, linearly from v = -1 to 1 (Nichol and Dhariwal 2021, equation 15).
+        x0: (B, ...), float32, bfloat16, float16 or float64: the data.
+        t: (B,), int64 or int32, 0 <= t < T: the step of each sample; or an int for all of them.
+        schedule: has the levels of its T steps, as those of :mod:`gencore.diffusion` have.
+        key: the one that x_t was made with.
+        parameterization: what the network predicts, ``"eps"``, ``"x0"``, ``"v"`` or ``"velocity"``;
+            :meth:`gencore.schedule.Schedule.prediction` defines them.
+        weighting: ``"simple"`` (w = 1), ``"snr"``, ``"min_snr"``, or a tensor (T,) of weights;
+            :meth:`gencore.schedule.Schedule.weight` defines them.
+        gamma: where ``"min_snr"`` cuts.
+        bound_weight: lambda, for an output with a variance: to the loss is added lambda T L_t, L_t the term of the
+            variational bound in bits per dimension (Nichol and Dhariwal 2021, equation 16, as its authors compute it);
+            it has a gradient for the variance only. Where t = 0, L_t is -log p(x0 | x1) of 8-bit data in [-1, 1].
+
+    Returns:
+        (B,), float32 (float64 for float64 inputs): accumulated in float32 and float64 in an order that depends on
+        shapes and memory format alone.
+
+    The gradient is for ``model_output`` and, as far as the target's part goes, ``x0``.
+
+    Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level; no atomics.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which. The values of a ``t`` on a GPU are
+            not waited for: the loss of a sample whose t is out of range becomes NaN.
+
+    >>> from gencore import diffusion, ops
+    >>> x0, t, key = torch.zeros(4, 1, 8, 8), torch.tensor([0, 10, 500, 999]), Key(0)
+    >>> x_t, eps = ops.add_noise(x0, t, diffusion.linear(), key, return_noise=True)
+    >>> bool((denoising_loss(eps, x0, t, diffusion.linear(), key) == 0).all())
+    True
+
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 14 and Algorithm 1; Salimans and Ho
+    (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
+    """
+    model_output = widened(model_output, x0)
+    _check(model_output, x0, schedule, key)
+    if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
+        raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
+    if not 0 <= bound_weight < math.inf:
+        raise ValueError(f"bound_weight must be at least 0 and finite, got {bound_weight}")
+    variance: Variance | None = None
+    weight = 0.0
+    if model_output.shape != x0.shape:
+        variance, weight = "learned_range", float(bound_weight) * len(schedule) / math.log(2)
+    table = schedule.loss_table(x0.device, parameterization, weighting, gamma, variance, weight)
+    return _denoising_loss(model_output, x0, *rows_at(t, table, x0), resolve_key(key, x0))
+
+
+def variational_bound(
+    model_output: Tensor,
+    x0: Tensor,
+    t: Tensor | int,
+    schedule: Schedule,
+    key: Key,
+    *,
+    parameterization: Parameterization = "eps",
+    variance: Variance = "fixed_small",
+) -> Tensor:
+    """The term L_t of the variational bound of -log p(x0), in nats per dimension, of each sample, in one pass.
+
+    For t >= 1 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); for t = 0, -log p(x0 | x1) of 8-bit data in [-1, 1],
+    whose level k is 2 k / 255 - 1 (Ho et al. 2020, equations 5 and 13). Their sum over t, with the divergence of x_T
+    from the standard normal, bounds -log p(x0) from above.
+
+    Args:
+        model_output, x0, t, schedule, key, parameterization: as for :func:`denoising_loss`; the schedule is
+            variance-preserving.
+        variance: that of p(x_{t-1} | x_t): ``"fixed_small"``, the posterior's; ``"fixed_large"``, beta_t;
+            ``"learned_range"``, for a ``model_output`` of twice the channels.
+
+    Returns:
+        (B,), float32 (float64 for float64 inputs), with a gradient for the second half of ``model_output`` only.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which.
+    """
+    model_output = widened(model_output, x0)
+    _check(model_output, x0, schedule, key)
+    if (variance == "learned_range") != (model_output.shape != x0.shape):
+        raise ValueError(
+            "variance must be learned_range for a model_output of twice the channels of x0, and only for such, got "
+            f"{variance!r} with shapes {tuple(model_output.shape)} and {tuple(x0.shape)}"
+        )
+    table = schedule.loss_table(x0.device, parameterization, None, 1.0, variance, 1.0)
+    return _denoising_loss(model_output, x0, *rows_at(t, table, x0), resolve_key(key, x0))
+
+
+def _check(model_output: Any, x0: Any, schedule: Any, key: Any) -> None:
+    if not isinstance(key, Key):
+        raise TypeError(f"key must be the gencore.Key that x_t was made with, got {type(key).__name__}")
+    check_tensor("x0", x0)
+    check_schedule(schedule)
+    check_elements_of("x0", x0)
+    check_prediction("model_output", model_output, "x0", x0)
+
+
+def check_prediction(name: str, output: Any, x_name: str, x: Tensor) -> None:
+    """``output`` must be like ``x``, or have twice its channels and else be like it."""
+    if isinstance(output, Tensor) and not output.is_nested and output.shape != x.shape:
+        shape = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.dim() > 1 else None
+        if output.shape != shape:
+            also = "" if shape is None else f", or {tuple(shape)} with a variance"
+            raise ValueError(
+                f"{name} must have the shape of {x_name}, {tuple(x.shape)}{also}, got {tuple(output.shape)}"
+            )
+        check_tensor(name, output)
+        output = output[:, : x.shape[1]]
+    check_same(name, output, x_name, x)
