@@ -22,7 +22,7 @@ help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-quickstart: $(VENV)/.train  ## install, train a VAE and a GAN on real digits, draw pictures, time the fused op
+quickstart: $(VENV)/.train  ## install, train a VAE, a GAN and a DDPM on real digits, draw pictures, time the kernels
 	$(BIN)/gencore quickstart $(ARGS)
 
 # In some processes at once, each on one thread: two that share their threads would wait for each other.

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from gencore.cli import evaluate, info, latents, list_plugins, quickstart, sample, train
+from gencore.cli import edit, evaluate, info, latents, list_plugins, quickstart, sample, train
 from gencore.cli.common import UserError
 from gencore.config import ConfigError
 from gencore.data import DataError
@@ -33,6 +33,7 @@ app.command("evaluate")(evaluate.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("edit")(edit.command)
 app.command("list")(list_plugins.command)
 app.command("info")(info.command)
 
@@ -56,6 +57,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _refuse(*error.faults)
     except (UserError, PluginError, DataError, CheckpointError, TrainingError, NotEnoughMemoryError) as error:
+        return _refuse(str(error))
+    except FloatingPointError as error:
+        # A model that was asked to look (``check_finite``) says at which step.
         return _refuse(str(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

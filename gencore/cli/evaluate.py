@@ -8,17 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch import Tensor
 
-from gencore import metrics
+from gencore import data, metrics
 from gencore.cli.common import (
     BatchSize,
     DataName,
     DeviceOption,
+    Loaded,
     RunFolder,
+    SamplingSettings,
     Seed,
     UseEma,
     UserError,
+    absolute_data_name,
+    first_in_random_order,
     folder_or_file,
     load,
     load_images,
@@ -27,17 +33,21 @@ from gencore.data import ImageDataset
 from gencore.files import write_atomically
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
 from gencore.noise import Key
+from gencore.plugins import PluginError
 
 # Folded into the key, one number per purpose, so that no two figures share noise.
-_BOUND, _BOUND_K, _CLASSES = 1, 2, 3
+_BOUND, _BOUND_K, _CLASSES, _CONDITIONAL, _FLOOR = 1, 2, 3, 4, 5
+# Of the first column of the table.
+_WIDTH = 58
 
 
 def command(
     directory: RunFolder,
     data_name: DataName = None,
-    num_samples: Annotated[int, typer.Option(min=2, help="Draws per image of the tighter likelihood bound.")] = 50,
+    num_samples: Annotated[int, typer.Option(min=2, help="Draws per image of the second likelihood bound.")] = 50,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first test images only.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Samples whose classes are counted.")] = 1000,
+    n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Samples that are classified.")] = 1000,
+    settings: SamplingSettings = None,
     seed: Seed = 0,
     batch_size: BatchSize = 250,
     out: Annotated[
@@ -46,14 +56,15 @@ def command(
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure the likelihood bound on test images and the classes of the samples, whichever can be measured."""
-    loaded = load(directory, ema, device)
+    """Measure the likelihood bound on test images and what a classifier says of samples, whichever can be measured."""
+    loaded = load(directory, ema, device, settings)
     test = load_images(loaded, data_name, "test")
-    classifier = None
+    differ = _differing_classes(loaded, data_name, test)
+    classifier = train = None
     if test.num_classes > 0:
         train = load_images(loaded, data_name, "train")
         classifier = metrics.train_classifier(train, test, seed=seed)
-    found = measure(loaded.model, test, classifier, Key(seed), num_samples, n, batch_size, limit)
+    found = measure(loaded.model, test, classifier, Key(seed), num_samples, n, batch_size, limit, train, not differ)
     if not found:
         raise UserError("nothing to measure: the model has no likelihood bound and the images have no classes")
     run = loaded.checkpoint.run
@@ -62,14 +73,35 @@ def command(
         "data": run.data if data_name is None else data_name,
         "step": loaded.checkpoint.step,
         "seed": seed,
+        **({} if loaded.model.sampling is None else {"sampling": loaded.model.sampling.to_dict()}),
         **found,
     }
     path = out or loaded.directory / "evaluation.json"
     write_atomically(path, json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
     print(loaded.title)
     for name, value in rows(found):
-        print(f"  {name:<40}{value}")
+        print(f"  {name:<{_WIDTH}}{value}")
+    if differ:
+        print(f"  {'with classes':<{_WIDTH}}left out: {differ}")
     print(path)
+
+
+def _differing_classes(loaded: Loaded, data_name: str | None, test: ImageDataset) -> str:
+    """Why the data's classes are not those that the model can be asked for; empty if they are, or nothing is asked."""
+    ours = loaded.config.num_classes
+    if not loaded.model.conditional or test.num_classes == 0:
+        return ""
+    if test.num_classes != ours:
+        return f"data set {test.name} has {test.num_classes} classes, the model has {ours}"
+    trained_on = loaded.checkpoint.run.data
+    if data_name is None or absolute_data_name(data_name) == trained_on:
+        return ""
+    try:
+        names = data.load(trained_on, "test").class_names
+    except (data.DataError, PluginError, OSError):
+        # What it was trained on is gone: their number is all that is known.
+        return ""
+    return "" if names == test.class_names else f"data set {test.name} has other classes than {trained_on}"
 
 
 def _finite(value: Any) -> Any:
@@ -88,8 +120,17 @@ def measure(
     n: int,
     batch_size: int = 250,
     limit: int | None = None,
+    train: ImageDataset | None = None,
+    with_classes: bool = True,
 ) -> dict[str, Any]:
-    """Everything that can be measured of a model: ``bound``, ``bound_k`` and ``classes``."""
+    """Everything that can be measured of a model.
+
+    ``bound`` and ``bound_k`` are of one draw per image and of ``num_samples``; ``classes`` are those of ``n`` samples,
+    drawn without asking for any; ``frechet`` is their distance from the test images, and that of as many images of
+    ``train``. For a model with classes, ``conditional`` is what is found in ``n`` samples of all classes in turns, if
+    ``with_classes``: the images' classes must be those of the model. What cannot be said of samples that are not finite
+    is NaN.
+    """
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
         for name, purpose, draws in (("bound", _BOUND, 1), ("bound_k", _BOUND_K, num_samples)):
@@ -102,9 +143,49 @@ def measure(
                 raise UserError(str(error)) from error
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
     if classifier is not None:
-        report = metrics.classify_samples(model, classifier, key.fold_in(_CLASSES), n=n, batch_size=batch_size)
-        found["classes"] = {**asdict(report), "effective_classes": report.effective_classes}
+        images = test.batch(torch.arange(len(test))).images
+        samples = metrics.draw_samples(model, key.fold_in(_CLASSES), n=n, batch_size=batch_size)
+        report = metrics.class_report(classifier, samples)
+        found["classes"] = {
+            **asdict(report),
+            "effective_classes": report.effective_classes,
+            "test_confident": metrics.class_report(classifier, images).confident,
+        }
+        reference = classifier.features(images)
+        if n > 1 and len(images) > 1:
+            found["frechet"] = _frechet(classifier, samples, reference, train, key.fold_in(_FLOOR))
+        if model.conditional and with_classes:
+            labels = torch.arange(n) % len(classifier.class_names)
+            samples = metrics.draw_samples(model, key.fold_in(_CONDITIONAL), n=n, batch_size=batch_size, labels=labels)
+            found["conditional"] = {
+                "accuracy": metrics.conditional_accuracy(classifier, samples, labels),
+                "confident": metrics.class_report(classifier, samples).confident,
+            }
+            if n > 1 and len(images) > 1:
+                found["conditional"]["frechet"] = _distance(classifier.features(samples), reference)
     return found
+
+
+def _frechet(
+    classifier: metrics.Classifier, samples: Tensor, reference: Tensor, train: ImageDataset | None, key: Key
+) -> dict[str, Any]:
+    """The samples' distance from the test images with these features, and that of as many training images."""
+    told: dict[str, Any] = {
+        "measure": metrics.FRECHET_NAME,
+        "distance": _distance(classifier.features(samples), reference),
+        "samples": len(samples),
+        "test_images": len(reference),
+        "features": reference.shape[1],
+    }
+    if train is not None and len(train) > 1:
+        features = classifier.features(first_in_random_order(train, len(samples), key))
+        told |= {"train_distance": metrics.frechet_distance(features, reference), "train_images": len(features)}
+    return told
+
+
+def _distance(features: Tensor, reference: Tensor) -> float:
+    """The distance, NaN if there is none: a model may have broken down."""
+    return metrics.frechet_distance(features, reference) if bool(features.isfinite().all()) else math.nan
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -128,6 +209,24 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("classes among the samples", f"{classes['present']} of {total}"),
             ("effective classes, exp(entropy)", f"{classes['effective_classes']:.2f}"),
             ("mean confidence of the classifier", f"{classes['mean_confidence']:.3f}"),
+            (
+                "samples with confidence above 0.9",
+                f"{classes['confident']:.3f}  (test images: {classes['test_confident']:.3f})",
+            ),
             ("its accuracy on test images", f"{classes['test_accuracy']:.3f}"),
         ]
+    if "frechet" in found:
+        frechet = found["frechet"]
+        told = f"{frechet['distance']:.3f} for {frechet['samples']} samples"
+        if "train_distance" in frechet:
+            told += f"  ({frechet['train_images']} training images: {frechet['train_distance']:.3f})"
+        lines.append((frechet["measure"], told))
+    if "conditional" in found:
+        conditional = found["conditional"]
+        lines += [
+            ("with classes: accuracy of the classes", f"{conditional['accuracy']:.3f}"),
+            ("with classes: confidence above 0.9", f"{conditional['confident']:.3f}"),
+        ]
+        if "frechet" in conditional:
+            lines.append(("with classes: Fréchet distance, as above", f"{conditional['frechet']:.3f}"))
     return lines

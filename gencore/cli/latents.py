@@ -19,6 +19,7 @@ from gencore.cli.common import (
     Seed,
     UseEma,
     UserError,
+    chosen_images,
     load,
     load_images,
     picture_file,
@@ -67,7 +68,7 @@ def interpolate(
     path = out or loaded.directory / "interpolations.png"
     if isinstance(loaded.model, Autoencodes):
         images = load_images(loaded, data_name, "test")
-        codes, ends = _encoded(loaded.model, _chosen(images, 2 * rows, seed))[0], "test images"
+        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], "test images"
     else:
         codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"
     path_of_codes = torch.cat([spherical(a, b, columns) for a, b in zip(codes[:rows], codes[rows:], strict=True)])
@@ -95,7 +96,7 @@ def traverse(
 
 def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int, seed: int) -> Image.Image:
     """Rows of images, each above the row of their reconstructions."""
-    originals = _chosen(images, n, seed)
+    originals = chosen_images(images, n, seed)
     pairs = torch.stack((originals, _decoded(model, _encoded(model, originals)[0]).cpu()))
     columns = min(len(originals), 8)
     rows = -(-len(originals) // columns)
@@ -119,7 +120,7 @@ def traversal_picture(
     rows = min(rows, size)
     order, labels = list(range(size)), [f"z{i}" for i in range(rows)]
     if images is not None and isinstance(model, Autoencodes):
-        mu, logvar = _encoded(model, _chosen(images, min(len(images), 512), seed))
+        mu, logvar = _encoded(model, chosen_images(images, min(len(images), 512), seed))
         divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
         order = divergence.argsort(descending=True, stable=True).tolist()
         labels = [f"z{i}  {float(divergence[i]):.2f} nats" for i in order[:rows]]
@@ -145,14 +146,6 @@ def spherical(a: Tensor, b: Tensor, steps: int) -> Tensor:
     angle = cosine.acos()
     direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / torch.sin(angle)
     return direction * (length_a + t * (length_b - length_a))
-
-
-def _chosen(images: ImageDataset, n: int, seed: int) -> Tensor:
-    """``n`` of the images (all, if there are fewer), chosen by the seed."""
-    order = ops.uniform((len(images), 1), Key(seed))[:, 0].argsort(stable=True)
-    if n > len(images):
-        raise UserError(f"data set {images.name} has only {len(images)} {images.split} images, asked for are {n}")
-    return images.batch(order[:n]).images
 
 
 def _prior(model: GenerativeModel, n: int, seed: int) -> Tensor:

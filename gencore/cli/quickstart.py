@@ -1,4 +1,4 @@
-"""``gencore quickstart``: everything at work in about two minutes, on data that needs no download."""
+"""``gencore quickstart``: everything at work in about three minutes, on data that needs no download."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from gencore import data, metrics, ops, plugins
+from gencore import data, diffusion, metrics, ops, plugins
 from gencore.bench.measure import Candidate, Timing, interleave
 from gencore.cli import pictures
-from gencore.cli.common import UserError, folder_or_file
+from gencore.cli.common import UserError, chosen_images, folder_or_file
+from gencore.cli.edit import edit_picture, known_pixels
 from gencore.cli.evaluate import measure
 from gencore.cli.info import lines as info_lines
 from gencore.cli.latents import reconstruction_picture, traversal_picture
-from gencore.cli.sample import draw
 from gencore.cli.train import run
 from gencore.files import write_atomically
 from gencore.info import info
-from gencore.models.base import Autoencodes
+from gencore.models.base import Autoencodes, Edits, HasLatents
 from gencore.noise import Key
 from gencore.train import TrainConfig, Trainer
 from gencore.train.log import read_metrics
@@ -41,6 +41,18 @@ _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"steps": 4000, "ema": 0.995},
     ),
+    "ddpm": (
+        {
+            "channels": [16, 32],
+            "parameterization": "v",
+            "schedule": "cosine",
+            "conditional": True,
+            "label_dropout": 0.2,
+            "optimizer": {"lr": 2e-3},
+            "sampling": {"sampler": "ddim", "steps": 25, "resamples": 5},
+        },
+        {"steps": 1000, "batch_size": 64, "schedule": "cosine", "warmup": 50, "ema": 0.99},
+    ),
 }
 
 
@@ -49,7 +61,7 @@ def command(
         "runs/quickstart"
     ),
 ) -> None:
-    """Train a VAE and a GAN on scikit-learn's digits, draw pictures, and time the kernels against PyTorch."""
+    """Train a VAE, a GAN and a diffusion model on scikit-learn's digits, draw pictures, and time kernels."""
     started = time.monotonic()
     _claim(out)
     print("\n".join(info_lines(info())), end="\n\n", flush=True)
@@ -66,14 +78,21 @@ def command(
         model = trainer.model
         curves[name.upper()] = read_metrics(out / name / "metrics.jsonl")
         paths.append(out / name / "samples.png")
-        pictures.save(pictures.grid(draw(model, 64, Key(0), 64), columns=8), paths[-1])
+        labels = torch.arange(80) % train.num_classes if model.conditional else None
+        samples = metrics.draw_samples(model, Key(0), n=80, labels=labels)
+        pictures.save(pictures.grid(samples, columns=10), paths[-1])
         if isinstance(model, Autoencodes):
             paths.append(out / name / "reconstructions.png")
             pictures.save(reconstruction_picture(model, test, 16, seed=0), paths[-1])
-        paths.append(out / name / "traversal.png")
-        images = test if isinstance(model, Autoencodes) else None
-        pictures.save(traversal_picture(model, images, 8, 11, seed=0), paths[-1])
-        results[name] = measure(model, test, classifier, Key(0), num_samples=50, n=1000)
+        if isinstance(model, HasLatents):
+            paths.append(out / name / "traversal.png")
+            images = test if isinstance(model, Autoencodes) else None
+            pictures.save(traversal_picture(model, images, 8, 11, seed=0), paths[-1])
+        if isinstance(model, Edits):
+            paths.append(out / name / "edits.png")
+            known = known_pixels("bottom", test.image_shape)
+            pictures.save(edit_picture(model, chosen_images(test, 10, seed=0), known, 3, Key(0)), paths[-1])
+        results[name] = measure(model, test, classifier, Key(0), num_samples=50, n=1000, train=train)
         results[name]["seconds"] = trainer.seconds
     paths.append(out / "losses.png")
     pictures.save(pictures.loss_curves(curves), paths[-1])
@@ -120,6 +139,21 @@ def _timings() -> dict[str, tuple[Timing, Timing]]:
     noise, key = torch.empty(shape), Key(0)
     with_grad = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
     x = torch.randn(4, 320, 64, 64)
+    schedule = diffusion.linear()
+    images, output = torch.randn(2, 64, 3, 64, 64).unbind()
+    t = torch.arange(64) * 15
+    levels = torch.stack((schedule.alpha, schedule.sigma), 1).float()
+    row = diffusion.ddpm(schedule, clip=1.0).rows[500]
+
+    def noised() -> torch.Tensor:
+        alpha, sigma = levels[t].reshape(-1, 2, 1, 1, 1).unbind(1)
+        return alpha * images + sigma * torch.randn_like(images)
+
+    column = dict(zip(ops.STEP_COLUMNS, row.tolist(), strict=True))
+
+    def stepped() -> torch.Tensor:
+        x0 = (column["predict_x"] * images + column["predict_output"] * output).clamp(-1, 1)
+        return column["x"] * images + column["x0"] * x0 + column["noise"] * torch.randn_like(images)
 
     def sample(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         return mu + torch.exp(logvar / 2) * torch.randn_like(mu)
@@ -138,24 +172,36 @@ def _timings() -> dict[str, tuple[Timing, Timing]]:
             lambda: ops.group_norm(x, 32, activation="silu"),
             lambda: F.silu(F.group_norm(x, 32)),
         ),
+        "add_noise, (64,3,64,64)": (lambda: ops.add_noise(images, t, schedule, key), noised),
+        "diffusion_step, DDPM": (lambda: ops.diffusion_step(images, output, row, key), stepped),
     }
     timings = {what: interleave({"ours": ours, "torch": theirs}) for what, (ours, theirs) in pairs.items()}
     return {what: (timing["ours"], timing["torch"]) for what, timing in timings.items()}
 
 
 def _print_models(results: dict[str, dict[str, Any]]) -> None:
-    header = ("digits, 8x8", "-log p(x) at most", "with 50 draws", "classes", "confidence", "seconds")
-    widths = (-14, 20, 16, 12, 12, 10)
+    header = ("digits, 8x8", "-log p(x) at most", "with 50 draws", "classes", "confidence", "Fréchet", "seconds")
+    widths = (-14, 20, 16, 12, 12, 10, 10)
     rows: list[tuple[str, ...]] = [header]
     for name, found in results.items():
         bounds = [f"{-found[key]['nats']:.2f} nats" if key in found else "-" for key in ("bound", "bound_k")]
         classes = found["classes"]
         present = f"{classes['present']} of {len(classes['class_names'])}"
         confidence, seconds = f"{classes['mean_confidence']:.2f}", f"{found['seconds']:.0f}"
-        rows.append((name, *bounds, present, confidence, seconds))
+        rows.append((name, *bounds, present, confidence, f"{found['frechet']['distance']:.1f}", seconds))
     print()
     for row in rows:
         print("".join(cell.ljust(-w) if w < 0 else cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+    print("(of binarized images for the vae, of 8-bit ones for the ddpm: they cannot be compared)")
+    floor = next(iter(results.values()))["frechet"]["train_distance"]
+    print(f"({metrics.FRECHET_NAME}; as many training images have {floor:.1f})")
+    for name, found in results.items():
+        if "conditional" in found:
+            told = found["conditional"]
+            print(
+                f"({name}, asked for each class in turn: {100 * told['accuracy']:.0f}% are of it, "
+                f"Fréchet distance {told['frechet']:.1f})"
+            )
 
 
 def _print_load() -> None:

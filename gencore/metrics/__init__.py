@@ -1,14 +1,25 @@
 """Measures of generative models: pure functions of model, data set and key."""
 
-from gencore.metrics.classes import Classifier, ClassReport, class_report, classify_samples, train_classifier
+from gencore.metrics.classes import (
+    Classifier,
+    ClassReport,
+    class_report,
+    conditional_accuracy,
+    draw_samples,
+    train_classifier,
+)
+from gencore.metrics.frechet import FRECHET_NAME, frechet_distance
 from gencore.metrics.likelihood import LikelihoodBound, likelihood_bound
 
 __all__ = [
+    "FRECHET_NAME",
     "ClassReport",
     "Classifier",
     "LikelihoodBound",
     "class_report",
-    "classify_samples",
+    "conditional_accuracy",
+    "draw_samples",
+    "frechet_distance",
     "likelihood_bound",
     "train_classifier",
 ]

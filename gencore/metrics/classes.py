@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 from gencore import ops
 from gencore.data import ImageDataset
-from gencore.metrics.modes import evaluating
 from gencore.models.base import GenerativeModel
+from gencore.models.modes import evaluating
 from gencore.noise import Key
 
 _HIDDEN, _BATCH = 256, 128
 # A class counts as present with a fifth of the share it would have if all were equally frequent: 2% of ten classes.
 _PRESENT = 0.2
+# A sample counts as recognised when the classifier is surer of it than this.
+_CONFIDENT = 0.9
 # Folded into the seed, so that the classifier's minibatches share no noise with what is measured of the same seed.
 _CLASSIFIER = int.from_bytes(b"classify", "big")
 
@@ -34,9 +36,23 @@ class Classifier:
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """p(class|image), (N, classes) float32 on the CPU, for images (N, C, H, W) in [0, 1]."""
+        return torch.softmax(self._in_pieces(self.network, images), 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer sees, (N, D) float32 on the CPU, for images (N, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError: the network has no method ``features`` that gives it.
+        """
+        features = getattr(self.network, "features", None)
+        if not callable(features):
+            raise TypeError(f"network must have a method features, and {type(self.network).__name__} has none")
+        return self._in_pieces(features, images)
+
+    def _in_pieces(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         device = next(self.network.parameters()).device
-        pieces = [torch.softmax(self.network(piece.to(device)).float(), 1).cpu() for piece in images.split(1000)]
-        return torch.cat(pieces)
+        return torch.cat([function(piece.to(device)).float().cpu() for piece in images.split(1000)])
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,9 @@ class ClassReport:
 
     ``counts`` has one number per class; ``present`` is how many classes have at least a fifth of an equal share (2% of
     ten classes); ``entropy`` is that of the shares in nats, at most log(classes); ``mean_confidence`` the mean of the
-    highest probability, low for images that are of no class; ``test_accuracy`` how far the classifier can be trusted.
+    highest probability, low for images that are of no class; ``confident`` the share of images where that is above 0.9;
+    ``test_accuracy`` how far the classifier can be trusted. Images that are not finite are counted in no class, and
+    ``mean_confidence`` is NaN then.
     """
 
     class_names: tuple[str, ...]
@@ -53,6 +71,7 @@ class ClassReport:
     present: int
     entropy: float
     mean_confidence: float
+    confident: float
     test_accuracy: float
 
     @property
@@ -77,7 +96,7 @@ def train_classifier(train: ImageDataset, test: ImageDataset, *, seed: int = 0, 
         raise ValueError(f"steps must be at least 1, got {steps}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _mlp(math.prod(train.image_shape), train.num_classes)
+        network = _MLP(math.prod(train.image_shape), train.num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     key = Key(seed).fold_in(_CLASSIFIER)
@@ -106,42 +125,80 @@ def class_report(classifier: Classifier, images: Tensor) -> ClassReport:
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got none")
     confidence, classes = classifier.probabilities(images).max(1)
-    counts = classes.bincount(minlength=len(classifier.class_names))
+    counts = classes[confidence.isfinite()].bincount(minlength=len(classifier.class_names))
     return ClassReport(
         classifier.class_names,
         tuple(counts.tolist()),
         int((counts >= _PRESENT * len(images) / len(counts)).sum()),
         _entropy(counts.tolist()),
         confidence.double().mean().item(),
+        (confidence > _CONFIDENT).double().mean().item(),
         classifier.test_accuracy,
     )
 
 
-@torch.no_grad()
-def classify_samples(
-    model: GenerativeModel, classifier: Classifier, key: Key, *, n: int = 1000, batch_size: int = 250
-) -> ClassReport:
-    """The classes of ``n`` samples of a model, in evaluation mode; sample ``i`` is that of ``key.samples(i)``.
+def conditional_accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of ``images`` (N, C, H, W) in [0, 1] that the classifier takes for the class in ``labels`` (N,).
 
     Raises:
-        ValueError: ``n`` or ``batch_size`` below 1.
+        ValueError: no image, or another number of labels.
+    """
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels must be one for each of at least one image, got {len(images)} images and {labels.shape}"
+        )
+    confidence, classes = classifier.probabilities(images).max(1)
+    # The largest of NaNs would be the first class.
+    return (confidence.isfinite() & (classes == labels.cpu())).double().mean().item()
+
+
+@torch.no_grad()
+def draw_samples(
+    model: GenerativeModel, key: Key, *, n: int = 1000, batch_size: int = 250, labels: Tensor | None = None
+) -> Tensor:
+    """``n`` samples of a model in evaluation mode, (n, C, H, W) on the CPU; sample ``i`` is that of ``key.samples(i)``.
+
+    Args:
+        batch_size: samples computed at a time; changes rounding at most.
+        labels: (n,) int64, the classes to sample, for a model with classes.
+
+    Raises:
+        ValueError: ``n`` or ``batch_size`` below 1, another number of labels.
     """
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+    if labels is not None and labels.shape != (n,):
+        raise ValueError(f"labels must be of shape ({n},), got {tuple(labels.shape)}")
+    pieces = []
     with evaluating(model):
-        pieces = [
-            model.sample(min(batch_size, n - first), key.samples(first)).cpu() for first in range(0, n, batch_size)
-        ]
-    return class_report(classifier, torch.cat(pieces))
+        for first in range(0, n, batch_size):
+            count = min(batch_size, n - first)
+            chosen = None if labels is None else labels[first : first + count].to(model.device)
+            pieces.append(model.sample(count, key.samples(first), chosen).cpu())
+    return torch.cat(pieces)
 
 
-def _mlp(pixels: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(pixels, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU(),
-        nn.Linear(_HIDDEN, classes),
-    )  # fmt: skip
+class _MLP(nn.Module):
+    """(N, C, H, W) -> (N, classes) logits; ``features`` is what the last layer sees."""
+
+    def __init__(self, pixels: int, classes: int):
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Flatten(), nn.Linear(pixels, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU()
+        )
+        self.head = nn.Linear(_HIDDEN, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.hidden(images)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def _entropy(counts: Sequence[int]) -> float:
     total = sum(counts)
+    if total == 0:
+        return math.nan
     return -sum(count / total * math.log(count / total) for count in counts if count)

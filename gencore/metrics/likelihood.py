@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from gencore.data import ImageDataset
-from gencore.metrics.modes import evaluating
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
+from gencore.models.modes import evaluating
 from gencore.noise import Key
 
 
@@ -18,7 +19,8 @@ class LikelihoodBound:
     """A lower bound of the mean log p(x) over ``images`` images, with ``num_samples`` draws each.
 
     ``nats`` is the mean (higher is better; published tables print its negative), ``standard_error`` that of the mean
-    over images, ``dimensions`` the number of pixels times channels.
+    over images (and over the draws, which differ from image to image), ``dimensions`` the number of pixels times
+    channels.
     """
 
     nats: float
@@ -43,7 +45,7 @@ def likelihood_bound(
     batch_size: int = 250,
     limit: int | None = None,
 ) -> LikelihoodBound:
-    """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode.
+    """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode, with a bar if ``model.progress``.
 
     Image ``i`` uses the noise of ``key.samples(i)``, so the figure does not depend on ``batch_size`` (beyond the
     networks' rounding). The mean is in float64.
@@ -64,9 +66,18 @@ def likelihood_bound(
     count = len(data) if limit is None else min(limit, len(data))
     bounds = torch.empty(count, dtype=torch.float64)
     with evaluating(model):
-        for first in range(0, count, batch_size):
+        for first in _shown(range(0, count, batch_size), model.progress):
             indices = torch.arange(first, min(first + batch_size, count))
             images = data.batch(indices).images.to(model.device)
             bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
     error = bounds.std().item() / math.sqrt(count) if count > 1 else math.nan
     return LikelihoodBound(bounds.mean().item(), error, count, num_samples, math.prod(data.image_shape))
+
+
+def _shown(batches: range, progress: bool) -> Iterable[int]:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    shown: Iterable[int] = tqdm(batches, desc="bound", unit="batch")
+    return shown

@@ -82,6 +82,14 @@ class GenerativeModel(nn.Module):
     config: ModelConfig
     # Whether ``sample`` takes labels.
     conditional: bool = False
+    # How ``sample`` works, for a model that offers a choice: a Config whose every field has a default. Another of its
+    # type may be put in its place, by ``gencore sample --set`` for instance; what the model cannot do is a ConfigError.
+    sampling: Config | None = None
+    # Whether ``sample`` shows a bar while it works, if it takes long.
+    progress: bool = False
+    # Whether ``sample`` is to stop where it meets a NaN or infinity, by a FloatingPointError that says where; looking
+    # costs a little, and a model may leave it to who takes the samples.
+    check_finite: bool = False
 
     def phases(self) -> Sequence[Phase]:
         """The training algorithm, in the order in which the phases run within a step."""
@@ -116,9 +124,24 @@ class Autoencodes(HasLatents, Protocol):
 
 @runtime_checkable
 class HasLikelihoodBound(Protocol):
-    """A model with a lower bound of log p(x): nats per image (B,), tighter with more ``num_samples``."""
+    """A model with a lower bound of log p(x): nats per image (B,).
+
+    More ``num_samples`` make it tighter, or, where each draw is an unbiased estimate of the same bound, more precise.
+    """
 
     def log_likelihood_bound(self, images: Tensor, key: Key, num_samples: int = 1) -> Tensor: ...
+
+
+@runtime_checkable
+class Edits(Protocol):
+    """A model that fills in what is missing of images.
+
+    ``edit(images, known, key, labels=None)`` gives images (B, C, H, W) in [0, 1] that are ``images`` where ``known`` is
+    1, bit for bit, and the model's where it is 0; ``known`` broadcasts to the images. Image ``i`` uses the noise of
+    ``key.samples(i)``; ``labels`` are classes to fill with, if the model is conditional.
+    """
+
+    def edit(self, images: Tensor, known: Tensor, key: Key, labels: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -333,8 +333,15 @@ class _PhaseOptimizer:
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             # A parameter that never had a gradient has no state.
             if found:
-                state[i] = {key: value.clone() for key, value in found.items()}
+                state[i] = {key: _laid_out_as(self.parameters[i], value) for key, value in found.items()}
         self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value`` with the parameter's strides: the fused optimiser takes it that both have the same."""
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 class _Average:

@@ -47,6 +47,7 @@ def test_help_names_every_command(gencore):
         "reconstruct",
         "interpolate",
         "traverse",
+        "edit",
         "list",
         "info",
     ):

@@ -10,6 +10,8 @@ import torch
 
 from gencore import Key, data, metrics, ops
 from gencore.cli.evaluate import measure
+from gencore.cli.evaluate import rows as rows_of
+from gencore.models import GenerativeModel
 from gencore.models.vae import VAE, VAEConfig
 
 
@@ -70,7 +72,41 @@ def test_what_is_not_finite_is_null(gencore, trained, tmp_path, monkeypatch):
 def test_a_sampler_has_classes_only(gencore, trained, tmp_path):
     result = gencore("evaluate", trained / "toy-sampler", "-n", 20, "--out", tmp_path / "e.json")
     assert result.code == 0
-    assert json.loads((tmp_path / "e.json").read_text()).keys() & {"bound", "classes"} == {"classes"}
+    told = json.loads((tmp_path / "e.json").read_text())
+    measured = {"bound", "bound_k", "classes", "frechet", "conditional", "sampling"}
+    assert told.keys() & measured == {"classes", "frechet", "conditional"}
+
+
+def test_what_the_classifier_says_of_samples_of_known_classes(monkeypatch):
+    """A sampler that draws training images of the class that is asked for, or else of the first."""
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    rows = torch.stack([(train.labels == label).nonzero()[:40, 0] for label in range(10)])
+
+    class Copier(GenerativeModel):
+        conditional = True
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def sample(self, n, key, labels=None):
+            labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
+            which = (ops.uniform((n,), key) * 40).long()
+            return train.batch(rows[labels, which]).images
+
+    classifier = metrics.train_classifier(train, test)
+    found = measure(Copier(), test, classifier, Key(0), num_samples=2, n=200, train=train)
+    assert found["classes"]["counts"][0] > 190
+    assert found["classes"]["confident"] > 0.9
+    assert 0.9 < found["classes"]["test_confident"] < 1
+    assert found["conditional"]["accuracy"] > 0.95
+    assert found["conditional"]["confident"] > 0.95
+    # All classes are as near to the test images as other training images are; one class is far.
+    assert found["conditional"]["frechet"] < 2 * found["frechet"]["train_distance"]
+    assert found["frechet"]["distance"] > 5 * found["frechet"]["train_distance"]
+    told = dict(rows_of(found))
+    assert f"{found['frechet']['distance']:.3f} for 200 samples" in told[metrics.FRECHET_NAME]
+    assert told["with classes: accuracy of the classes"] == f"{found['conditional']['accuracy']:.3f}"
 
 
 def test_nothing_to_measure_is_an_error(gencore, trained, monkeypatch):
@@ -104,7 +140,14 @@ def test_no_two_purposes_share_noise(monkeypatch):
     torch.manual_seed(0)
     model = VAE(VAEConfig(hidden_sizes=(4,), latent_size=2))
     classifier = metrics.train_classifier(train, test, seed=3, steps=5)
-    measure(model, test, classifier, Key(3), num_samples=25, n=5, batch_size=len(test))
-    # The classifier's minibatches; binarized images and codes of either bound, 25 draws in chunks of 10; the samples.
-    assert len(keys) == 5 + 2 + 4 + 1
+    measure(model, test, classifier, Key(3), num_samples=25, n=5, batch_size=len(test), train=train)
+    # The classifier's minibatches; binarized images and codes of either bound, 25 draws in chunks of 10; the samples;
+    # which training images are compared.
+    assert len(keys) == 5 + 2 + 4 + 1 + 1
     assert len(set(keys)) == len(keys)
+
+
+def test_more_samples_than_fit_are_an_error(gencore, trained):
+    result = gencore("evaluate", trained / "toy", "-n", 100_001)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "Invalid value for '-n'" in result.err

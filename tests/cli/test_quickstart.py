@@ -18,13 +18,21 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
     for _ in range(2):  # its folder may be used again
         result = gencore("quickstart", "--out", tmp_path / "out")
         assert result.code == 0, result.err
-    for name in ("vae/samples", "vae/reconstructions", "vae/traversal", "gan/samples", "gan/traversal", "losses"):
+    names = ("vae/samples", "vae/reconstructions", "vae/traversal", "gan/samples", "gan/traversal")
+    for name in (*names, "ddpm/samples", "ddpm/edits", "losses"):
         path = tmp_path / "out" / f"{name}.png"
         assert Image.open(path).format == "PNG"
         assert str(path) in result.out
     assert "SIMD level" in result.out
     assert "reparameterize and backward" in result.out
-    assert "group_norm, SiLU" in result.out
+    for told in (
+        "group_norm, SiLU",
+        "add_noise, (64,3,64,64)",
+        "diffusion_step, DDPM",
+        "Fréchet",
+        "asked for each class",
+    ):
+        assert told in result.out
     assert gencore("sample", tmp_path / "out" / "vae", "-n", 4).code == 0
 
 

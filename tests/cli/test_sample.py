@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gencore import Key, train
-from gencore.cli.sample import draw
+from gencore.metrics import draw_samples
 
 
 def test_a_grid_is_written(gencore, trained, tmp_path):
@@ -29,9 +32,11 @@ def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
     assert np.abs(pixels[0] - pixels[2]).max() <= 1
     assert np.abs(pixels[1] - pixels[2]).max() <= 1
     model = train.load_model(trained / "toy")
-    whole = draw(model, 20, Key(0), 20)
+    whole = draw_samples(model, Key(0), n=20, batch_size=20)
     for batch_size in (1, 3, 19):
-        torch.testing.assert_close(draw(model, 20, Key(0), batch_size), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            draw_samples(model, Key(0), n=20, batch_size=batch_size), whole, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_batch_size_changes_no_labels(gencore, trained, tmp_path):
@@ -47,10 +52,12 @@ def test_the_batch_size_changes_nothing_of_the_real_models(gencore, tmp_path, na
     options = ("--data", "digits", "--steps", 3, "--batch-size", 16)
     assert gencore("train", name, *options, "--out", tmp_path / "run").code == 0
     model = train.load_model(tmp_path / "run")
-    whole = draw(model, 20, Key(0), 20)
+    whole = draw_samples(model, Key(0), n=20, batch_size=20)
     assert len(whole.unique(dim=0)) == 20
     for batch_size in (1, 3, 19):
-        torch.testing.assert_close(draw(model, 20, Key(0), batch_size), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            draw_samples(model, Key(0), n=20, batch_size=batch_size), whole, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_seed_decides(gencore, trained, tmp_path):
@@ -96,6 +103,21 @@ def test_labels_for_a_model_without_classes_are_one_line(gencore, tmp_path):
     assert gencore("train", "vae", *options, "--out", tmp_path / "run").code == 0
     result = gencore("sample", tmp_path / "run", "--labels", "0,1")
     assert (result.code, result.err) == (2, "gencore: --labels: model vae samples without classes\n")
+
+
+def test_no_picture_is_made_of_what_is_not_finite(gencore, trained, tmp_path, monkeypatch):
+    toy = sys.modules["gencore_toy"].Toy
+
+    def broken(model, n, key, labels=None, real=toy.sample):
+        images = real(model, n, key, labels)
+        images[1] = math.nan
+        return images
+
+    monkeypatch.setattr(toy, "sample", broken)
+    result = gencore("sample", trained / "toy", "-n", 4, "--out", tmp_path / "a.png")
+    message = "gencore: 1 of 4 samples are not finite, and no picture is written\n"
+    assert (result.code, result.err) == (2, message)
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(

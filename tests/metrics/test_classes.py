@@ -7,7 +7,13 @@ from torch import nn
 from gencore import Key, ops
 from gencore.data import ImageDataset
 from gencore.data.digits import load_digits
-from gencore.metrics import Classifier, class_report, classify_samples, train_classifier
+from gencore.metrics import (
+    Classifier,
+    class_report,
+    conditional_accuracy,
+    draw_samples,
+    train_classifier,
+)
 from gencore.models import GenerativeModel
 
 
@@ -51,6 +57,7 @@ def test_report():
     assert report.entropy == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert report.effective_classes == pytest.approx(math.exp(report.entropy))
     assert report.mean_confidence == pytest.approx(1)
+    assert report.confident == 1
     assert report.test_accuracy == 0.9
 
 
@@ -64,21 +71,73 @@ def test_confidence_is_low_for_images_of_no_class():
     assert class_report(CLASSIFIER, torch.full((10, 1, 2, 2), 0.5)).mean_confidence == pytest.approx(0.25)
 
 
+def test_the_share_of_confident_images():
+    # 50 x: the second of these is 50 * 0.05 from its rivals, 0.80 sure.
+    images = torch.cat((images_of(0, 1), 0.05 * images_of(2, 3)))
+    report = class_report(CLASSIFIER, images)
+    assert report.confident == 0.5
+    assert report.mean_confidence == pytest.approx((2 + 2 * math.exp(2.5) / (math.exp(2.5) + 3)) / 4)
+
+
+def test_conditional_accuracy():
+    images = images_of(0, 1, 2, 3)
+    assert conditional_accuracy(CLASSIFIER, images, torch.tensor([0, 1, 2, 3])) == 1
+    assert conditional_accuracy(CLASSIFIER, images, torch.tensor([0, 1, 3, 2])) == 0.5
+    for wrong in (torch.arange(3), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match="labels must be one for each of at least one image, got 4 images"):
+            conditional_accuracy(CLASSIFIER, images, wrong)
+
+
+def test_features_are_what_the_last_layer_sees():
+    train, test = load_digits(None, "train"), load_digits(None, "test")
+    classifier = train_classifier(train, test, steps=3)
+    images = test.batch(torch.arange(20)).images
+    features = classifier.features(images)
+    assert features.shape == (20, 256)
+    assert not features.requires_grad
+    probabilities = torch.softmax(classifier.network.head(features), 1)
+    torch.testing.assert_close(probabilities, classifier.probabilities(images))
+    with pytest.raises(TypeError, match="network must have a method features, and Brightest has none"):
+        CLASSIFIER.features(images_of(0))
+
+
+def test_samples_are_drawn_with_the_labels_of_each_batch():
+    model, seen = Sampler(4), []
+    model.weight = nn.Parameter(torch.zeros(1))
+    model.sample = lambda n, key, labels: seen.append(labels.tolist()) or images_of(*labels.tolist())
+    labels = torch.tensor([3, 1, 0, 2, 2])
+    samples = draw_samples(model, Key(0), n=5, batch_size=2, labels=labels)
+    assert seen == [[3, 1], [0, 2], [2]]
+    assert torch.equal(samples, images_of(*labels.tolist()))
+    with pytest.raises(ValueError, match=r"labels must be of shape \(5,\), got \(4,\)"):
+        draw_samples(model, Key(0), n=5, labels=labels[:4])
+
+
 def test_collapse_is_seen():
-    whole = classify_samples(Sampler(4).train(), CLASSIFIER, Key(0), n=400)
+    whole = class_report(CLASSIFIER, draw_samples(Sampler(4).train(), Key(0), n=400))
     assert whole.present == 4
     assert whole.effective_classes > 3.9
-    collapsed = classify_samples(Sampler(1), CLASSIFIER, Key(0), n=400)
+    collapsed = class_report(CLASSIFIER, draw_samples(Sampler(1), Key(0), n=400))
     assert collapsed.present == 1
     assert collapsed.effective_classes == 1
 
 
 def test_samples_do_not_depend_on_the_batch_size():
     model = Sampler(4)
-    reports = {classify_samples(model, CLASSIFIER, Key(0), n=10, batch_size=size) for size in (3, 10, 99)}
+    reports = {class_report(CLASSIFIER, draw_samples(model, Key(0), n=10, batch_size=size)) for size in (3, 10, 99)}
     assert len(reports) == 1
     assert model.sizes == [3, 3, 3, 1, 10, 10]
     assert sum(next(iter(reports)).counts) == 10
+
+
+def test_images_that_are_not_finite_are_of_no_class():
+    broken = images_of(0, 1, 2)
+    broken[0] = math.nan
+    report = class_report(CLASSIFIER, broken)
+    assert report.counts == (0, 1, 1, 0)
+    assert math.isnan(report.mean_confidence)
+    assert conditional_accuracy(CLASSIFIER, broken, torch.tensor([0, 1, 2])) == pytest.approx(2 / 3)
+    assert math.isnan(class_report(CLASSIFIER, broken[:1]).effective_classes)
 
 
 def test_classifier_learns_digits_and_draws_nothing_from_torch():
@@ -118,4 +177,4 @@ def test_refuses():
     with pytest.raises(ValueError, match="images must hold at least one image"):
         class_report(CLASSIFIER, torch.zeros(0, 1, 2, 2))
     with pytest.raises(ValueError, match="n and batch_size must be at least 1, got 0 and 250"):
-        classify_samples(Sampler(1), CLASSIFIER, Key(0), n=0)
+        draw_samples(Sampler(1), Key(0), n=0)

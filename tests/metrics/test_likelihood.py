@@ -45,6 +45,16 @@ def test_does_not_depend_on_the_batch_size():
     assert len(results) == 1
 
 
+def test_a_bar_is_shown_when_asked_for(capsys):
+    pytest.importorskip("tqdm")
+    model = Known()
+    plain = likelihood_bound(model, DATA, Key(3), batch_size=3)
+    assert capsys.readouterr().err == ""
+    model.progress = True
+    assert likelihood_bound(model, DATA, Key(3), batch_size=3) == plain
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_limit():
     assert likelihood_bound(Known(), DATA, Key(3), limit=2).images == 2
     assert likelihood_bound(Known(), DATA, Key(3), limit=100).images == 7

@@ -6,7 +6,7 @@ import torch
 from gencore import Key, ops
 from gencore.config import ConfigError
 from gencore.data.digits import load_digits
-from gencore.metrics import classify_samples, train_classifier
+from gencore.metrics import class_report, draw_samples, train_classifier
 from gencore.models import Autoencodes, Batch, HasLatents, HasLikelihoodBound
 from gencore.models.gan import GAN, GANConfig, plugin
 from gencore.models.gan import model as gan_model
@@ -236,7 +236,7 @@ def test_samples_show_the_classes_of_digits(one_thread, tmp_path, loss):
     config = GANConfig(image_shape=train.image_shape, num_classes=train.num_classes, loss=loss)
     settings = TrainConfig(steps=3000, batch_size=64, ema=0.995)
     Trainer(plugin, config, train, settings, tmp_path, data_name="digits", device="cpu", progress=False).fit()
-    report = classify_samples(load_model(tmp_path), train_classifier(train, test), Key(0))
+    report = class_report(train_classifier(train, test), draw_samples(load_model(tmp_path), Key(0)))
     assert report.test_accuracy > 0.93
     assert report.present >= 9, report
     assert report.mean_confidence > 0.8, report

@@ -205,7 +205,10 @@ def test_a_step_is_one_of_adam_with_the_settings_of_the_phase(trainer, tmp_path)
         assert torch.equal(parameter, expected)
 
 
-@pytest.mark.parametrize(("name", "precision"), [("vae", "float32"), ("vae", "bfloat16"), ("gan", "float32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("vae", "float32"), ("vae", "bfloat16"), ("gan", "float32"), ("ddpm", "float32"), ("ddpm", "bfloat16")],
+)
 def test_the_real_models_go_on_to_the_same_bits(tmp_path, name, precision):
     plugin, images = plugins.load_model(name), data.load("digits", "train")
     config = plugin.config.from_dict({"image_shape": images.image_shape, "num_classes": images.num_classes})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gencore import ops
-from gencore.models._checks import check_latents, check_unconditional
+from gencore.models._checks import check_images, check_latents, check_num_samples, check_unconditional
 from gencore.models.base import Batch, GenerativeModel, Loss, Phase
 from gencore.models.vae.config import VAEConfig
 from gencore.models.vae.likelihoods import Bernoulli, Gaussian
@@ -71,7 +71,7 @@ class VAE(GenerativeModel):
         Raises:
             ValueError: images of another shape than the configuration's.
         """
-        self._check_images(images)
+        check_images(images, self.config.image_shape)
         return self._posterior(self.likelihood.expect(images))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -140,11 +140,8 @@ class VAE(GenerativeModel):
             TypeError: ``num_samples`` is no int.
             ValueError: it is below 1, the images have another shape, or are gray but should be binary.
         """
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        self._check_images(images)
+        check_num_samples(num_samples)
+        check_images(images, self.config.image_shape)
         observed = self.likelihood.observe(images, key.stream(STREAM_OBSERVE))
         self.likelihood.check_observed(observed)
         if num_samples == 1:
@@ -159,11 +156,6 @@ class VAE(GenerativeModel):
             log_weights = self._log_likelihood(observed, latents) + _log_prior_ratio(latents, mu, logvar)
             total = torch.logaddexp(total, log_weights.logsumexp(0))
         return total - math.log(num_samples)
-
-    def _check_images(self, images: Tensor) -> None:
-        if images.dim() != 4 or images.shape[1:] != self.config.image_shape:
-            expected = ", ".join(str(size) for size in self.config.image_shape)
-            raise ValueError(f"images must be of shape (B, {expected}), got {tuple(images.shape)}")
 
 
 def _log_prior_ratio(latents: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as something is measured."""
+"""Evaluation mode for as long as something is sampled or measured."""
 
 from __future__ import annotations
 

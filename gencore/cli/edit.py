@@ -1,0 +1,142 @@
+"""``gencore edit``: hides a part of test images and has the model fill it in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from gencore.cli import pictures
+from gencore.cli.common import (
+    BatchSize,
+    DataName,
+    DeviceOption,
+    Labels,
+    RunFolder,
+    SamplingSettings,
+    Seed,
+    UseEma,
+    UserError,
+    check_finite,
+    check_guidance,
+    chosen_classes,
+    chosen_images,
+    load,
+    load_images,
+    picture_file,
+)
+from gencore.models.base import Edits, GenerativeModel
+from gencore.noise import Key
+
+MASKS = ("center", "left", "right", "top", "bottom", "border")
+_HIDDEN_GRAY = 0.5
+# Folded into the seed, so that fills share no noise with what is measured or sampled of the same seed.
+_FILLS = int.from_bytes(b"fills", "big")
+
+
+def command(
+    directory: RunFolder,
+    mask: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join((*MASKS, "FILE.png")),
+            help="What is hidden; border leaves the middle half. A file hides what is white in it.",
+        ),
+    ] = "center",
+    n: Annotated[int, typer.Option("-n", min=1, max=64, help="How many test images.")] = 8,
+    fills: Annotated[int, typer.Option(min=1, max=64, help="How many times each is filled in.")] = 3,
+    labels: Labels = None,
+    settings: SamplingSettings = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", parser=picture_file, help="[default: DIR/edits.png]")
+    ] = None,
+    data_name: DataName = None,
+    batch_size: BatchSize = 256,
+    ema: UseEma = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw test images, the same with a part hidden, and what the model fills in there; the rest stays as it is."""
+    check_guidance(settings, labels)
+    loaded = load(directory, ema, device, settings)
+    if not isinstance(loaded.model, Edits):
+        raise UserError(f"model {loaded.checkpoint.run.model} cannot edit images")
+    known = known_pixels(mask, loaded.config.image_shape)
+    classes = None if labels is None else chosen_classes(labels, n, loaded)
+    images = chosen_images(load_images(loaded, data_name, "test"), n, seed)
+    loaded.model.check_finite = True
+    path = out or loaded.directory / "edits.png"
+    pictures.save(edit_picture(loaded.model, images, known, fills, Key(seed), batch_size, classes), path)
+    print(f"{path}: {n} test images with a part filled in {fills} times, {loaded.title}")
+
+
+def known_pixels(mask: str, shape: tuple[int, int, int]) -> Tensor:
+    """(1, 1, H, W) float32: 0 where ``mask`` (one of ``MASKS``, or a picture's file) hides an image, else 1."""
+    _, height, width = shape
+    hidden = torch.zeros(height, width, dtype=torch.bool)
+    middle = (slice(height // 4, height - height // 4), slice(width // 4, width - width // 4))
+    if mask == "center":
+        hidden[middle] = True
+    elif mask == "border":
+        hidden[:] = True
+        hidden[middle] = False
+    elif mask in ("top", "bottom"):
+        hidden[slice(height // 2) if mask == "top" else slice(height // 2, height)] = True
+    elif mask in ("left", "right"):
+        hidden[:, slice(width // 2) if mask == "left" else slice(width // 2, width)] = True
+    else:
+        hidden = _white(Path(mask), height, width)
+    if not hidden.any():
+        raise UserError(f"--mask {mask} hides nothing of an image of {width}x{height} pixels (width x height)")
+    return (~hidden).float()[None, None]
+
+
+def edit_picture(
+    model: GenerativeModel,
+    images: Tensor,
+    known: Tensor,
+    fills: int,
+    key: Key,
+    batch_size: int = 256,
+    labels: Tensor | None = None,
+) -> Image.Image:
+    """Rows of images, the same with the hidden part gray, and ``fills`` of what the model makes of it."""
+    hidden = torch.where(known.bool(), images, _HIDDEN_GRAY)
+    key = key.fold_in(_FILLS)
+    filled = [edited(model, images, known, key.fold_in(fill), batch_size, labels) for fill in range(fills)]
+    check_finite(torch.cat(filled), "fills")
+    row_labels = ["image", "known", *["model"] * fills]
+    return pictures.grid(torch.cat([images, hidden, *filled]), len(images), row_labels)
+
+
+def edited(
+    model: GenerativeModel, images: Tensor, known: Tensor, key: Key, batch_size: int, labels: Tensor | None = None
+) -> Tensor:
+    """The images filled in, on the CPU; image ``i`` has the noise of sample id ``i`` of ``key``."""
+    if not isinstance(model, Edits):
+        raise TypeError(f"model must have a method edit, and {type(model).__name__} has none")
+    parts = []
+    for first in range(0, len(images), batch_size):
+        some = images[first : first + batch_size].to(model.device)
+        chosen = None if labels is None else labels[first : first + batch_size].to(model.device)
+        parts.append(model.edit(some, known.to(model.device), key.samples(first), chosen).cpu())
+    return torch.cat(parts)
+
+
+def _white(path: Path, height: int, width: int) -> Tensor:
+    """Where the picture is white, or rather so, (height, width) bool."""
+    if not path.is_file():
+        raise UserError(f"--mask must be one of {', '.join(MASKS)} or a picture, and there is no file {path}")
+    try:
+        with Image.open(path) as picture:
+            if picture.size != (width, height):
+                theirs, ours = "x".join(map(str, picture.size)), f"{width}x{height}"
+                raise UserError(f"--mask {path} has {theirs} pixels, the model's images have {ours} (width x height)")
+            gray = picture.convert("L")
+            return torch.tensor(list(gray.tobytes()), dtype=torch.uint8).reshape(height, width) >= 128
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"--mask {path} cannot be read as a picture: {error}") from error

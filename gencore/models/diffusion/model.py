@@ -1,0 +1,316 @@
+"""The denoising diffusion model: Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models" (2020).
+
+Equation and algorithm numbers below are of that paper. The cosine schedule and the learned variance are of Nichol and
+Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021); guidance without a classifier of Ho and Salimans,
+"Classifier-Free Diffusion Guidance" (2022).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gencore import diffusion, ops
+from gencore.config import Config, ConfigError
+from gencore.models._checks import check_images, check_known, check_labels, check_num_samples, check_unconditional
+from gencore.models.base import Batch, GenerativeModel, Loss, Phase
+from gencore.models.diffusion.config import DDPMConfig, Sampling
+from gencore.models.modes import evaluating
+from gencore.nn import UNet
+from gencore.noise import Key
+
+# One stream of the key per purpose, so that no two draws of a training step share noise.
+STREAM_TIME = 0
+STREAM_NOISE = 1
+STREAM_LABELS = 2
+# The bound's: the timesteps, and from the second on the noise of each.
+STREAM_STRATA = 0
+STREAM_BOUND = 1
+
+_FEW_STEPS = 50
+
+
+class DDPM(GenerativeModel):
+    """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) adds noise, step by step; a U-Net learns to take it away again.
+
+    Images in [0, 1] become x_0 in [-1, 1]. The network predicts the noise, the image or the velocity of x_t at timestep
+    t, from 0 (least noise) to T - 1; for a conditional model it is told the class, or that there is none.
+
+    Everything random is a pure function of the key: sample ``i`` of a batch uses the noise of ``key.samples(i)``.
+    (Dropout within the network, off by default, draws from torch's generator, which the trainer seeds for each step. It
+    is of training only: whatever mode the model is in, sampling and the bound leave nothing out.)
+    """
+
+    def __init__(self, config: DDPMConfig):
+        super().__init__()
+        self.config: DDPMConfig = config
+        self.conditional = config.conditional
+        channels = config.image_shape[0]
+        self.unet = UNet(
+            in_channels=channels,
+            out_channels=2 * channels if config.variance == "learned_range" else channels,
+            channels=config.channels,
+            blocks_per_level=config.blocks_per_level,
+            attention_levels=config.attention_levels,
+            num_heads=config.num_heads,
+            num_classes=config.num_classes if config.conditional else 0,
+            dropout=config.dropout,
+            scale_shift=config.scale_shift,
+            num_groups=config.num_groups,
+        )
+        # Convolutions are quicker in this order of memory, on CPUs and on GPUs.
+        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.schedule = _make_schedule(config)
+        self._times: dict[torch.device, Tensor] = {}
+        self.sampling = config.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How :meth:`sample` and :meth:`edit` work; settings that do not go with the model are a ConfigError."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Config | None) -> None:
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        faults = list(sampling.faults_with(self.config.timesteps, self.conditional))
+        if faults:
+            raise ConfigError("sampling", faults)
+        self._sampler = _make_sampler(self.config, self.schedule, sampling)
+        self._sampling = sampling
+
+    def phases(self) -> Sequence[Phase]:
+        """One phase: Algorithm 1."""
+        return [Phase("denoise", list(self.parameters()), self._loss, self.config.optimizer)]
+
+    def _loss(self, batch: Batch, key: Key) -> Loss:
+        """Algorithm 1: equation 14, or a loss that improves on it, for one timestep per image, drawn evenly."""
+        config = self.config
+        x0, n = _centered(batch.images), len(batch.images)
+        # The rounded product is below T: uniform() is at most 1 - 2^-24, and the product is in float64.
+        draws = ops.uniform((n,), key.stream(STREAM_TIME), dtype=torch.float64, device=x0.device)
+        t = (draws * config.timesteps).long()
+        x_t = ops.add_noise(x0, t, self.schedule, key.stream(STREAM_NOISE))
+        output = self._predict(x_t, t, self._told(batch.labels, n, key.stream(STREAM_LABELS)))
+        losses = ops.denoising_loss(
+            output,
+            x0,
+            t,
+            self.schedule,
+            key.stream(STREAM_NOISE),
+            parameterization=config.parameterization,
+            weighting=config.weighting,
+            gamma=config.gamma,
+            bound_weight=config.bound_weight,
+        )
+        return Loss(losses.mean(), {})
+
+    def _told(self, labels: Tensor | None, n: int, key: Key) -> Tensor | None:
+        """The labels that the network is told in training: a share of them is -1, no class (Ho and Salimans 2022)."""
+        if not self.conditional:
+            return None
+        if labels is None:
+            raise ValueError("labels must not be None: this model learns the classes of the images")
+        dropped = ops.uniform((n,), key, device=labels.device) < self.config.label_dropout
+        return torch.where(dropped, -1, labels)
+
+    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        output: Tensor = self.unet(x_t, self._times_on(x_t.device)[t], labels)
+        return output.float()
+
+    def _times_on(self, device: torch.device) -> Tensor:
+        if device not in self._times:
+            self._times[device] = self.schedule.times.to(device, torch.float32)
+        return self._times[device]
+
+    @torch.no_grad()
+    def sample(self, n: int, key: Key, labels: Tensor | None = None) -> Tensor:
+        """``n`` images; see :meth:`GenerativeModel.sample`. Algorithm 2, or what :attr:`sampling` says.
+
+        Args:
+            labels: (n,) int64, the class of each image, or -1 for none; without labels a conditional model samples
+                p(x), which guidance changes nothing of.
+
+        Raises:
+            TypeError, ValueError: labels are not as above, or were given to a model without classes.
+        """
+        return self._sampled(n, key, labels)
+
+    @torch.no_grad()
+    def edit(self, images: Tensor, known: Tensor, key: Key, labels: Tensor | None = None) -> Tensor:
+        """The images (B, C, H, W) with what ``known`` does not mark filled in; see :class:`gencore.models.Edits`.
+
+        At every step, the known part of x_t is replaced by the images with as much noise (Song et al., "Score-Based
+        Generative Modeling through Stochastic Differential Equations" (2021b), appendix I.2; Lugmayr et al. 2022,
+        equation 8). Each step is made ``sampling.resamples`` times, with noise added in between (Lugmayr et al. 2022,
+        Algorithm 1).
+
+        Raises:
+            ConfigError: :attr:`sampling` asks for ``resamples`` of a sampler that uses earlier predictions.
+            TypeError, ValueError: images or labels of another shape, or a ``known`` that does not broadcast to the
+                images or holds anything but 0 and 1.
+        """
+        faults = list(self._sampling.faults_of_editing())
+        if faults:
+            raise ConfigError("sampling", faults)
+        check_images(images, self.config.image_shape)
+        check_known(known, images)
+        filled = self._sampled(len(images), key, labels, known=_centered(images), mask=known.to(images.dtype))
+        return torch.where(known.bool(), images, filled)
+
+    def _sampled(
+        self, n: int, key: Key, labels: Tensor | None, known: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if labels is not None:
+            if not self.conditional:
+                check_unconditional(labels)
+            check_labels(labels, n, self.config.num_classes)
+            labels = labels.to(self.device)
+        sampling = self._sampling
+        guided = labels is not None and sampling.guidance_scale != 1
+
+        def predict(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            if not guided or labels is None:
+                output: Tensor = self.unet(x, t, labels)
+                return output.float()
+            # With and without the class, in one call of the network.
+            both = torch.cat((labels, torch.full_like(labels, -1)))
+            conditional, unconditional = self.unet(torch.cat((x, x)), torch.cat((t, t)), both).float().chunk(2)
+            return conditional, unconditional
+
+        with evaluating(self):
+            x = diffusion.sample(
+                predict,
+                (n, *self.config.image_shape),
+                self._sampler,
+                key,
+                guidance_scale=sampling.guidance_scale if guided else None,
+                guidance_rescale=sampling.guidance_rescale if guided else 0.0,
+                threshold=sampling.threshold,
+                known=known,
+                mask=mask,
+                resamples=1 if mask is None else sampling.resamples,
+                device=self.device,
+                memory_format=torch.channels_last,
+                progress=self.progress,
+                check_finite=self.check_finite,
+            )
+        return ((x + 1) / 2).clamp(0, 1).contiguous()
+
+    @torch.no_grad()
+    def log_likelihood_bound(self, images: Tensor, key: Key, num_samples: int = 1) -> Tensor:
+        """The variational bound of log p(x), nats per image, (B,) float32, of 8-bit images (equations 5 and 13)::
+
+            -KL(q(x_T | x_0) || N(0, I)) - sum over t of L_t
+
+        of p(x), without classes. Each term takes a pass through the network. t = 0 is always computed; of the others,
+        ``num_samples``, at timesteps that the key draws, which makes an unbiased estimate. With T - 1 or more, every
+        timestep is computed, with one draw of the noise each. So more samples make the figure more precise; the bound
+        is the same.
+
+        The timesteps are drawn in proportion to what their terms may be, from as many equally likely parts of 1 to
+        T - 1 as there are draws. A term is half the fall of log(SNR) times the error of the predicted noise (Kingma et
+        al. 2021, section 5.1), which a linear denoiser brings to SNR / (1 + SNR) for pixels of variance 1.
+
+        Predictions are not clipped: the bound is that of Algorithm 2 as it stands in the paper.
+
+        Raises:
+            TypeError: ``num_samples`` is no int, or the images are no tensor.
+            ValueError: it is below 1, or the images have another shape.
+        """
+        check_num_samples(num_samples)
+        check_images(images, self.config.image_shape)
+        # The decoder's bins lie around the 256 levels.
+        x0 = _centered((images.float() * 255).round() / 255)
+        draws = min(num_samples, self.config.timesteps - 1)
+        with evaluating(self):
+            return self._bound(x0, key, draws)
+
+    def _bound(self, x0: Tensor, key: Key, draws: int) -> Tensor:
+        n, others = len(x0), self.config.timesteps - 1
+        total = self._prior_divergence(x0) + self._bound_term(x0, torch.zeros(n, dtype=torch.int64), key, 0)
+        shares = _likely_shares(self.schedule)
+        places = ops.uniform((n, draws), key.stream(STREAM_STRATA), dtype=torch.float64)
+        for draw in range(draws):
+            if draws == others:
+                t, weights = torch.full((n,), draw + 1), torch.ones(n, dtype=torch.float64)
+            else:
+                # Among all draws, timestep t is expected draws * shares[t - 1] times.
+                drawn = torch.searchsorted(shares.cumsum(0), (draw + places[:, draw]) / draws, right=True)
+                drawn = drawn.clamp(max=others - 1)
+                t, weights = drawn + 1, 1 / (draws * shares[drawn])
+            total += self._bound_term(x0, t, key, 1 + draw) * weights.to(x0.device)
+        return -total.float()
+
+    def _bound_term(self, x0: Tensor, t: Tensor, key: Key, draw: int) -> Tensor:
+        """L_t in nats, (B,) float64."""
+        t, noise = t.to(x0.device), key.stream(STREAM_BOUND + draw)
+        output = self._predict(ops.add_noise(x0, t, self.schedule, noise), t, None)
+        config = self.config
+        terms = ops.variational_bound(
+            output, x0, t, self.schedule, noise, parameterization=config.parameterization, variance=config.variance
+        )
+        return terms.double() * math.prod(x0.shape[1:])
+
+    def _prior_divergence(self, x0: Tensor) -> Tensor:
+        """KL(N(alpha_T x_0, sigma_T^2 I) || N(0, I)), (B,) float64."""
+        alpha, variance = self.schedule.alpha[-1], self.schedule.sigma[-1].square()
+        squares = x0.double().square().flatten(1).sum(1)
+        constant = (variance - 1 - variance.log()).item() * math.prod(x0.shape[1:])
+        return (alpha.square().item() * squares + constant) / 2
+
+
+def _make_schedule(config: DDPMConfig) -> diffusion.Schedule:
+    """The noise levels that the configuration names."""
+    if config.schedule == "cosine":
+        return diffusion.cosine(config.timesteps)
+    # Another number of steps has as much noise in the end (Nichol and Dhariwal 2021, in their code).
+    return diffusion.linear(config.timesteps, 0.1 / config.timesteps, 20 / config.timesteps)
+
+
+def _make_sampler(config: DDPMConfig, schedule: diffusion.Schedule, sampling: Sampling) -> diffusion.Sampler:
+    """The sampler that the settings name; a ConfigError if it refuses them."""
+    name = sampling.sampler
+    steps = sampling.steps or (config.timesteps if name == "ddpm" else min(_FEW_STEPS, config.timesteps))
+    # From the very last step of a cosine schedule, Heun's correction multiplies errors by ten.
+    spacing = sampling.spacing or ("karras" if name == "heun" else "trailing")
+    make: dict[str, Callable[..., diffusion.Sampler]] = {
+        "ddpm": functools.partial(diffusion.ddpm, variance=config.variance),
+        # DDIM's step, with the noise that follows from the clipped x0 (Dhariwal and Nichol 2021, in their code): with
+        # the network's own, guidance and clipping together lead away from images.
+        "ddim": functools.partial(diffusion.ddim, eta=sampling.eta, clip_noise=True),
+        "dpm_solver": diffusion.dpm_solver,
+        "dpm_solver_sde": functools.partial(diffusion.dpm_solver, sde=True),
+        "euler": diffusion.euler,
+        "euler_ancestral": diffusion.euler_ancestral,
+        "heun": functools.partial(diffusion.heun, s_churn=sampling.churn),
+    }
+    try:
+        return make[name](
+            schedule,
+            steps,
+            parameterization=config.parameterization,
+            spacing=spacing,
+            clip=1.0 if sampling.clip else None,
+        )
+    except ValueError as error:
+        raise ConfigError("sampling", [f"{name}: {error}"]) from error
+
+
+def _likely_shares(schedule: diffusion.Schedule) -> Tensor:
+    """(T - 1,): how often the bound takes the timesteps from 1 on, in proportion to the size their terms may have.
+
+    A tenth is added to SNR / (1 + SNR), so that no term that is larger than it should be weighs without measure.
+    """
+    snr = schedule.snr
+    likely = (snr[:-1] / snr[1:]).log() * (0.1 + snr[1:] / (1 + snr[1:]))
+    return likely / likely.sum()
+
+
+def _centered(images: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1], float32."""
+    return (2 * images.float() - 1).contiguous(memory_format=torch.channels_last)

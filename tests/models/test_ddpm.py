@@ -1,0 +1,598 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gencore import Key, diffusion, ops
+from gencore.data.digits import load_digits
+from gencore.models import Batch, Edits, HasLatents, HasLikelihoodBound
+from gencore.models.diffusion import DDPM, DDPMConfig, Sampling, plugin
+from gencore.models.diffusion import model as ddpm_model
+from gencore.models.diffusion.model import STREAM_LABELS, STREAM_NOISE, STREAM_TIME
+
+SMALL = {"channels": (8, 16), "num_groups": 4}
+FAST = Sampling(sampler="ddim", steps=6)
+
+
+def build(seed=0, **settings):
+    """A small model whose every parameter matters: those that begin as zero are drawn here."""
+    torch.manual_seed(seed)
+    model = DDPM(DDPMConfig(**{**SMALL, "num_classes": 10, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def images_for(model, n=6, seed=1):
+    levels = (ops.uniform((n, *model.config.image_shape), Key(seed)) * 256).floor()
+    return levels / 255
+
+
+def loss_of(model, images, key, labels=None):
+    return model.phases()[0].loss(Batch(images, labels), key)
+
+
+# The formulas once more, in float64 and by another way: from betas, as in Ho et al. (2020).
+
+
+class Chain:
+    def __init__(self, config):
+        steps = config.timesteps
+        if config.schedule == "linear":
+            betas = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
+        else:
+            f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
+            betas = torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(f)], dtype=torch.float64)
+        self.betas = betas
+        self.bar = torch.cumprod(1 - betas, 0)
+        self.bar_before = torch.cat((torch.ones(1, dtype=torch.float64), self.bar[:-1]))
+        self.small = betas * (1 - self.bar_before) / (1 - self.bar)
+
+    def at(self, values, t, like):
+        return values[t].reshape(-1, *[1] * (like.dim() - 1))
+
+    def x0(self, config, x_t, prediction, t):
+        bar = self.at(self.bar, t, x_t)
+        if config.parameterization == "eps":
+            return (x_t - (1 - bar).sqrt() * prediction) / bar.sqrt()
+        if config.parameterization == "x0":
+            return prediction
+        return bar.sqrt() * x_t - (1 - bar).sqrt() * prediction
+
+    def term(self, config, x0, x_t, output, t):
+        """L_t in nats of each element, for t equal in the whole batch."""
+        channels = x0.shape[1]
+        predicted = self.x0(config, x_t, output[:, :channels], t)
+        of_x0 = self.at(self.bar_before.sqrt() * self.betas / (1 - self.bar), t, x0)
+        of_x_t = self.at((1 - self.betas).sqrt() * (1 - self.bar_before) / (1 - self.bar), t, x0)
+        true, mean = of_x0 * x0 + of_x_t * x_t, of_x0 * predicted + of_x_t * x_t
+        # The posterior's variance is 0 at t = 0: that of t = 1 stands there.
+        low = torch.cat((self.small[1:2], self.small[1:])).log()
+        high = {"fixed_small": low, "fixed_large": torch.cat((self.small[1:2], self.betas[1:])).log()}.get(
+            config.variance, self.betas.log()
+        )
+        log_variance = self.at(high, t, x0).expand_as(x0)
+        if config.variance == "learned_range":
+            share = (output[:, channels:] + 1) / 2
+            log_variance = share * self.at(high, t, x0) + (1 - share) * self.at(low, t, x0)
+            mean = mean.detach()
+        if int(t[0]) > 0:
+            log_true = self.at(low, t, x0)
+            ratio = (log_true - log_variance).exp()
+            return (log_variance - log_true + ratio + (true - mean).square() / log_variance.exp() - 1) / 2
+        normal = torch.distributions.Normal(mean, (log_variance / 2).exp())
+        above = torch.where(x0 > 0.999, torch.ones_like(x0), normal.cdf(x0 + 1 / 255))
+        below = torch.where(x0 < -0.999, torch.zeros_like(x0), normal.cdf(x0 - 1 / 255))
+        return -(above - below).clamp(min=1e-12).log()
+
+
+def test_shapes_and_protocols():
+    model = build(image_shape=(3, 6, 7))
+    model.sampling = FAST
+    images = model.sample(4, Key(0))
+    assert images.shape == (4, 3, 6, 7)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert not images.requires_grad
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert isinstance(model, Edits)
+    assert isinstance(model, HasLikelihoodBound)
+    assert not isinstance(model, HasLatents)
+    (phase,) = model.phases()
+    assert {id(p) for p in phase.parameters} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+@pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_loss_is_algorithm_1(parameterization, weighting, schedule):
+    model = build(
+        parameterization=parameterization, weighting=weighting, schedule=schedule, gamma=3.0, timesteps=40,
+        image_shape=(2, 6, 6),
+    )  # fmt: skip
+    images, key, chain = images_for(model), Key(7), Chain(model.config)
+    loss = loss_of(model, images, key)
+    t = (ops.uniform((6,), key.stream(STREAM_TIME)).double() * 40).long()
+    assert len(t.unique()) > 3
+    x0, eps = 2 * images.double() - 1, ops.normal(images.shape, key.stream(STREAM_NOISE)).double()
+    bar = chain.at(chain.bar, t, x0)
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+    output = model.unet(x_t.float(), t.float()).double()
+    predicted = chain.x0(model.config, x_t, output, t)
+    snr = bar / (1 - bar)
+    if weighting == "simple":
+        target = {"eps": eps, "x0": x0, "v": bar.sqrt() * eps - (1 - bar).sqrt() * x0}[parameterization]
+        expected = (output - target).square()
+    else:
+        expected = (snr if weighting == "snr" else snr.clamp(max=3.0)) * (predicted - x0).square()
+    expected = expected.mean()
+    # x_t is rounded to float32 once, and the network's products differ in order: some 1e-6 relative in its output.
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
+    last = model.unet.conv_out.weight
+    ours, theirs = (torch.autograd.grad(value, [last])[0] for value in (loss.value, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_hybrid_loss_of_a_learned_variance(parameterization):
+    model = build(
+        parameterization=parameterization, variance="learned_range", schedule="cosine", timesteps=12, bound_weight=0.02
+    )
+    images, key, chain = images_for(model, 24), Key(3), Chain(model.config)
+    loss = loss_of(model, images, key)
+    t = (ops.uniform((24,), key.stream(STREAM_TIME)).double() * 12).long()
+    assert (t == 0).any()
+    x0, eps = 2 * images.double() - 1, ops.normal(images.shape, key.stream(STREAM_NOISE)).double()
+    bar = chain.at(chain.bar, t, x0)
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+    output = model.unet(x_t.float(), t.float()).double()
+    target = eps if parameterization == "eps" else bar.sqrt() * eps - (1 - bar).sqrt() * x0
+    simple = (output[:, :1] - target).square().flatten(1).mean(1)
+    terms = torch.stack(
+        [
+            chain.term(model.config, x0[i : i + 1], x_t[i : i + 1], output[i : i + 1], t[i : i + 1]).mean()
+            for i in range(24)
+        ]
+    )
+    expected = (simple + 0.02 * 12 * terms / math.log(2)).mean()
+    # As above; the exponential of the variance's logarithm multiplies relative errors by its size, up to 10.
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-3)
+    last = model.unet.conv_out.weight
+    ours, theirs = (torch.autograd.grad(value, [last])[0] for value in (loss.value, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * theirs.abs().max().item())
+    assert theirs[1].abs().max() > 0, "the variance must have a gradient"
+
+
+def test_loss_is_a_function_of_the_key_alone_and_trains_every_parameter():
+    model = build(conditional=True, attention_levels=(0,), variance="learned_range", schedule="cosine")
+    images, labels, before = images_for(model), torch.arange(6), torch.get_rng_state()
+    loss = loss_of(model, images, Key(7), labels).value
+    assert torch.equal(loss, loss_of(model, images, Key(7), labels).value)
+    assert not torch.equal(loss, loss_of(model, images, Key(8), labels).value)
+    assert torch.equal(torch.get_rng_state(), before)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_loss_does_not_depend_on_the_batch():
+    model = build(conditional=True)
+    images, labels, key = images_for(model), torch.arange(6), Key(7)
+    whole = loss_of(model, images, key, labels).value
+    parts = [loss_of(model, images[s], key.samples(s.start), labels[s]).value for s in (slice(0, 2), slice(2, 6))]
+    # Means of some hundred float32 numbers in another order, behind convolutions in another order.
+    torch.testing.assert_close(whole, (2 * parts[0] + 4 * parts[1]) / 6, rtol=1e-5, atol=1e-6)
+
+
+def test_trains_in_bfloat16_with_a_float32_loss():
+    model = build(variance="learned_range", schedule="cosine")
+    exact = loss_of(model, images_for(model), Key(7)).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, images_for(model), Key(7)).value
+    assert loss.dtype == torch.float32
+    # bfloat16 rounds by 2^-9 in each of some ten layers, which add up to a few percent at most.
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.02)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_labels_are_dropped_by_the_key():
+    model = build(conditional=True, label_dropout=0.3)
+    labels, seen = torch.arange(2000) % 10, []
+    unet, model.unet = model.unet, Recorder(seen)
+    images = torch.zeros(2000, 1, 8, 8)
+    loss_of(model, images, Key(7), labels)
+    loss_of(model, images[500:], Key(7).samples(500), labels[500:])
+    model.unet = unet
+    dropped = seen[0] == -1
+    assert torch.equal(seen[0][~dropped], labels[~dropped])
+    assert torch.equal(seen[1], seen[0][500:])
+    assert torch.equal(dropped, ops.uniform((2000,), Key(7).stream(STREAM_LABELS)) < 0.3)
+    # Five standard deviations of a share of 2000.
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 2000))
+    with pytest.raises(ValueError, match="labels must not be None"):
+        loss_of(model, images, Key(7))
+
+
+class Recorder(nn.Module):
+    """A network that says nothing, and keeps the labels it is told."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x, t, labels=None):
+        self.seen.append(labels)
+        return torch.zeros_like(x)
+
+
+def test_every_purpose_has_a_stream_of_its_own():
+    assert len({STREAM_TIME, STREAM_NOISE, STREAM_LABELS}) == 3
+    assert ddpm_model.STREAM_STRATA < ddpm_model.STREAM_BOUND
+
+
+SAMPLERS = ["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "euler", "euler_ancestral", "heun"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_do_not_depend_on_the_batch_or_the_mode(sampler):
+    # With dropout, which is of training alone.
+    model = build(conditional=True, parameterization="v", schedule="cosine", dropout=0.5)
+    model.sampling = Sampling(sampler=sampler, steps=4, guidance_scale=2.0)
+    labels = torch.arange(7)
+    together = model.sample(7, Key(3), labels)
+    apart = torch.cat([model.sample(3, Key(3), labels[:3]), model.eval().sample(4, Key(3).samples(3), labels[3:])])
+    # Rounding in the order of a convolution's sums, some 1e-6, passed on by four steps.
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+    assert torch.equal(model.eval().sample(7, Key(3), labels), together)
+    assert not torch.allclose(model.sample(7, Key(4), labels), together, atol=1e-2)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_sampling_is_algorithm_2(variance):
+    model = build(variance=variance, schedule="cosine", timesteps=10, sampling=Sampling(clip=False))
+    chain, key = Chain(model.config), Key(5)
+    x = ops.normal((3, 1, 8, 8), key.stream(0)).double()
+    with torch.no_grad():
+        for step in reversed(range(10)):
+            t = torch.full((3,), step)
+            output = model.unet(x.float(), t.float()).double()
+            predicted = chain.x0(model.config, x, output[:, :1], t)
+            beta, bar, before = chain.betas[step], chain.bar[step], chain.bar_before[step]
+            x = (before.sqrt() * beta * predicted + (1 - beta).sqrt() * (1 - before) * x) / (1 - bar)
+            if step > 0:
+                small = chain.small[step]
+                spread = {"fixed_small": small, "fixed_large": beta}.get(variance)
+                if spread is None:
+                    share = (output[:, 1:] + 1) / 2
+                    spread = (share * beta.log() + (1 - share) * small.log()).exp()
+                x = x + spread.sqrt() * ops.normal((3, 1, 8, 8), key.stream(1 + step)).double()
+    expected = ((x + 1) / 2).clamp(0, 1)
+    # The chain is in float32: ten steps whose 1 / alpha is up to 30 at the first.
+    torch.testing.assert_close(model.sample(3, key).double(), expected, rtol=0, atol=1e-3)
+    assert 0.1 < expected.std() < 0.5
+
+
+def test_guidance_combines_both_predictions():
+    model = build(conditional=True)
+    model.sampling = Sampling(sampler="ddim", steps=5, guidance_scale=3.0, clip=False)
+    labels = torch.tensor([1, 1, 7])
+
+    def guided(x, t):
+        with_class, without = model.unet(x, t, labels), model.unet(x, t, torch.full((3,), -1))
+        return without + 3.0 * (with_class - without)
+
+    sampler = diffusion.ddim(model.schedule, 5)
+    expected = (diffusion.sample(guided, (3, 1, 8, 8), sampler, Key(2)) + 1) / 2
+    # The network on 6 images instead of 3: rounding as above, times the guidance of 3.
+    torch.testing.assert_close(model.sample(3, Key(2), labels), expected.clamp(0, 1), rtol=0, atol=1e-4)
+    assert not torch.allclose(model.sample(3, Key(2), labels.flip(0)), expected.clamp(0, 1), atol=1e-3)
+
+
+def test_no_labels_is_no_class_whatever_the_guidance():
+    model = build(conditional=True)
+    model.sampling = FAST
+    plain = model.sample(3, Key(2))
+    none = torch.full((3,), -1)
+    assert torch.equal(model.sample(3, Key(2), none), plain)
+    model.sampling = Sampling(sampler="ddim", steps=6, guidance_scale=4.0)
+    assert torch.equal(model.sample(3, Key(2)), plain)
+
+
+def test_guidance_calls_the_network_once_a_step():
+    model = build(conditional=True)
+    calls = []
+    model.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    model.sampling = Sampling(sampler="ddim", steps=5, guidance_scale=2.0)
+    model.sample(3, Key(0), torch.arange(3))
+    assert calls == [6] * 5
+    calls.clear()
+    model.sampling = Sampling(sampler="ddim", steps=5)
+    model.sample(3, Key(0), torch.arange(3))
+    assert calls == [3] * 5
+
+
+def test_a_bar_is_shown_when_asked_for(monkeypatch):
+    shown = []
+    real = diffusion.sample
+
+    def spy(*arguments, progress=False, **options):
+        shown.append(progress)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(diffusion, "sample", spy)
+    model = build(sampling=FAST)
+    model.sample(1, Key(0))
+    model.progress = True
+    model.sample(1, Key(0))
+    assert shown == [False, True]
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_the_whole_bound_is_the_sum_of_its_terms(variance, parameterization):
+    model = build(
+        variance=variance, parameterization=parameterization, schedule="cosine", timesteps=8, image_shape=(2, 4, 4)
+    )
+    images, key, chain = images_for(model), Key(5), Chain(model.config)
+    images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])  # the outermost bins
+    x0 = 2 * images.double() - 1
+    variance_T, mean_T = 1 - chain.bar[-1], chain.bar[-1].sqrt() * x0
+    total = (variance_T + mean_T.square() - 1 - variance_T.log()).flatten(1).sum(1) / 2
+    for step in range(8):
+        t = torch.full((6,), step)
+        eps = ops.normal(images.shape, key.stream(1 + step)).double()
+        x_t = chain.bar[step].sqrt() * x0 + (1 - chain.bar[step]).sqrt() * eps
+        with torch.no_grad():
+            output = model.unet(x_t.float(), t.float()).double()
+        total += chain.term(model.config, x0, x_t, output, t).flatten(1).sum(1)
+    for num_samples in (7, 8, 1000):
+        bound = model.log_likelihood_bound(images, key, num_samples)
+        assert bound.dtype == torch.float32
+        # Terms in float32; their squares are of differences that cancel two digits.
+        torch.testing.assert_close(bound.double(), -total, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5])
+def test_fewer_terms_are_an_unbiased_estimate(num_samples):
+    model = build(schedule="cosine", timesteps=12, image_shape=(1, 4, 4))
+    images = images_for(model, 1).expand(1500, -1, -1, -1)
+    whole = model.log_likelihood_bound(images, Key(1), 12).double()
+    some = model.log_likelihood_bound(images, Key(2), num_samples).double()
+    error = math.sqrt((whole.var() + some.var()).item() / 1500)
+    # Four standard errors: by chance once in 16,000 seeds.
+    assert abs((some.mean() - whole.mean()).item()) < 4 * error
+    assert error < 0.1 * abs(whole.mean().item())
+
+
+def test_bound_does_not_depend_on_the_batch():
+    model = build(conditional=True)
+    images, key = images_for(model), Key(5)
+    for num_samples in (1, 7):
+        together = model.log_likelihood_bound(images, key, num_samples)
+        apart = [
+            model.log_likelihood_bound(images[:2], key, num_samples),
+            model.log_likelihood_bound(images[2:], key.samples(2), num_samples),
+        ]
+        # Terms in float32 that are sums over pixels of hundreds of nats, each with the rounding of the network, 1e-6.
+        torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-2)
+
+
+def test_nothing_is_left_out_after_training():
+    model = build(dropout=0.5, sampling=FAST)
+    assert model.training
+    images, known = images_for(model), torch.zeros(1)
+    found = []
+    for training in (True, False):
+        model.train(training)
+        edited, bound = model.edit(images, known, Key(0)), model.log_likelihood_bound(images, Key(0))
+        found.append((model.sample(2, Key(0)), edited, bound))
+        assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # In training, it is.
+    losses = [loss_of(model.train(), images, Key(0)).value for _ in range(2)]
+    assert not torch.equal(*losses)
+
+
+def test_no_images_have_no_bounds():
+    model = build(image_shape=(3, 4, 4))
+    bound = model.log_likelihood_bound(torch.zeros(0, 3, 4, 4), Key(0), 3)
+    assert (bound.shape, bound.dtype) == ((0,), torch.float32)
+    assert model.edit(torch.zeros(0, 3, 4, 4), torch.zeros(1), Key(0)).shape == (0, 3, 4, 4)
+
+
+def test_what_is_not_finite_is_told_when_asked_for():
+    model = build(sampling=FAST)
+    with torch.no_grad():
+        model.unet.conv_in.bias.fill_(math.nan)
+    assert model.sample(2, Key(0)).isnan().all()
+    model.check_finite = True
+    message = r"the model's output is not finite in call 0 of 6, at time 999"
+    with pytest.raises(FloatingPointError, match=message):
+        model.sample(2, Key(0))
+    with pytest.raises(FloatingPointError, match=message):
+        model.edit(torch.zeros(2, 1, 8, 8), torch.zeros(1), Key(0))
+
+
+def test_the_network_is_given_images_in_its_own_format():
+    """Three channels, so that the formats differ: nothing is copied between two calls."""
+    model, seen = build(image_shape=(3, 8, 8), conditional=True), []
+
+    def listening(module, arguments, output):
+        seen.append((arguments[0].stride(), output.stride()))
+
+    model.unet.register_forward_hook(listening)
+    for guidance_scale in (1.0, 2.0):
+        model.sampling = Sampling(sampler="dpm_solver", steps=5, guidance_scale=guidance_scale)
+        seen.clear()
+        assert model.sample(2, Key(0), torch.arange(2)).is_contiguous()
+        assert seen == [((192, 1, 24, 3),) * 2] * 5
+
+
+def test_edit_keeps_what_is_known():
+    model = build(conditional=True)
+    model.sampling = Sampling(sampler="ddpm", steps=5)
+    # Numbers that do not survive 2 x - 1 and back.
+    images = ops.uniform((6, 1, 8, 8), Key(1)) ** 3
+    assert not torch.equal(((2 * images - 1) + 1) / 2, images)
+    known = (ops.uniform((1, 1, 8, 8), Key(2)) < 0.6).float()
+    labels = torch.arange(6)
+    whole = model.edit(images, known, Key(3), labels)
+    where = known.bool().expand_as(images)
+    assert torch.equal(whole[where], images[where])
+    assert not torch.isclose(whole[~where], images[~where]).all()
+    assert torch.equal(whole, model.edit(images, known.bool(), Key(3), labels))
+    assert not torch.allclose(whole, model.edit(images, known, Key(4), labels))
+    apart = [
+        model.edit(images[:2], known, Key(3), labels[:2]),
+        model.edit(images[2:], known, Key(3).samples(2), labels[2:]),
+    ]
+    # Rounding in the order of a convolution's sums, some 1e-6, passed on by five steps.
+    torch.testing.assert_close(whole, torch.cat(apart), rtol=0, atol=1e-4)
+    model.sampling = Sampling(sampler="ddpm", steps=5, resamples=3)
+    again = model.edit(images, known, Key(3), labels)
+    assert torch.equal(again[where], images[where])
+    assert not torch.allclose(again, whole)
+    assert torch.equal(model.edit(images, torch.ones(1), Key(3)), images)
+
+
+def test_what_is_filled_in_depends_on_what_is_known():
+    model = build(schedule="cosine", timesteps=30)
+    known = torch.zeros(1, 1, 8, 8)
+    known[..., :4] = 1
+    dark = model.edit(torch.zeros(2, 1, 8, 8), known, Key(0))
+    bright = model.edit(torch.ones(2, 1, 8, 8), known, Key(0))
+    assert not torch.allclose(dark[..., 4:], bright[..., 4:], atol=1e-3)
+
+
+def test_ddim_goes_on_with_the_noise_of_the_clipped_image():
+    """Without clipping it is DDIM as it stands; with it, x' = alpha' x0 + sigma' eps(x, x0) for the clipped x0."""
+    model = build(schedule="cosine", parameterization="v")
+    for clip in (False, True):
+        model.sampling = Sampling(sampler="ddim", steps=5, clip=clip)
+        ours = model.sample(3, Key(0))
+        for sampler, same in ((diffusion.ddim, not clip), (diffusion.euler, True)):
+            chosen = sampler(model.schedule, 5, parameterization="v", clip=1.0 if clip else None)
+            x = diffusion.sample(lambda x, t: model.unet(x, t), (3, 1, 8, 8), chosen, Key(0))
+            # The same arithmetic but for the memory format: rounding of 1e-6, passed on by five steps.
+            assert torch.allclose(((x + 1) / 2).clamp(0, 1), ours, rtol=0, atol=1e-4) == same, (clip, sampler)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.sample(2, Key(0), torch.zeros(2, dtype=torch.int64)), "labels must be None: this model is not"),
+        (lambda m: m.edit(torch.zeros(2, 1, 8, 9), torch.ones(1), Key(0)), r"images must be of shape \(B, 1, 8, 8\)"),
+        (lambda m: m.edit(torch.zeros(2, 1, 8, 8), torch.ones(3, 1, 1, 1), Key(0)), "known must broadcast"),
+        (lambda m: m.edit(torch.zeros(2, 1, 8, 8), torch.full((1,), 0.5), Key(0)), "known must be 1 where an image"),
+        (lambda m: m.log_likelihood_bound(torch.zeros(2, 1, 8, 8), Key(0), 0), "num_samples must be at least 1, got 0"),
+        (lambda m: m.log_likelihood_bound(torch.zeros(2, 3, 8, 8), Key(0)), r"images must be of shape \(B, 1, 8, 8\)"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build(sampling=FAST))
+
+
+def test_refuses_what_is_no_tensor():
+    model, images = build(conditional=True, sampling=FAST), torch.zeros(2, 1, 8, 8)
+    for call, name in (
+        (lambda: model.sample(2, Key(0), [1, 2]), "labels"),
+        (lambda: model.edit([[1.0]], torch.ones(1), Key(0)), "images"),
+        (lambda: model.edit(images, 1, Key(0)), "known"),
+        (lambda: model.log_likelihood_bound(None, Key(0)), "images"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got"):
+            call()
+
+
+def test_refuses_labels():
+    model = build(conditional=True, sampling=FAST)
+    with pytest.raises(TypeError, match=r"labels must be int64, got torch.float32"):
+        model.sample(2, Key(0), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"labels must be of shape \(2,\), got \(3,\)"):
+        model.sample(2, Key(0), torch.zeros(3, dtype=torch.int64))
+    for wrong in (10, -2):
+        with pytest.raises(ValueError, match=f"labels must be from 0 to 9, or -1 for no class, got .*{wrong}"):
+            model.sample(2, Key(0), torch.tensor([0, wrong]))
+
+
+def test_a_short_training_gets_better(one_thread):
+    torch.manual_seed(0)
+    model = DDPM(DDPMConfig(**SMALL, num_classes=10, parameterization="v", schedule="cosine"))
+    data = load_digits(None, "train")
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+
+    def held_out():
+        images = load_digits(None, "test").batch(torch.arange(256)).images
+        with torch.no_grad():
+            return loss_of(model, images, Key(9)).value.item()
+
+    # At first the network says 0, and v has a mean square of about 1.
+    assert held_out() > 0.8
+    for step in range(80):
+        key = Key(0).fold_in(step)
+        rows = (ops.uniform((64,), key.stream(9)) * len(data)).long()
+        loss = loss_of(model, data.batch(rows).images, key).value
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert held_out() < 0.42
+
+
+def test_a_resumed_run_has_the_same_bits(one_thread, tmp_path):
+    """Weights that lie channels_last in memory, as those of no other model do."""
+    pytest.importorskip("accelerate")
+    from gencore.train import TrainConfig, Trainer, load_model
+
+    data = load_digits(None, "train")
+    config = DDPMConfig(**SMALL, image_shape=data.image_shape, num_classes=10, conditional=True, dropout=0.1)
+
+    def fit(out, steps, **options):
+        settings = TrainConfig(steps=steps, batch_size=8, ema=0.9)
+        trainer = Trainer(plugin, config, data, settings, out, data_name="digits", device="cpu", progress=False)
+        trainer.fit(**options)
+
+    fit(tmp_path / "whole", 6)
+    fit(tmp_path / "parts", 3)
+    fit(tmp_path / "parts", 6, resume=True)
+    for ema in (False, True):
+        whole, parts = (load_model(tmp_path / name, ema=ema).state_dict() for name in ("whole", "parts"))
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, parts[name]), name
+    assert any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in whole.values())
+
+
+@pytest.mark.slow
+def test_samples_show_the_classes_that_are_asked_for(one_thread, tmp_path):
+    """A minute of training on digits; a run of this kind had 98% of them right."""
+    pytest.importorskip("accelerate")
+    from gencore.metrics import class_report, conditional_accuracy, draw_samples, train_classifier
+    from gencore.train import TrainConfig, Trainer, load_model
+
+    train, test = load_digits(None, "train"), load_digits(None, "test")
+    config = DDPMConfig.from_dict(
+        {
+            "image_shape": train.image_shape,
+            "num_classes": 10,
+            "channels": (16, 32),
+            "conditional": True,
+            "parameterization": "v",
+            "schedule": "cosine",
+            "optimizer": {"lr": 2e-3},
+        }
+    )
+    settings = TrainConfig(steps=1500, batch_size=64, ema=0.995, schedule="cosine", warmup=50)
+    Trainer(plugin, config, train, settings, tmp_path, data_name="digits", device="cpu", progress=False).fit()
+    model, classifier = load_model(tmp_path), train_classifier(train, test)
+    model.sampling = Sampling(sampler="ddim", steps=25)
+    labels = torch.arange(500) % 10
+    samples = draw_samples(model, Key(0), n=500, labels=labels)
+    assert conditional_accuracy(classifier, samples, labels) > 0.9
+    assert class_report(classifier, samples).confident > 0.8
+    assert class_report(classifier, draw_samples(model, Key(1), n=500)).present == 10
