@@ -25,9 +25,10 @@ help:  ## say what there is (the default)
 quickstart: $(VENV)/.train  ## install, train a VAE, a GAN and a DDPM on real digits, draw pictures, time the kernels
 	$(BIN)/gencore quickstart $(ARGS)
 
-# In some processes at once, each on one thread: two that share their threads would wait for each other.
+# In some processes at once, each on one thread: two that share their threads would wait for each other. By file, as some
+# build for minutes what all their tests need.
 test: $(VENV)/.dev  ## install, run every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)

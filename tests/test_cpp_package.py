@@ -18,8 +18,6 @@ import torch
 from gencore import Key, _cpu, ops
 from gencore.noise import reference_normal
 
-# It compiles for minutes, and once is enough.
-pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import pytest
 
-# It compiles for minutes, and once is enough.
-pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "build" / "cuda-resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90a")

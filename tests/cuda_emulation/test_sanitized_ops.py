@@ -13,8 +13,6 @@ import pytest
 import torch
 from cuda_emulation.emulator import sanitizer_environment, sanitizer_missing
 
-# It compiles for minutes, and once is enough.
-pytestmark = pytest.mark.xdist_group("builds")
 ROOT = Path(__file__).resolve().parents[2]
 # Every kernel and layout, and of the half types one, as they differ in conversions only; what the compiler and autograd
 # do around them is not the sanitizers' business.
