@@ -111,8 +111,7 @@ def denoising_loss(
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 14 and Algorithm 1; Salimans and Ho
     (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
     """
-    model_output = widened(model_output, x0)
-    _check(model_output, x0, schedule, key)
+    model_output = _checked(model_output, x0, schedule, key)
     if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
         raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
     if not 0 <= bound_weight < math.inf:
@@ -153,8 +152,7 @@ def variational_bound(
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
     """
-    model_output = widened(model_output, x0)
-    _check(model_output, x0, schedule, key)
+    model_output = _checked(model_output, x0, schedule, key)
     if (variance == "learned_range") != (model_output.shape != x0.shape):
         raise ValueError(
             "variance must be learned_range for a model_output of twice the channels of x0, and only for such, got "
@@ -164,13 +162,16 @@ def variational_bound(
     return _denoising_loss(model_output, x0, *rows_at(t, table, x0), resolve_key(key, x0))
 
 
-def _check(model_output: Any, x0: Any, schedule: Any, key: Any) -> None:
+def _checked(model_output: Any, x0: Any, schedule: Any, key: Any) -> Tensor:
+    """What the network said, in x0's dtype."""
     if not isinstance(key, Key):
         raise TypeError(f"key must be the gencore.Key that x_t was made with, got {type(key).__name__}")
     check_tensor("x0", x0)
     check_schedule(schedule)
     check_elements_of("x0", x0)
-    check_prediction("model_output", model_output, "x0", x0)
+    output: Tensor = widened(model_output, x0)
+    check_prediction("model_output", output, "x0", x0)
+    return output
 
 
 def check_prediction(name: str, output: Any, x_name: str, x: Tensor) -> None:

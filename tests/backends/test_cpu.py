@@ -96,3 +96,30 @@ def test_the_module_refuses_what_is_no_group_norm():
         call(shape=(2,))
     with pytest.raises(ValueError, match="values must be five"):
         call(values=nothing[1:])
+
+
+def step_of_module(x, y, rows, key, *, output=0, second=0, known=0, prediction=0, learned=False, index=0):
+    """The module's diffusion_step, which is told addresses only."""
+    addresses = [x.data_ptr(), output, second, 0, 0, known, 0, y.data_ptr(), prediction]
+    table = rows.data_ptr(), len(rows), index, False
+    _cpu.diffusion_step(addresses, 0, len(x), x[0].numel(), 0, learned, False, table, key.packed.data_ptr(), 0, 1)
+
+
+def test_a_step_without_an_output_has_no_variance_to_read():
+    x, rows = torch.randn(2, 40), ops.step_coefficients(x=0.5, noise=2.0, log_scale=1.0, log_scale_slope=1.0)[None]
+    y = torch.empty_like(x)
+    step_of_module(x, y, rows, Key(3), learned=True)
+    assert torch.equal(y, ops.diffusion_step(x, None, rows[0], Key(3)))
+
+
+def test_the_module_refuses_what_is_no_step():
+    x, rows, t = torch.randn(2, 40), ops.step_coefficients(x=0.5)[None], torch.tensor([0, 1])
+    y = torch.zeros_like(x)
+    for wrong in ({"second": x.data_ptr()}, {"prediction": x.data_ptr()}, {"known": x.data_ptr()}):
+        with pytest.raises(ValueError, match="diffusion_step: invalid argument"):
+            step_of_module(x, y, rows, Key(3), **wrong)
+    with pytest.raises(ValueError, match=r"t must be in \[0, 1\), the steps of the schedule, got 1 for sample 1"):
+        step_of_module(x, y, rows, Key(3), index=t.data_ptr())
+    with pytest.raises(ValueError, match="diffusion_step: invalid argument"):
+        step_of_module(x[:1].expand(3, 40), torch.zeros(3, 40), rows.expand(2, 16).contiguous(), Key(3))
+    assert not y.any()

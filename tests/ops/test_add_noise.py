@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from kernels import BACKENDS
@@ -61,7 +62,9 @@ def test_forward(case, dtype, kernels):
 def test_one_step_for_all_samples(dtype, kernels):
     x0, _ = inputs(cases.Case((3, 5), ""), dtype, kernels.device)
     t = torch.full((3,), 7, device=kernels.device)
-    assert same_bits(ops.add_noise(x0, 7, SCHEDULE, Key(1)), ops.add_noise(x0, t, SCHEDULE, Key(1)))
+    want = ops.add_noise(x0, t, SCHEDULE, Key(1))
+    assert same_bits(ops.add_noise(x0, 7, SCHEDULE, Key(1)), want)
+    assert same_bits(ops.add_noise(x0, np.int64(7), SCHEDULE, Key(1)), want)
 
 
 @pytest.mark.parametrize("shape", [(3, 30_001), (20_000, 3), (2, 3, 110, 111)])
