@@ -59,6 +59,12 @@ def main() -> None:
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (norm(x), want)]
     check(torch.allclose(*grads, atol=1e-4), "and so is its gradient")
 
+    q, k, v = torch.randn(3, 2, 4, 100, 40).unbind(0)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for level in cpu.build_info()["simd_supported"]:
+        cpu.set_simd_level(level)
+        check(torch.allclose(ops.attention(q, k, v), want, atol=1e-5), f"attention is PyTorch's ({level})")
+
     schedule, t = gencore.diffusion.linear(), torch.tensor([0, 500, 999])
     data = torch.linspace(-1, 1, 36).reshape(3, 12)
     noised, eps = ops.add_noise(data, t, schedule, key, return_noise=True)

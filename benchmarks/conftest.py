@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         wanted = getattr(metafunc.module, "ONLY", {}).get(metafunc.function.__name__)
         timed = [case for case in timed if wanted is None or wanted(case)]
         if metafunc.config.getoption("dry_run"):
-            timed = list(dict.fromkeys(_shrunk(case) for case in timed))
+            timed = list(dict.fromkeys(case.shrunk() for case in timed))
         metafunc.parametrize("case", timed, ids=str)
-
-
-def _shrunk(case: cases.Case) -> cases.Case:
-    return replace(case, shape=tuple(min(size, 8) for size in case.shape), groups=min(case.groups, 4))
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ message(STATUS "gencore: CUDA kernels for ${gencore_cuda_architectures}, by nvcc
 find_package(CUDAToolkit REQUIRED)
 list(TRANSFORM gencore_ops PREPEND csrc/cuda/ OUTPUT_VARIABLE cuda_sources)
 list(TRANSFORM cuda_sources APPEND .cu)
-add_library(gencore_cuda STATIC csrc/cuda/error.cu ${cuda_sources})
+add_library(gencore_cuda STATIC csrc/cuda/error.cu csrc/cuda/attention_bfloat16.cu csrc/cuda/attention_float16.cu
+                                ${cuda_sources})
 add_library(gencore::gencore_cuda ALIAS gencore_cuda)
 set_target_properties(
   gencore_cuda PROPERTIES CUDA_ARCHITECTURES "${GENCORE_CUDA_ARCHITECTURES}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON

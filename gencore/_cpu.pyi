@@ -6,6 +6,7 @@ def simd_level() -> str: ...
 def set_simd_level(level: str, /) -> None: ...
 def multiplications_per_second() -> float: ...
 def vector_instructions_per_second() -> float: ...
+def multiply_adds_per_second(of_bfloat16: bool, /) -> float: ...
 def request_huge_pages(memory: int, nbytes: int, /) -> None: ...
 def normal(
     out: int, dtype: int, samples: int, elements: int, channels: int, key: int, key_rows: int, threads: int, /
@@ -101,6 +102,28 @@ def diffusion_step(
     table: tuple[int, int, int, bool],
     key: int,
     key_rows: int,
+    threads: int,
+    /,
+) -> None: ...
+def attention(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    out: tuple[int, ...],
+    lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def attention_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
     threads: int,
     /,
 ) -> None: ...

@@ -135,6 +135,34 @@ def diffusion_step(
     stream: int,
     /,
 ) -> None: ...
+def attention_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def attention_backward_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def attention(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    out: tuple[int, ...],
+    lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def attention_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
 def group_norm_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
 def group_norm_backward_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
 def group_norm(

@@ -81,7 +81,7 @@ def test_a_cpp_program_computes_the_same_bits(consumer, level, threads):
         assert lines["cuda"] == "invalid argument"
     computed = {
         name: np.array([int(word, 16) for word in lines[name].split()], np.uint32).view(np.float32)
-        for name in ("normal", "z", "kl", "y")
+        for name in ("normal", "z", "kl", "y", "attended")
     }
 
     key = Key(seed).stream(stream).samples(first)
@@ -94,6 +94,8 @@ def test_a_cpp_program_computes_the_same_bits(consumer, level, threads):
     np.testing.assert_array_equal(computed["kl"], kl.numpy())
     y = ops.group_norm(torch.from_numpy(expected)[:, None], 1, activation="silu")
     np.testing.assert_array_equal(computed["y"], y.numpy().ravel())
+    tokens = torch.from_numpy(expected)[:, None, :, None]
+    np.testing.assert_array_equal(computed["attended"], ops.attention(tokens, tokens, tokens).numpy().ravel())
     # Where logvar is 0 no exp is in the way, and z = mu + eps by definition.
     plain = index.numpy() % 5 == 2
     mu = (index / 8).numpy()

@@ -1,4 +1,4 @@
-"""How group norm's work is given to threads on the CPU: none may be idle where there is work for it."""
+"""How group norm's and attention's work is given to threads on the CPU: none may be idle where there is work for it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,48 @@ int main(int argc, char** argv) {
 """
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# Prints for each number of threads: the threads that are used, items, tiles of queries, and tiles of the largest item.
+ATTENTION = """
+#include "attention_tiles.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+int main(int argc, char** argv) {
+  using namespace gencore::cpu::scalar;
+  const gencore::AttentionShape shape{std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]),
+                                      std::atoll(argv[4]), std::atoll(argv[5])};
+  for (int i = 6; i < argc; ++i) {
+    const Plan plan(shape, std::atoi(argv[i]), sizeof(float));
+    std::printf("%d %lld %lld %lld\\n", plan.team, static_cast<long long>(plan.items),
+                static_cast<long long>(plan.tiles * shape.batch * shape.heads),
+                static_cast<long long>(plan.tiles_per_item));
+  }
+}
+"""
+
+
+def compiled(source: str, folder: Path) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    folder = tmp_path_factory.mktemp("units")
-    (folder / "units.cpp").write_text(PROGRAM)
+    (folder / "units.cpp").write_text(source)
     include = [f"-I{ROOT / 'csrc' / 'cpu'}", f"-I{ROOT / 'csrc' / 'include'}"]
     subprocess.run(
         [compiler, "-std=c++20", "-DGENCORE_SIMD=scalar", *include, folder / "units.cpp", "-o", folder / "units"],
         check=True,
     )
     return folder / "units"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(PROGRAM, tmp_path_factory.mktemp("units"))
+
+
+@pytest.fixture(scope="module")
+def attention_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(ATTENTION, tmp_path_factory.mktemp("attention_units"))
 
 
 @pytest.mark.parametrize(
@@ -72,3 +101,30 @@ def test_threads_have_work(program, shape, channels_last):
         team, most, speedup = (float(word) for word in line.split())
         # Threads share one unit or take one each; the last round may leave nearly half of them without work.
         assert speedup >= min(team, most) / 2, (team, most, speedup)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 64, 4096, 512),
+        (1, 1, 256, 256, 256),
+        (1, 1, 1024, 1024, 40),
+        (1, 1, 4096, 4096, 512),
+        (1, 8, 4096, 4096, 40),
+        (16, 4, 256, 256, 64),
+        (5, 3, 1000, 77, 80),
+    ],
+)
+def test_attention_has_work_for_every_thread(attention_program, shape):
+    numbers = (1, 2, 3, 6, 12, 48)
+    done = subprocess.run(
+        [attention_program, *map(str, (*shape, *numbers))], capture_output=True, text=True, check=True
+    )
+    batch, heads, queries, _, _ = shape
+    for number, line in zip(numbers, done.stdout.splitlines(), strict=True):
+        team, items, tiles, of_item = map(int, line.split())
+        # As many as there are threads, or vectors of sixteen queries.
+        assert team == min(number, batch * heads * -(-queries // 16), items)
+        assert team == number or items == batch * heads * -(-queries // 16)
+        # The busiest thread has at most twice its share.
+        assert -(-items // team) * of_item <= max(2 * tiles / team, 1), (number, team, items, tiles, of_item)

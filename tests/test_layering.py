@@ -26,6 +26,7 @@ LEVELS = (
     ("plugins",),
     ("models",),
     ("gencore",),
+    ("integrations",),
     ("nn", "diffusion", "info"),
     ("ops",),
     ("backends",),
@@ -59,9 +60,9 @@ OP_ROOMS = {
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
     "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
     "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
-    "csrc/cuda": ("{}.cu", {"error"}),
+    "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
-    "benchmarks": ("test_{}.py", set()),
+    "benchmarks": ("test_{}.py", {"unet"}),
 }
 
 
@@ -190,6 +191,8 @@ def test_every_op_has_one_stem_in_every_room():
         ("models/vae/model.py", "from gencore import _cpu", "models may not use _cpu; only backends may"),
         ("ops/a.py", "from gencore._cpu import normal", "ops may not use _cpu; only backends may"),
         ("nn/a.py", "import torch\ny = torch.ops.gencore.normal(x)", "nn may not use torch.ops.gencore; only ops may"),
+        ("integrations/x/a.py", "from gencore.models import list_models", "integrations may not use models"),
+        ("nn/a.py", "from gencore.integrations.diffusers import accelerate", "nn may not use integrations"),
         ("data/a.py", "import importlib\nimportlib.import_module('gencore.cli.app')", "data may not use cli"),
         ("config.py", "if TYPE_CHECKING:\n    from gencore.ops import normal", "config may not use ops"),
         ("cli/a.py", "from .app import run", "relative import"),

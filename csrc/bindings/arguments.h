@@ -6,12 +6,37 @@
 #include <array>
 #include <cstdint>
 
+#include "gencore/attention.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
 
 namespace gencore {
 
 inline void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// None, or the address and the four strides.
+inline HeadsTensor heads_tensor(const pybind11::handle& tensor) {
+  if (tensor.is_none()) return {};
+  const auto words = tensor.cast<std::array<std::int64_t, 5>>();
+  return {reinterpret_cast<void*>(words[0]), words[1], words[2], words[3], words[4]};
+}
+
+// sizes: batch, heads, queries, keys, channels of a head.
+inline AttentionShape attention_shape(const std::array<std::int64_t, 5>& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+}
+
+// tensors: grad_out, q, k, v, out; grads: those of q, k and v, None where one is not wanted.
+inline AttentionBackward attention_arguments(const std::array<pybind11::object, 5>& tensors, std::uintptr_t lse,
+                                             const std::array<pybind11::object, 3>& grads, int dtype,
+                                             const std::array<std::int64_t, 5>& sizes, double scale) {
+  return {heads_tensor(tensors[0]), heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]), heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]), pointer(lse),
+          heads_tensor(grads[0]),   heads_tensor(grads[1]),
+          heads_tensor(grads[2]),   DType(dtype),
+          attention_shape(sizes),   scale};
+}
 
 // (address of the rows, how many, address of the index or 0, whether both are in the memory of a device).
 inline Coefficients coefficients(const pybind11::tuple& table) {

@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "gencore/add_noise.h"
+#include "gencore/attention.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -106,6 +107,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_simd_level", &set_simd_level);
   m.def("multiplications_per_second", &cpu::multiplications_per_second);
   m.def("vector_instructions_per_second", &cpu::vector_instructions_per_second);
+  m.def("multiply_adds_per_second", &cpu::multiply_adds_per_second);
 
   m.def("request_huge_pages",
         [](std::uintptr_t memory, std::int64_t bytes) { cpu::request_huge_pages(pointer(memory), bytes); });
@@ -203,6 +205,19 @@ PYBIND11_MODULE(_cpu, m) {
                                  checked_coefficients(table, samples), noise_key(key, key_rows));
     run("diffusion_step", [&] { return cpu::diffusion_step(args, threads); });
   });
+  m.def("attention",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,
+           int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int threads) {
+          const Attention args{heads_tensor(q), heads_tensor(k), heads_tensor(v),        heads_tensor(out),
+                               pointer(lse),    DType(dtype),    attention_shape(sizes), scale};
+          run("attention", [&] { return cpu::attention(args, threads); });
+        });
+  m.def("attention_backward",
+        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& grads,
+           int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int threads) {
+          const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, sizes, scale);
+          run("attention_backward", [&] { return cpu::attention_backward(args, threads); });
+        });
   m.def("group_norm",
         [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& shape,
            std::int64_t groups, bool channels_last, double eps, int activation, const py::tuple& values, int threads) {

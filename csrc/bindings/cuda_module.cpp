@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "gencore/add_noise.h"
+#include "gencore/attention.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -74,6 +75,12 @@ std::string described(const GroupNormShape& shape, DType dtype) {
   return std::to_string(shape.samples) + " x " + std::to_string(shape.channels) + " x " + std::to_string(shape.pixels) +
          " " + described(dtype) + " values in " + std::to_string(shape.groups) + " groups" +
          (shape.channels_last ? ", channels_last" : "");
+}
+
+std::string described(const AttentionShape& shape, DType dtype) {
+  return std::to_string(shape.batch) + " x " + std::to_string(shape.heads) + " heads of " + std::to_string(shape.size) +
+         " " + described(dtype) + " channels, " + std::to_string(shape.queries) + " queries and " +
+         std::to_string(shape.keys) + " keys";
 }
 
 // Launches kernels; an error becomes an exception that names the op and its shapes.
@@ -224,6 +231,34 @@ PYBIND11_MODULE(_cuda, m) {
           run("diffusion_step", args.dtype, args.shape, device,
               [&] { return cuda::diffusion_step(args, stream_at(stream)); });
         });
+  m.def("attention_workspace", [](int dtype, const std::array<std::int64_t, 5>& sizes) {
+    return cuda::attention_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def("attention_backward_workspace", [](int dtype, const std::array<std::int64_t, 5>& sizes) {
+    return cuda::attention_backward_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "attention",
+      [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,
+         int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int device, std::uintptr_t stream,
+         std::uintptr_t workspace) {
+        const Attention args{heads_tensor(q), heads_tensor(k), heads_tensor(v),        heads_tensor(out),
+                             pointer(lse),    DType(dtype),    attention_shape(sizes), scale};
+        run("attention", args.dtype, args.shape, device,
+            [&] { return cuda::attention(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
+  m.def(
+      "attention_backward",
+      [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& grads,
+         int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int device, std::uintptr_t stream,
+         std::uintptr_t workspace) {
+        const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, sizes, scale);
+        run("attention_backward", args.dtype, args.shape, device,
+            [&] { return cuda::attention_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
   m.def("group_norm_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
     return cuda::group_norm_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
   });

@@ -40,6 +40,7 @@ const char* name(SimdLevel level) {
     case SimdLevel::scalar: return "scalar";
     case SimdLevel::avx2: return "avx2";
     case SimdLevel::avx512: return "avx512";
+    case SimdLevel::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
@@ -58,7 +59,8 @@ bool is_supported(SimdLevel level) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (level == SimdLevel::avx2) return avx2;
-  if (level == SimdLevel::avx512) {
+  if (level == SimdLevel::avx512 || level == SimdLevel::avx512_bf16) {
+    if (level == SimdLevel::avx512_bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");

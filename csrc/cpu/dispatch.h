@@ -36,6 +36,7 @@ bool has_rows(const Coefficients& table, std::int64_t samples);
   }
 #define GENCORE_DISPATCH(function, ...)                           \
   switch (simd_level()) {                                         \
+    case SimdLevel::avx512_bf16:                                  \
     case SimdLevel::avx512: return avx512::function(__VA_ARGS__); \
     case SimdLevel::avx2: return avx2::function(__VA_ARGS__);     \
     default: return scalar::function(__VA_ARGS__);                \

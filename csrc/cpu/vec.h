@@ -11,6 +11,8 @@
 //   store_blocks    writes lane l of x0..x3 as four neighbours, the lanes in the order of block_of_lane: lane l holds
 //                   block block_of_lane[l]. The order is the one in which the transpose costs no lane crossing.
 //   scale(x, n, k)  x * 2^n, rounded once; n as a float, k the same integer.
+//   transpose(x)    of `width` vectors: lane l of x[i] becomes lane i of x[l].
+//   load_first, store_first   of fewer elements than a vector has, where there are instructions for it: see load_part.
 #pragma once
 
 #include "dispatch.h"
@@ -22,11 +24,12 @@
 #define GENCORE_SIMD_IS_scalar 0
 #define GENCORE_SIMD_IS_avx2 1
 #define GENCORE_SIMD_IS_avx512 2
+#define GENCORE_SIMD_IS_avx512_bf16 3
 #define GENCORE_CONCAT_(a, b) a##b
 #define GENCORE_CONCAT(a, b) GENCORE_CONCAT_(a, b)
 #define GENCORE_SIMD_NUMBER GENCORE_CONCAT(GENCORE_SIMD_IS_, GENCORE_SIMD)
 
-#if GENCORE_SIMD_NUMBER == 2
+#if GENCORE_SIMD_NUMBER >= 2
 #include "vec_avx512.h"
 #elif GENCORE_SIMD_NUMBER == 1
 #include "vec_avx2.h"
@@ -58,6 +61,7 @@ struct Double {
   static F load(const double* p) { return *p; }
   static F load(const float* p) { return *p; }
   static void store(double* p, F x) { *p = x; }
+  static void transpose(F (&)[width]) {}
 };
 
 template <class P>
@@ -89,6 +93,7 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <class P, class T>
 inline typename P::F load_part(const T* p, std::int64_t count) {
   if (count >= P::width) return P::load(p);
+  if constexpr (requires { P::load_first(p, count); }) return P::load_first(p, count);
   T part[P::width] = {};
   std::memcpy(part, p, static_cast<std::size_t>(count) * sizeof(T));
   return P::load(part);
@@ -97,6 +102,7 @@ inline typename P::F load_part(const T* p, std::int64_t count) {
 template <class P, class T>
 inline void store_part(T* p, typename P::F x, std::int64_t count) {
   if (count >= P::width) return P::store(p, x);
+  if constexpr (requires { P::store_first(p, x, count); }) return P::store_first(p, x, count);
   T part[P::width];
   P::store(part, x);
   std::memcpy(p, part, static_cast<std::size_t>(count) * sizeof(T));

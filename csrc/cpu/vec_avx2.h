@@ -7,7 +7,7 @@
 
 #include "gencore/types.h"
 
-namespace gencore::cpu::avx2 {
+namespace gencore::cpu::GENCORE_SIMD {
 
 struct V {
   static constexpr int width = 8;
@@ -115,6 +115,24 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  static void transpose(F (&x)[width]) {
+    F pairs[width], fours[width];
+    for (int i = 0; i < 4; ++i) {
+      pairs[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+      pairs[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        fours[4 * i + 2 * j] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
+        fours[4 * i + 2 * j + 1] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xEE);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+      x[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+  }
+
   static constexpr int block_of_lane[width] = {0, 2, 4, 6, 1, 3, 5, 7};
   static void store_blocks(float* p, F x0, F x1, F x2, F x3) {
     const __m256 a = _mm256_unpacklo_ps(x0, x1), b = _mm256_unpackhi_ps(x0, x1);
@@ -126,4 +144,4 @@ struct V {
   }
 };
 
-}  // namespace gencore::cpu::avx2
+}  // namespace gencore::cpu::GENCORE_SIMD

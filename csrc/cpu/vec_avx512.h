@@ -7,7 +7,7 @@
 
 #include "gencore/types.h"
 
-namespace gencore::cpu::avx512 {
+namespace gencore::cpu::GENCORE_SIMD {
 
 struct V {
   static constexpr int width = 16;
@@ -106,6 +106,34 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  static F load_first(const float* p, std::int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static void store_first(float* p, F x, std::int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
+
+  static void transpose(F (&x)[width]) {
+    F pairs[width], fours[width];
+    for (int i = 0; i < 8; ++i) {
+      pairs[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+      pairs[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    // Lane l of 128 bits of fours[4 i + j] then has column 4 l + j of rows 4 i to 4 i + 3.
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        fours[4 * i + 2 * j] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
+        fours[4 * i + 2 * j + 1] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xEE);
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const F a = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x44);
+      const F b = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xEE);
+      const F c = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x44);
+      const F d = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xEE);
+      x[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+      x[4 + j] = _mm512_shuffle_f32x4(a, c, 0xDD);
+      x[8 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+      x[12 + j] = _mm512_shuffle_f32x4(b, d, 0xDD);
+    }
+  }
+
   static constexpr int block_of_lane[width] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   static void store_blocks(float* p, F x0, F x1, F x2, F x3) {
     const __m512 a = _mm512_unpacklo_ps(x0, x1), b = _mm512_unpackhi_ps(x0, x1);
@@ -115,6 +143,9 @@ struct V {
     _mm512_storeu_ps(p + 32, _mm512_shuffle_ps(b, d, 0x44));
     _mm512_storeu_ps(p + 48, _mm512_shuffle_ps(b, d, 0xEE));
   }
+
+ private:
+  static Mask first(std::int64_t count) { return static_cast<Mask>((1u << count) - 1); }
 };
 
-}  // namespace gencore::cpu::avx512
+}  // namespace gencore::cpu::GENCORE_SIMD

@@ -6,7 +6,7 @@
 
 #include "half.h"
 
-namespace gencore::cpu::scalar {
+namespace gencore::cpu::GENCORE_SIMD {
 
 struct V {
   static constexpr int width = 1;
@@ -92,6 +92,8 @@ struct V {
   static void store(bfloat16* p, F x) { *p = to_bfloat16(x); }
   static void store(float16* p, F x) { *p = to_float16(x); }
 
+  static void transpose(F (&)[width]) {}
+
   static constexpr int block_of_lane[width] = {0};
   static void store_blocks(float* p, F x0, F x1, F x2, F x3) {
     p[0] = x0;
@@ -101,4 +103,4 @@ struct V {
   }
 };
 
-}  // namespace gencore::cpu::scalar
+}  // namespace gencore::cpu::GENCORE_SIMD

@@ -75,6 +75,7 @@ __device__ __forceinline__ void store(double2* address, double2 value) {
 __device__ __forceinline__ void keep_behind(uint4& value) {
   asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 }
+__device__ __forceinline__ void keep_behind(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void keep_behind(float& value) { asm volatile("" : "+f"(value)); }
 __device__ __forceinline__ void keep_behind(double& value) { asm volatile("" : "+d"(value)); }
 __device__ __forceinline__ void keep_behind(bfloat16& value) { asm volatile("" : "+h"(value.bits)); }

@@ -239,6 +239,64 @@ class CompiledOps:
         del held
         return y
 
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor (B, heads, tokens, channels), or a copy with strides that the kernel for attention takes."""
+        return tensor
+
+    def _writable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or one in its place that the kernel for attention can write to, to be copied."""
+        return tensor
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """``out``: where to write to, with strides as those of a readable tensor; ``with_lse``: whether to keep it."""
+        if out is None:
+            out = self._empty_like(q)
+        into = self._writable(out)
+        q, k, v = self._readable(q), self._readable(k), self._readable(v)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device) if with_lse else None
+        sizes = _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+        workspace = self._workspace("attention", q, *sizes)
+        self._module.attention(
+            _heads(q), _heads(k), _heads(v), _heads(into), 0 if lse is None else lse.data_ptr(), *sizes, scale,
+            *self._place(q), *[memory.data_ptr() for memory in workspace],
+        )  # fmt: skip
+        return out if into is out else out.copy_(into), lse
+
+    def attention_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        wanted: list[bool],
+        grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """``grads``: where to write to, with strides as those of readable tensors; all of them are then wanted."""
+        given = (q, k, v)
+        grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
+        lse = lse.contiguous()
+        results: tuple[Tensor | None, ...] = grads or tuple(
+            self._empty_like(tensor) if want else None for tensor, want in zip(given, wanted, strict=True)
+        )
+        into = [None if result is None else self._writable(result) for result in results]
+        sizes = _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+        workspace = self._workspace("attention_backward", q, *sizes)
+        self._module.attention_backward(
+            [_heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(),
+            [None if grad is None else _heads(grad) for grad in into], *sizes, scale,
+            *self._place(q), *[memory.data_ptr() for memory in workspace],
+        )  # fmt: skip
+        for result, written in zip(results, into, strict=True):
+            if result is not None and written is not None and written is not result:
+                result.copy_(written)
+        return results
+
     def group_norm(
         self,
         x: Tensor,
@@ -313,6 +371,11 @@ def _sizes(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
     batch = x.shape[0]
     return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
+
+
+def _heads(tensor: Tensor) -> tuple[int, ...]:
+    """Of a tensor (B, heads, tokens, channels): address and strides."""
+    return tensor.data_ptr(), *tensor.stride()
 
 
 _ACTIVATION = {None: 0, "silu": 1}

@@ -43,7 +43,7 @@ def openmp_address() -> int:
 
 
 def simd_level() -> str:
-    """The SIMD level in use: "scalar", "avx2" or "avx512"."""
+    """The SIMD level in use: "scalar", "avx2", "avx512" or "avx512_bf16"."""
     return _cpu.simd_level()
 
 
@@ -60,6 +60,11 @@ def multiplications_per_second() -> float:
 def vector_instructions_per_second() -> float:
     """Vector instructions of the simplest kind that one core issues per second at the SIMD level in use."""
     return _cpu.vector_instructions_per_second()
+
+
+def multiply_adds_per_second(of_bfloat16: bool) -> float:
+    """Multiply-adds of float32, or of bfloat16 with sums in float32, that one core makes per second at that level."""
+    return _cpu.multiply_adds_per_second(of_bfloat16)
 
 
 class CpuOps(CompiledOps):

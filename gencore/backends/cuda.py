@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu
+from gencore.backends import cpu, handover
 from gencore.backends.compiled import CompiledOps
+from gencore.backends.layout import readable, writable
 
 # What csrc/cuda asks of the hardware: conversions to bfloat16, asynchronous copies.
 _LEAST_CAPABILITY = (8, 0)
@@ -40,6 +41,19 @@ class CudaOps(CompiledOps):
     def _workspace(self, op: str, tensor: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
         nbytes = getattr(self._module, f"{op}_workspace")(*sizes)
         return (torch.empty(nbytes, dtype=torch.uint8, device=tensor.device),) if nbytes else ()
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        return readable(tensor)
+
+    def _writable(self, tensor: Tensor) -> Tensor:
+        return writable(tensor)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        if handover.row_of(q, k, v, scale) is not None:
+            return handover.attention(q, k, v, scale, out, with_lse)
+        return super().attention(q, k, v, scale, out, with_lse)
 
 
 def _current_stream_of_torch(device: int) -> int:

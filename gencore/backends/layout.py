@@ -62,6 +62,25 @@ def in_format(memory_format: torch.memory_format, *tensors: Tensor | None) -> li
     return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]
 
 
+def has_rows(tensor: Tensor) -> bool:
+    """Whether a tensor (B, heads, tokens, channels) has its channels or its tokens side by side.
+
+    The stride of a dimension of one element says nothing.
+    """
+    tokens, channels = tensor.shape[2:]
+    return tensor.stride(3) == 1 or tensor.stride(2) == 1 or channels == 1 or tokens == 1
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor (B, heads, tokens, channels), or a copy of which the channels lie side by side."""
+    return tensor if has_rows(tensor) else tensor.contiguous()
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor, or in its place one that kernels of attention can write to, to be copied."""
+    return tensor if has_rows(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def empty_gradients(values: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """A contiguous tensor for the gradient of each value that is there and wants one, None for the others."""
     return [

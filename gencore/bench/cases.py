@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 _CPU, _GPU, _BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +47,10 @@ class Case:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    def shrunk(self) -> Case:
+        """The same at a size that takes no time."""
+        return replace(self, shape=tuple(min(size, 8) for size in self.shape), groups=min(self.groups, 4))
+
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         layout = "" if self.layout == "contiguous" else f"-{self.layout}"
@@ -51,6 +58,94 @@ class Case:
         groups = "" if self.groups == 1 else f"-{self.groups}groups"
         return f"{size}{layout}{draws}{groups}"
 
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One problem that attention must solve.
+
+    Attributes:
+        batch, heads, queries, keys, size: queries and keys are tokens; a head has ``size`` channels.
+        why: what the case is there for.
+        layout: "heads", dense tensors (B, heads, tokens, size); "tokens", views of what a linear layer leaves, (B,
+            tokens, 3, heads, size), or of two such where there are other keys than queries; "contiguous" or
+            "channels_last", an image (B, 3 heads size, H, W) in that format.
+        timed: the kinds of device that benchmarks time it on.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    size: int
+    why: str
+    layout: str = "heads"
+    timed: tuple[str, ...] = ()
+
+    draws: ClassVar[None] = None
+
+    @property
+    def elements(self) -> int:
+        """Of the longer ones of the op's tensors."""
+        return self.batch * self.heads * max(self.queries, self.keys) * self.size
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one product of queries by keys; the forward pass takes two, and the backward
+        pass five, one of which makes the probabilities again."""
+        return 2 * self.batch * self.heads * self.queries * self.keys * self.size
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of an image."""
+        return _FORMATS[self.layout]
+
+    @property
+    def image(self) -> tuple[int, int, int, int]:
+        """The shape of q, k and v as one image, as near to a square as the number of tokens has it."""
+        near = math.isqrt(self.queries)
+        height = next((n for n in range(near, 0, -1) if self.queries % n == 0), 1)
+        return self.batch, 3 * self.heads * self.size, height, self.queries // height
+
+    def tensors(
+        self, dtype: torch.dtype, device: str = "cpu", generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """Standard normal q, k and v, or the one image that holds them. ``generator`` is one of the CPU."""
+
+        def normal(*shape: int) -> Tensor:
+            if generator is None:
+                return torch.randn(shape, dtype=dtype, device=device)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        of_queries = (self.batch, self.heads, self.queries, self.size)
+        of_keys = (self.batch, self.heads, self.keys, self.size)
+        if self.layout == "heads":
+            return [normal(*of_queries), normal(*of_keys), normal(*of_keys)]
+        if self.layout != "tokens":
+            return [normal(*self.image).contiguous(memory_format=self.memory_format)]
+        if self.queries == self.keys:
+            parts = normal(self.batch, self.queries, 3, self.heads, self.size).transpose(1, 3).unbind(2)
+        else:
+            query = normal(self.batch, self.queries, self.heads, self.size).transpose(1, 2)
+            parts = (query, *normal(self.batch, self.keys, 2, self.heads, self.size).transpose(1, 3).unbind(2))
+        return list(parts)
+
+    def shrunk(self) -> AttentionCase:
+        """The same at a size that takes no time."""
+        return replace(
+            self,
+            batch=min(self.batch, 1),
+            heads=min(self.heads, 2),
+            queries=min(self.queries, 8),
+            keys=min(self.keys, 8),
+            size=min(self.size, 64),
+        )
+
+    def __str__(self) -> str:
+        tokens = f"{self.queries}" if self.queries == self.keys else f"{self.queries}by{self.keys}"
+        return f"{self.batch}x{self.heads}x{tokens}x{self.size}-{self.layout}"
+
+
+AnyCase = TypeVar("AnyCase", Case, AttentionCase)
 
 _SHAPES = (
     Case((0, 4), "empty batch"),
@@ -162,11 +257,88 @@ GROUP_NORM = (
 )
 
 
-def small(cases: tuple[Case, ...]) -> list[Case]:
+ATTENTION = (
+    AttentionCase(0, 2, 5, 5, 8, "empty batch"),
+    AttentionCase(2, 0, 5, 5, 8, "no heads"),
+    AttentionCase(2, 2, 0, 5, 8, "no queries"),
+    AttentionCase(2, 2, 5, 0, 8, "no keys"),
+    AttentionCase(1, 1, 1, 1, 1, "one element"),
+    AttentionCase(2, 3, 1, 1, 8, "one token"),
+    AttentionCase(2, 1, 7, 5, 1, "heads of one channel"),
+    AttentionCase(1, 2, 9, 9, 3, "heads shorter than a vector"),
+    AttentionCase(1, 1, 33, 33, 20, "heads of no multiple of 8 channels"),
+    AttentionCase(2, 2, 17, 17, 8, "short heads", layout="tokens"),
+    AttentionCase(1, 2, 33, 33, 32, "a token more than a small tile"),
+    AttentionCase(2, 2, 16, 16, 40, "Stable Diffusion's shortest heads", layout="tokens"),
+    AttentionCase(1, 1, 130, 130, 40, "two tiles and an odd tail", layout="tokens"),
+    AttentionCase(1, 2, 65, 65, 64, "a token more than a tile", layout="tokens"),
+    AttentionCase(1, 1, 77, 77, 80, "an odd number of tokens"),
+    AttentionCase(1, 2, 20, 77, 40, "cross-attention to the tokens of a prompt", layout="tokens"),
+    AttentionCase(1, 1, 1, 130, 64, "one query", layout="tokens"),
+    AttentionCase(1, 1, 130, 1, 32, "one key"),
+    AttentionCase(1, 1, 150, 11, 20, "more queries than keys"),
+    AttentionCase(1, 1, 12, 12, 128, "heads of a power of two", layout="tokens"),
+    AttentionCase(1, 1, 33, 40, 160, "Stable Diffusion's longest heads"),
+    AttentionCase(1, 1, 17, 17, 512, "the one head of a VAE's decoder", layout="tokens"),
+    AttentionCase(4, 8, 1024, 1024, 40, "Stable Diffusion's U-Net on 256 x 256 pixels", timed=_CPU),
+    AttentionCase(4, 8, 1024, 1024, 40, "the same as a linear layer leaves it", layout="tokens", timed=_BOTH),
+    AttentionCase(1, 8, 4096, 4096, 40, "Stable Diffusion's U-Net, outermost", timed=_CPU),
+    AttentionCase(1, 8, 4096, 4096, 40, "the same as a linear layer leaves it", layout="tokens", timed=_BOTH),
+    AttentionCase(16, 4, 256, 256, 64, "a batch of small images", timed=_CPU),
+    AttentionCase(16, 4, 256, 256, 64, "the same as a linear layer leaves it", layout="tokens", timed=_CPU),
+    AttentionCase(16, 1, 256, 256, 256, "DDPM's one head", timed=_CPU),
+    AttentionCase(16, 1, 256, 256, 256, "the same as a linear layer leaves it", layout="tokens", timed=_CPU),
+    *(
+        AttentionCase(max(1, 4096 // tokens), 8, tokens, tokens, size, "self-attention", layout="tokens", timed=_GPU)
+        for size in (40, 64, 80, 128, 160)
+        for tokens in (256, 1024, 4096)
+        if size != 40 or tokens == 256
+    ),
+    *(
+        AttentionCase(max(1, 4096 // tokens), 1, tokens, tokens, 512, "a VAE's middle", layout="tokens", timed=_GPU)
+        for tokens in (256, 1024, 4096, 16384)
+    ),
+    AttentionCase(1, 8, 16384, 16384, 40, "Stable Diffusion's U-Net at 1024 x 1024", layout="tokens", timed=_GPU),
+    AttentionCase(1, 10, 16384, 16384, 64, "heads of a power of two, many tokens", layout="tokens", timed=_GPU),
+    AttentionCase(4, 8, 1024, 1024, 80, "dense heads", timed=_GPU),
+    AttentionCase(2, 8, 4096, 77, 40, "Stable Diffusion's cross-attention, outermost", layout="tokens", timed=_GPU),
+    AttentionCase(2, 8, 1024, 77, 80, "the same, second level", layout="tokens", timed=_GPU),
+    AttentionCase(2, 8, 256, 77, 160, "the same, third level", layout="tokens", timed=_GPU),
+)
+
+
+def _images(
+    batch: int, heads: int, pixels: int, size: int, why: str, timed: tuple[str, ...] = ()
+) -> tuple[AttentionCase, ...]:
+    """A case in each of the two memory formats."""
+    return tuple(
+        AttentionCase(batch, heads, pixels, pixels, size, why, layout=layout, timed=timed)
+        for layout in ("contiguous", "channels_last")
+    )
+
+
+SPATIAL_ATTENTION = (
+    AttentionCase(0, 2, 6, 6, 8, "empty batch", layout="contiguous"),
+    AttentionCase(2, 2, 0, 0, 8, "no pixels", layout="contiguous"),
+    AttentionCase(2, 1, 1, 1, 1, "one pixel of one channel", layout="contiguous"),
+    *_images(2, 2, 1, 8, "one pixel"),
+    *_images(2, 1, 35, 1, "heads of one channel"),
+    *_images(1, 2, 9, 20, "heads of no multiple of 8 channels"),
+    *_images(2, 2, 35, 8, "odd image"),
+    *_images(1, 1, 130, 40, "two tiles and an odd tail"),
+    *_images(1, 1, 16, 160, "long heads"),
+    *_images(4, 8, 1024, 40, "Stable Diffusion's U-Net on 256 x 256 pixels", timed=_CPU),
+    *_images(2, 8, 4096, 40, "Stable Diffusion's U-Net, outermost", timed=_GPU),
+    *_images(2, 8, 1024, 80, "Stable Diffusion's U-Net, second level", timed=_GPU),
+    *_images(1, 1, 16384, 512, "the decoder of Stable Diffusion's VAE", timed=_GPU),
+)
+
+
+def small(cases: Sequence[AnyCase]) -> list[AnyCase]:
     """The cases that tests run: those that the slow reference draws in milliseconds."""
     return [case for case in cases if case.elements * (case.draws or 1) <= 1 << 15]
 
 
-def timed(cases: tuple[Case, ...], device: str) -> list[Case]:
+def timed(cases: Sequence[AnyCase], device: str) -> list[AnyCase]:
     """The cases that benchmarks time on a kind of device, "cpu" or "cuda"."""
     return [case for case in cases if device in case.timed]

@@ -55,6 +55,34 @@ def memory_floor(nbytes: int, device: str = "cpu") -> float:
     return nbytes / copy_bandwidth(size, torch.get_num_threads(), device)
 
 
+@functools.lru_cache(maxsize=16)
+def _products_per_second(dtype: torch.dtype, threads: int, level: str, device: str) -> float:
+    """Multiplications and additions per second, counted as two, of a large product of matrices."""
+    rates = []
+    # What has no arithmetic of its own on the processor is converted: its products are float32's at best.
+    for kind in {dtype, torch.float32} if device == "cpu" and dtype != torch.float64 else {dtype}:
+        if device == "cpu" and kind == torch.float16:
+            continue
+        size = 1024 if device == "cpu" else 8192
+        a, b = torch.randn(2, size, size, device=device).to(kind)
+        c = torch.empty_like(a)
+        product = {"product": lambda a=a, b=b, c=c: torch.mm(a, b, out=c)}
+        timing = interleave(product, rounds=9, round_seconds=0.01, device=device)["product"]
+        rates.append(2 * size**3 / min(timing.seconds))
+    if device == "cpu" and dtype != torch.float64:
+        # The instruction without memory, which a library need not reach.
+        rates.append(2 * threads * cpu.multiply_adds_per_second(dtype == torch.bfloat16))
+    return max(rates)
+
+
+def matmul_floor(flops: int, dtype: torch.dtype, device: str = "cpu") -> float:
+    """Seconds that so many multiplications and additions of matrices take at the rate of a large square product.
+
+    That is PyTorch's, on the threads in use, or on the CPU what the instruction does in registers, whichever is faster.
+    """
+    return flops / _products_per_second(dtype, torch.get_num_threads(), cpu.simd_level(), device)
+
+
 def noise_floor(op: str, values: int, device: str = "cpu") -> tuple[float, str]:
     """Seconds that ``values`` values of noise take at best, and the limit that says so.
 
@@ -63,7 +91,7 @@ def noise_floor(op: str, values: int, device: str = "cpu") -> tuple[float, str]:
     """
     if device == "cuda":
         return values * _GPU_INSTRUCTIONS[op] / _gpu_instructions_per_second(), "instruction issue"
-    level = cpu.simd_level()
+    level = cpu.simd_level().removesuffix("_bf16")  # which makes noise as the level without it does
     multiplications, instructions = _core(level)
     floors = {"integer multiplications": values * _MULTIPLICATIONS / multiplications}
     if (op, level) in _INSTRUCTIONS:

@@ -3,6 +3,8 @@
 from gencore.backends.choice import backend as backend
 from gencore.ops._explain import explain as explain
 from gencore.ops.add_noise import add_noise as add_noise
+from gencore.ops.attention import attention as attention
+from gencore.ops.attention import spatial_attention as spatial_attention
 from gencore.ops.denoising_loss import denoising_loss as denoising_loss
 from gencore.ops.denoising_loss import variational_bound as variational_bound
 from gencore.ops.diffusion_step import STEP_COLUMNS as STEP_COLUMNS
@@ -17,12 +19,14 @@ from gencore.ops.uniform import uniform as uniform
 __all__ = [
     "STEP_COLUMNS",
     "add_noise",
+    "attention",
     "denoising_loss",
     "diffusion_step",
     "group_norm",
     "normal",
     "reparameterize",
     "reparameterize_kl",
+    "spatial_attention",
     "step_coefficients",
     "uniform",
     "variational_bound",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gencore.backends import choice, cpu
-from gencore.backends.layout import memory_format_of
+from gencore.backends import choice, cpu, handover
+from gencore.backends.layout import has_rows, memory_format_of, suggested_format
 
 # Of these only the channels must lie side by side.
 _PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")
@@ -67,7 +68,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             with _FirstOp():
                 op(*args, **kwargs)
         except _Found as found:
-            return _explanation(found.op, found.tensors, next(iter(found.tensors.values())).device)
+            return _explanation(found.op, found.arguments)
         except choice.NoBackend as error:
             # An argument is where no backend serves it, so it was refused before any op.
             return _explanation(getattr(op, "__name__", str(op)), {}, error.device)
@@ -75,8 +76,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 
 class _Found(Exception):
-    def __init__(self, op: str, tensors: dict[str, Tensor]):
-        self.op, self.tensors = op, tensors
+    def __init__(self, op: str, arguments: dict[str, Any]):
+        self.op, self.arguments = op, arguments
 
 
 class _FirstOp(TorchDispatchMode):
@@ -85,12 +86,15 @@ class _FirstOp(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "gencore":
             names = (argument.name for argument in func._schema.arguments)
-            named = {name: arg for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)}
-            raise _Found(func._schema.name.partition("::")[2].rstrip("_"), named)
+            raise _Found(func._schema.name.partition("::")[2].rstrip("_"), dict(zip(names, args, strict=False)))
         return func(*args, **(kwargs or {}))
 
 
-def _explanation(op: str, tensors: dict[str, Tensor], device: torch.device) -> Explanation:
+def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None = None) -> Explanation:
+    """``device``: where there are no arguments."""
+    tensors = {name: argument for name, argument in arguments.items() if isinstance(argument, Tensor)}
+    if device is None:
+        device = next(iter(tensors.values())).device
     chosen: choice.Name | None
     try:
         chosen = choice.choose(device)
@@ -108,6 +112,27 @@ def _explanation(op: str, tensors: dict[str, Tensor], device: torch.device) -> E
                 notes.append(f"key has a row per sample on {tensor.device} and is copied to {device}")
         elif argument in _PER_CHANNEL and tensor.stride(-1) == 1:
             continue
+        elif op == "attention":
+            if chosen != "cpu" and not has_rows(tensor):
+                notes.append(
+                    f"{argument} has neither its channels nor its tokens side by side, so it goes through a copy"
+                )
         elif memory_format_of(tensor) is torch.contiguous_format and not tensor.is_contiguous():
             notes.append(f"{argument} is neither contiguous nor channels_last, so it goes through a copy that is")
+    row = _handed_over(op, arguments, device) if chosen == "cuda" else None
+    if row is not None:
+        notes.append(f"forward, it is handed over to cuDNN: {row.why}")
     return Explanation(op, str(device), chosen, reasons, tuple(notes))
+
+
+def _handed_over(op: str, arguments: dict[str, Any], device: torch.device) -> handover.Row | None:
+    if op == "attention":
+        return handover.row_of(*(arguments[name] for name in ("q", "k", "v", "scale")))
+    if op == "spatial_attention" and arguments["scale"] > 0:
+        qkv, size = arguments["qkv"], arguments["qkv"].shape[1] // (3 * arguments["num_heads"])
+        pixels = math.prod(qkv.shape[2:])
+        # As they are when they reach the kernel.
+        channels_adjoin = suggested_format(qkv) is not torch.contiguous_format
+        capability = handover.capability_of(device)
+        return handover.takes_over(capability, qkv.dtype, size, pixels, pixels, channels_adjoin)
+    return None

@@ -37,3 +37,14 @@ def test_the_noise_floor_is_the_higher_limit_over_the_threads_in_use(monkeypatch
     assert limits.noise_floor("normal", 64_000)[0] == pytest.approx(64_000 * 250 / 64 / 1e6 / 3)
     monkeypatch.setattr(limits, "_core", lambda level: (5e3, 1e9))
     assert limits.noise_floor("uniform", 1000) == (pytest.approx(1.0), "integer multiplications")
+
+
+def test_the_floor_of_products_is_operations_over_the_best_rate(monkeypatch):
+    monkeypatch.setattr(cpu, "multiply_adds_per_second", lambda of_bfloat16: 1e15 if of_bfloat16 else 1e3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    limits._products_per_second.cache_clear()
+    assert limits.matmul_floor(6_000_000, torch.bfloat16) == pytest.approx(1e-9)
+    # The library is faster than a thousand a second, and half types no slower than what they are converted to.
+    assert 0 < limits.matmul_floor(1000, torch.float32) < 1e-5
+    assert limits.matmul_floor(1000, torch.float16) < 1e-5
+    limits._products_per_second.cache_clear()

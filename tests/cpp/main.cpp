@@ -1,5 +1,6 @@
 // Prints what the installed library computes, as the hexadecimal bits of each value, one line per tensor:
 //   consumer SEED STREAM FIRST_SAMPLE SAMPLES ELEMENTS THREADS
+#include <gencore/attention.h>
 #include <gencore/group_norm.h>
 #include <gencore/normal.h>
 #include <gencore/reparameterize.h>
@@ -63,11 +64,24 @@ int main(int argc, char** argv) {
   norm.activation = gencore::Activation::silu;
   if (gencore::cpu::group_norm(norm, threads) != gencore::Status::ok) return 1;
 
+  // The noise of each sample as tokens of one channel, which attend to each other.
+  std::vector<float> attended(size);
+  const auto tokens = [&](std::vector<float>& values) {
+    return gencore::HeadsTensor{values.data(), elements, elements, 1, 1};
+  };
+  gencore::Attention attention{};
+  attention.q = attention.k = attention.v = tokens(noise);
+  attention.out = tokens(attended);
+  attention.shape = {samples, 1, elements, elements, 1};
+  attention.scale = 1;
+  if (gencore::cpu::attention(attention, threads) != gencore::Status::ok) return 1;
+
   std::printf("level %s\n", gencore::cpu::name(gencore::cpu::simd_level()));
   print("normal", noise);
   print("z", z);
   print("kl", kl);
   print("y", y);
+  print("attended", attended);
 
   // What is wrong is a status, in words.
   status = gencore::cpu::normal(nullptr, gencore::DType::float32, shape, key, threads);

@@ -32,6 +32,7 @@ class Emulator:
         self.module = load(path)
         self._library = ctypes.CDLL(str(path))
         self._library.register_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+        self._library.set_shared_memory.argtypes = [ctypes.c_size_t]
 
     def register(self, name: str, memory: Any) -> int:
         """Lets kernels touch a tensor or an array, from its first element to its last; returns its address."""
@@ -78,6 +79,10 @@ class Emulator:
     def set_multiprocessors(self, count: int) -> None:
         """What the device says of itself, for kernels whose grid depends on it. 4 at first."""
         self._library.set_multiprocessors(count)
+
+    def set_shared_memory(self, size: int) -> None:
+        """The bytes that a block may ask for, at most and at first the 227 KiB of an H100."""
+        self._library.set_shared_memory(size)
 
 
 # The C++ library too: else the sanitizer does not find what it replaces of it, exceptions above all.

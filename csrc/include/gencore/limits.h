@@ -1,4 +1,4 @@
-// What one core can do at the SIMD level in use: the limits that benchmarks hold the noise kernels against.
+// What one core can do at the SIMD level in use: the limits that benchmarks hold the kernels against.
 #pragma once
 
 namespace gencore::cpu {
@@ -8,5 +8,9 @@ double multiplications_per_second();
 
 // Vector instructions issued per second, of the simplest kind and independent of one another.
 double vector_instructions_per_second();
+
+// Multiply-adds of binary32, or of bfloat16 with sums in binary32 where there are instructions for them, per second: a
+// bound for matrix products.
+double multiply_adds_per_second(bool of_bfloat16);
 
 }  // namespace gencore::cpu

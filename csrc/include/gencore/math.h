@@ -76,23 +76,40 @@ GENCORE_INLINE typename V::F exp(typename V::F x) {
   return V::scale(mantissa, n, V::sub(V::as_bits(shifted), V::as_bits(magic)));
 }
 
-// e^-x in fewer steps than exp: within 3 ulp for |x| up to 10, and |x| / 3 ulp beyond, as log2(e) is rounded.
+// 2^-(n + f) for |f| <= 1/2, from f, and from -n as a float and as an integer.
 template <class V>
-GENCORE_INLINE typename V::F exp_minus(typename V::F x) {
-  using F = typename V::F;
-  // 2^-f on [-1/2, 1/2]; relative error 9.3e-8.
+GENCORE_INLINE typename V::F exp2_minus_parts(typename V::F f, typename V::F minus_n, typename V::U minus_n_bits) {
+  // 2^-f; relative error 9.3e-8.
   constexpr float p[] = {1.0f,
                          -0.6931470036506653f,
                          0.24022246897220612f,
                          -0.0555071122944355f,
                          0.009671294130384922f,
                          -0.0013269407209008932f};
+  return V::scale(horner<V>(f, p), minus_n, minus_n_bits);
+}
+
+// e^-x in fewer steps than exp: within 3 ulp for |x| up to 10, and |x| / 3 ulp beyond, as log2(e) is rounded.
+template <class V>
+GENCORE_INLINE typename V::F exp_minus(typename V::F x) {
+  using F = typename V::F;
   const F log2_e = V::set(1.4426950216293335f);
   x = V::max(V::set(-104.0f), V::min(V::set(104.0f), x));
   const F magic = V::set(12582912.0f);
   const F shifted = V::fma(x, log2_e, magic);
   const F minus_n = V::sub(magic, shifted);
-  return V::scale(horner<V>(V::fma(x, log2_e, minus_n), p), minus_n, V::sub(V::as_bits(magic), V::as_bits(shifted)));
+  return exp2_minus_parts<V>(V::fma(x, log2_e, minus_n), minus_n, V::sub(V::as_bits(magic), V::as_bits(shifted)));
+}
+
+// 2^-x for x >= 0, within 2 ulp; underflows gradually to 0, passes NaN on.
+template <class V>
+GENCORE_INLINE typename V::F exp2_minus(typename V::F x) {
+  using F = typename V::F;
+  x = V::min(V::set(151.0f), x);
+  const F magic = V::set(12582912.0f);
+  const F shifted = V::add(x, magic);
+  const F minus_n = V::sub(magic, shifted);
+  return exp2_minus_parts<V>(V::add(x, minus_n), minus_n, V::sub(V::as_bits(magic), V::as_bits(shifted)));
 }
 
 // x sigmoid(x), and its derivative, from x and e^-x.

@@ -4,6 +4,7 @@ variable TRITON_INTERPRET is 1 before this is imported. Importing this imports t
 The ops have the names that the library knows them by."""
 
 from gencore.backends.triton.add_noise import add_noise
+from gencore.backends.triton.attention import attention, attention_backward
 from gencore.backends.triton.denoising_loss import denoising_loss, denoising_loss_backward
 from gencore.backends.triton.diffusion_step import diffusion_step
 from gencore.backends.triton.group_norm import group_norm, group_norm_backward
@@ -13,6 +14,8 @@ from gencore.backends.triton.uniform import uniform_
 
 __all__ = [
     "add_noise",
+    "attention",
+    "attention_backward",
     "denoising_loss",
     "denoising_loss_backward",
     "diffusion_step",

@@ -18,12 +18,14 @@ def exact_arithmetic() -> None:
     """Corrects the interpreter for this process, where it is wrong.
 
     The fma of Triton 3.6 rounds twice, and its loops cannot count with NumPy 2.4. The conversions of all versions up to
-    3.9 cut off what bfloat16 cannot hold, instead of rounding to nearest, and lose subnormal numbers.
+    3.9 cut off what bfloat16 cannot hold, instead of rounding to nearest, and lose subnormal numbers. Their products of
+    matrices take the bits of bfloat16 for integers.
     """
     builder = interpreter.InterpreterBuilder
     if not _is_fused(builder().create_fma):
         builder.create_fma = _create_fma(builder.create_fma)
     builder.cast_impl = _cast_impl(builder.cast_impl)
+    builder.create_dot = _create_dot(builder.create_dot)
     interpreter._patch_lang_tensor = _patch_lang_tensor(interpreter._patch_lang_tensor)
 
 
@@ -61,6 +63,16 @@ def _cast_impl(before: Callable[..., Any]) -> Callable[..., Any]:
             return before(self, source, target)
 
     return cast_impl
+
+
+def _create_dot(before: Callable[..., Any]) -> Callable[..., Any]:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *settings: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        with np.errstate(all="ignore"):
+            return before(self, a, b, d, *settings)
+
+    return create_dot
 
 
 def _patch_lang_tensor(before: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,9 @@ import collections
 import contextlib
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -55,8 +57,21 @@ def compile_for(capability: int, kernel: Any, args: tuple[Any, ...], options: di
         "constants": {kernel.params[i].name: value for (i,), value in constants.items()},
         "threads": 32 * compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
+        "stack": stack_of(compiled.asm["cubin"]),
         "instructions": collections.Counter(INSTRUCTION.findall(compiled.asm["ptx"])),
     }
+
+
+def stack_of(cubin: bytes) -> int:
+    """The bytes of a thread's stack: what did not fit into its registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1])
 
 
 @contextlib.contextmanager

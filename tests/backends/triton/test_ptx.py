@@ -225,3 +225,50 @@ def test_instructions_of_diffusion(tmp_path):
             # The noise is made by the threads that want it, also behind a branch.
             if constants["A"] == 1 and size < 8 and kernel != "loss_kernel":
                 assert found["shared"] == 0
+
+
+# Heads in two powers of two, and in chunks; tensor cores that read shared memory, and that read registers.
+ATTENTION = [(90, 40, "contiguous", "bfloat16"), (80, 256, "channels_last", "float16")]
+_SIZES = (1, 8, 32, 40, 64, 80, 96, 128, 160, 192, 256, 320, 512, 1024)
+EVERY_ATTENTION = [
+    (capability, size, ("contiguous", "channels_last")[(number + capability // 10) % 2], dtype)
+    for dtype, sizes in (("bfloat16", _SIZES), ("float16", (40, 160)), ("float32", (20, 160)), ("float64", (20, 160)))
+    for capability in (80, 90)
+    for number, size in enumerate(sizes)
+]
+MULTIPLY = {"float32": "fma.rn.f32", "float64": "mma.sync"}
+
+
+def check_attention(found: dict[str, Any], capability: int, size: int, layout: str, dtype: str) -> None:
+    instructions, kernel = found["instructions"], found["kernel"]
+    why = (kernel, capability, size, layout, dtype, found["stack"], found["shared"], instructions)
+    # The logarithm, of a number of 1 or more, knows no subnormal numbers.
+    check_names({name: n for name, n in instructions.items() if kernel != "attention_kernel" or ".ftz" not in name})
+    # Where there are no warpgroups, GPUs with 99 KiB are served too.
+    assert found["shared"] <= (227 if capability == 90 else 99) << 10, why
+    # A few registers too many, of 255 times 4 bytes, which are then read again from the cache.
+    assert found["stack"] <= 256, why
+    name = MULTIPLY.get(dtype, "wgmma.mma_async" if capability == 90 else "mma.sync")
+    if kernel != "delta_kernel":
+        assert any(instruction.startswith(name) for instruction in instructions), why
+    if size >= 8:
+        # 16 bytes at a time, tensors as well as the way through shared memory.
+        accesses = {name: n for name, n in instructions.items() if name.startswith("ld.global")}
+        assert not any(name.endswith(("b16", "u16")) for name in accesses), why
+        wide = sum(n for name, n in accesses.items() if name.endswith(("v4.b32", "v2.b64")))
+        assert wide > 0, why
+
+
+def test_instructions_of_attention(tmp_path):
+    kernels = {"attention_kernel", "delta_kernel", "keys_kernel", "queries_kernel"}
+    for variant, results in zip(ATTENTION, run("ptx_attention.py", ATTENTION, tmp_path), strict=True):
+        assert {found["kernel"] for found in results} == kernels
+        for found in results:
+            check_attention(found, *variant)
+
+
+@pytest.mark.slow
+def test_instructions_of_every_attention(tmp_path):
+    for variant, results in zip(EVERY_ATTENTION, run("ptx_attention.py", EVERY_ATTENTION, tmp_path), strict=True):
+        for found in results:
+            check_attention(found, *variant)

@@ -1,4 +1,5 @@
 // The functions of CUDA's runtime API, and those that tests call.
+#include <algorithm>
 #include <cstring>
 #include <map>
 
@@ -101,7 +102,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 233472; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = gencore_emulation::most_shared_bytes; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(emulator().shared_limit); break;
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = 32; break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
     default: return cudaErrorInvalidValue;
@@ -132,7 +133,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<std::size_t>(value) > gencore_emulation::most_shared_bytes) {
+  if (value < 0 || static_cast<std::size_t>(value) > emulator().shared_limit) {
     return emulator().last_error = cudaErrorInvalidValue;
   }
   emulator().shared_limits[kernel] = static_cast<std::size_t>(value);
@@ -162,3 +163,8 @@ EXPORTED void set_blocks(std::int64_t first, std::int64_t count) {
 }
 
 EXPORTED void set_multiprocessors(int count) { emulator().multiprocessors = count; }
+
+// At most what the largest device has, 227 KiB, which it is at first.
+EXPORTED void set_shared_memory(std::size_t bytes) {
+  emulator().shared_limit = std::min(bytes, gencore_emulation::most_shared_bytes);
+}

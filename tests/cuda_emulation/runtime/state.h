@@ -74,6 +74,8 @@ struct Emulator {
   std::mutex mutex;  // one launch at a time
   unsigned schedule = 0;
   int multiprocessors = 4;
+  // What a block may ask for.
+  std::size_t shared_limit = most_shared_bytes;
   // The blocks of a launch that run: so many from `first_block` on, which counts from the end if it is negative; 0:
   // all.
   std::int64_t first_block = 0, block_count = 0;

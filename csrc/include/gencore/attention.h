@@ -1,0 +1,77 @@
+// Scaled dot-product attention (Vaswani et al., 2017), of images' pixels above all: heads of any size, in any layout.
+#pragma once
+
+#include "gencore/cuda.h"
+#include "gencore/types.h"
+
+namespace gencore {
+
+// A tensor of batch x heads x tokens x channels of a head: element (b, h, t, c) is element
+// b * batch + h * head + t * token + c * channel of data.
+struct HeadsTensor {
+  void* data;
+  std::int64_t batch, head, token, channel;
+};
+
+// `queries` and `keys` are tokens; `size` is the channels of a head.
+struct AttentionShape {
+  std::int64_t batch, heads, queries, keys, size;
+};
+
+// Per sample and head, with s_ij = scale * sum_c q_ic k_jc:
+//   lse_i = log(sum_j exp(s_ij))      p_ij = exp(s_ij - lse_i)      out_ic = sum_j p_ij v_jc
+// Without a key, out is 0 and lse minus infinity. `lse` is dense, batch x heads x queries, of float32 (float64 for
+// float64), and may be null. Nothing of the size queries x keys is allocated. out may not overlap the others.
+struct Attention {
+  HeadsTensor q, k, v, out;
+  void* lse;
+  DType dtype;
+  AttentionShape shape;
+  double scale;
+};
+
+// The gradients, from `out` and `lse` of the forward pass. With delta_i = sum_c grad_out_ic out_ic:
+//   ds_ij = p_ij (sum_c grad_out_ic v_jc - delta_i)
+//   grad_q_ic = scale sum_j ds_ij k_jc    grad_k_jc = scale sum_i ds_ij q_ic    grad_v_jc = sum_i p_ij grad_out_ic
+// Each may be null: it is then not wanted.
+struct AttentionBackward {
+  HeadsTensor grad_out, q, k, v, out;
+  const void* lse;
+  HeadsTensor grad_q, grad_k, grad_v;
+  DType dtype;
+  AttentionShape shape;
+  double scale;
+};
+
+// Whether the sizes are valid and indices of a dense tensor of them fit.
+static inline bool is_valid(const AttentionShape& shape) {
+  if (shape.batch < 0 || shape.heads < 0 || shape.queries < 0 || shape.keys < 0 || shape.size < 1) return false;
+  std::int64_t planes, of_queries, of_keys, total;
+  return !__builtin_mul_overflow(shape.batch, shape.heads, &planes) &&
+         !__builtin_mul_overflow(planes, shape.queries, &of_queries) &&
+         !__builtin_mul_overflow(planes, shape.keys, &of_keys) &&
+         !__builtin_mul_overflow(of_queries, shape.size, &total) &&
+         !__builtin_mul_overflow(of_keys, shape.size, &total);
+}
+
+}  // namespace gencore
+
+namespace gencore::cpu {
+
+// Any strides. `threads` is at least 1; small tensors take fewer. The bits of the results do not depend on it, nor on
+// how the batch and the queries are split into calls.
+Status attention(const Attention& args, int threads);
+Status attention_backward(const AttentionBackward& args, int threads);
+
+}  // namespace gencore::cpu
+
+namespace gencore::cuda {
+
+// Of each tensor the channels or the tokens lie side by side: one of the two strides is 1. `workspace` is device memory
+// of as many bytes as the function of that name says, which may be 0.
+std::int64_t attention_workspace(DType dtype, const AttentionShape& shape);
+Error attention(const Attention& args, void* workspace, Stream stream);
+std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& shape);
+Error attention_backward(const AttentionBackward& args, void* workspace, Stream stream);
+
+}  // namespace gencore::cuda

@@ -1,0 +1,351 @@
+"""Scaled dot-product attention as image models use it: any head size, and pixels in either memory format."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencore.backends import choice
+from gencore.backends.layout import suggested_format
+from gencore.ops._checks import FLOATING, check_tensor
+from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
+
+_STRIDED = torch.strided
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _log_sums(tensor: Tensor, *shape: int) -> Tensor:
+    return tensor.new_empty(shape, dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), _log_sums(q, *q.shape[:3])
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    grads = zip((q, k, v), wanted, strict=True)
+    return tuple(torch.empty_like(tensor) if want else grad_out.new_empty(0) for tensor, want in grads)
+
+
+_attention_backward = define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    backward=refuse_second_derivative,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 4
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, wanted)
+    if not all(wanted):
+        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *grads, None
+
+
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _heads(x: Tensor, parts: int, num_heads: int, memory_format: torch.memory_format) -> tuple[Tensor, ...]:
+    """(N, parts C, ...), in that format, as ``parts`` views (N, heads, pixels, channels of a head)."""
+    samples, channels = x.shape[:2]
+    pixels = math.prod(x.shape[2:])
+    size = channels // (parts * num_heads)
+    # As the format says: the strides of dimensions of one element may be anything.
+    pixel, channel = (1, pixels) if memory_format is torch.contiguous_format else (channels, 1)
+    strides = (channels * pixels, size * channel, pixel, channel)
+    first, shape = x.storage_offset(), (samples, num_heads, pixels, size)
+    each = num_heads * size * channel
+    return tuple(x.as_strided(shape, strides, first + part * each) for part in range(parts))
+
+
+def _attend(qkv: Tensor, num_heads: int, scale: float, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    memory_format = suggested_format(qkv)
+    qkv = qkv.contiguous(memory_format=memory_format)
+    out = _empty_out(qkv, memory_format)
+    q, k, v = _heads(qkv, 3, num_heads, memory_format)
+    _, lse = choice.kernel("attention", qkv)(q, k, v, scale, *_heads(out, 1, num_heads, memory_format), with_lse)
+    return out, lse
+
+
+def _empty_out(qkv: Tensor, memory_format: torch.memory_format) -> Tensor:
+    shape = (qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:])
+    return torch.empty(shape, dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+
+
+def _fake_spatial(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    lse = _log_sums(qkv, qkv.shape[0], num_heads, math.prod(qkv.shape[2:]))
+    return _empty_out(qkv, suggested_format(qkv)), lse
+
+
+def _attend_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    memory_format = suggested_format(qkv)
+    qkv, grad_out, out = (x.contiguous(memory_format=memory_format) for x in (qkv, grad_out, out))
+    grad_qkv = torch.empty_like(qkv, memory_format=memory_format)
+    choice.kernel("attention_backward", qkv)(
+        *(
+            tensor
+            for x, parts in ((grad_out, 1), (qkv, 3), (out, 1))
+            for tensor in _heads(x, parts, num_heads, memory_format)
+        ),
+        lse,
+        scale,
+        [True] * 3,
+        _heads(grad_qkv, 3, num_heads, memory_format),
+    )
+    return grad_qkv
+
+
+def _fake_spatial_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=suggested_format(qkv))
+
+
+_spatial_attention_backward = define(
+    "spatial_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale) "
+    "-> Tensor",
+    fake=_fake_spatial_backward,
+    backward=refuse_second_derivative,
+    composed=_attend_backward,
+)
+
+
+def _setup_spatial(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.num_heads, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse)
+
+
+def _backward_spatial(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 3
+    return _spatial_attention_backward(grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+
+
+_spatial_attention = define(
+    "spatial_attention(Tensor qkv, int num_heads, float scale) -> (Tensor, Tensor)",
+    fake=_fake_spatial,
+    setup_context=_setup_spatial,
+    backward=_backward_spatial,
+    composed=_attend,
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention: out_i = sum_j p_ij v_j, where p_i = softmax over j of (scale q_i . k_j), in each sample and head.
+
+    Nothing of the size T x S is ever allocated: the softmax is taken over tiles of keys, and the gradient makes its
+    probabilities again from the logarithm of each query's denominator, which is all that is kept besides the arguments
+    and the result.
+
+    Args:
+        q: (B, heads, T, d), float32, bfloat16, float16 or float64; any head size d.
+        k, v: (B, heads, S, d), of q's dtype: of T tokens for self-attention, of as many as there are for
+            cross-attention.
+        scale: by which dot products are multiplied; 1 / sqrt(d) if left out.
+
+        On the CPU any strides are read as they are; on GPUs those with channels or tokens side by side, such as views
+        of a projection (B, T, 3 heads d) or of an image (B, 3 heads d, H, W), and others through a copy.
+
+    Under autocast, arguments of float32 and of the half types go through its dtype, as in PyTorch.
+
+    Returns:
+        (B, heads, T, d), of q's dtype, dense, its dimensions in memory in the order of q's. 0 without keys (S = 0).
+
+    Dot products, maximum, exponentials and sums are in float32, in float64 for float64. On GPUs the probabilities of
+    half types are rounded to the type before they weigh v. So they are in the forward pass in bfloat16 on processors
+    with its dot product, which takes subnormal numbers for 0; elsewhere on CPUs everything is in float32. NaN and
+    infinities propagate as in PyTorch.
+
+    The gradient is made for ``q``, ``k`` and ``v``, once: there is no second derivative.
+
+    Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
+    any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
+    Devices differ by rounding. On Hopper the forward pass of long sequences with some head sizes is handed over to
+    cuDNN, whose bits it then has; :func:`gencore.explain` says so.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which.
+
+    >>> q, k, v = torch.randn(3, 2, 4, 100, 40).unbind(0)
+    >>> want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    >>> torch.allclose(attention(q, k, v), want, atol=1e-5)
+    True
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; in tiles: Milakov and Gimelshein, "Online
+    normalizer calculation for softmax" (2018), and Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
+    """
+    tensors = (q, k, v)
+    wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
+    if wants_gradient is None:
+        tensors = tuple(_autocast(tensor) for tensor in tensors)
+        scale = _check(*tensors, scale)
+    elif scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    if wants_gradient is False:
+        return choice.kernel("attention", q)(*tensors, scale, None, False)[0]
+    if wants_gradient:
+        return _attention.with_gradient(*tensors, scale)[0]
+    return _attention(*tensors, scale)[0]
+
+
+def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
+    """Self-attention among the pixels of each sample, with q, k and v as a convolution leaves them: :func:`attention`.
+
+    Args:
+        qkv: (N, 3 C, H, W), or with any spatial dimensions; contiguous or channels_last. Its channels are the C of q,
+            then those of k and of v, each head after head.
+        num_heads: a divisor of C; a head has d = C / num_heads channels.
+        scale: by which dot products are multiplied; 1 / sqrt(d) if left out.
+
+    Returns:
+        (N, C, H, W), of qkv's dtype and memory format. Nothing is permuted on the way, in either format.
+
+    Dtypes, accuracy, gradient, determinism, autocast: as :func:`attention`. Other strides than those of the two formats
+    go through a copy.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message says which.
+
+    >>> qkv = torch.randn(2, 3 * 64, 8, 8)
+    >>> q, k, v = qkv.view(2, 3, 4, 16, 64).transpose(-1, -2).unbind(1)
+    >>> want = attention(q, k, v).transpose(-1, -2).reshape(2, 64, 8, 8)
+    >>> torch.equal(spatial_attention(qkv, 4), want)
+    True
+
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), appendix B; Wang et al., "Non-local Neural
+    Networks" (2018), figure 2.
+    """
+    if (
+        is_unobserved()
+        and type(qkv) in PLAIN_TYPES
+        and qkv.dtype in FLOATING
+        and qkv.layout is _STRIDED
+        and (qkv.is_cpu or qkv.is_cuda)
+        and not qkv.is_neg()
+        and not qkv.is_nested
+        and type(num_heads) is int
+        and num_heads >= 1
+        and qkv.dim() >= 2
+        and qkv.shape[1] >= 3 * num_heads
+        and qkv.shape[1] % (3 * num_heads) == 0
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and not torch.is_autocast_enabled(qkv.device.type)
+    ):
+        if scale is None:
+            scale = 1 / math.sqrt(qkv.shape[1] // (3 * num_heads))
+        if qkv.requires_grad and torch.is_grad_enabled():
+            return _spatial_attention.with_gradient(qkv, num_heads, scale)[0]
+        return _attend(qkv, num_heads, scale, with_lse=False)[0]
+    qkv = _autocast(qkv)
+    check_tensor("qkv", qkv)
+    if qkv.dim() < 2:
+        raise ValueError(f"qkv must have at least two dimensions, samples and channels, got {qkv.dim()}")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, (int, torch.SymInt)):
+        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    if qkv.shape[1] < 1 or qkv.shape[1] % (3 * num_heads) != 0:
+        raise ValueError(
+            f"qkv must have 3 x num_heads x d channels, a multiple of {3 * num_heads} and at least as many, "
+            f"got {qkv.shape[1]}"
+        )
+    return _spatial_attention(qkv, num_heads, _checked_scale(scale, qkv.shape[1] // (3 * num_heads)))[0]
+
+
+def _wants_gradient_if_everyday(q: Any, k: Any, v: Any, scale: Any) -> bool | None:
+    """Whether a gradient is wanted, if the kernel can be called as it is; a microsecond tells. Else None.
+
+    It can if nothing observes the call and the arguments are right, and plain tensors on the CPU or on one GPU. What is
+    not so is then looked at argument by argument, to be served or to be told what is wrong.
+    """
+    if not (
+        is_unobserved()
+        and type(q) in PLAIN_TYPES
+        and type(k) in PLAIN_TYPES
+        and type(v) in PLAIN_TYPES
+        and (dtype := q.dtype) in FLOATING
+        and k.dtype is v.dtype is dtype
+        and q.layout is k.layout is v.layout is _STRIDED
+        and ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and q.device == k.device == v.device))
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and not torch.is_autocast_enabled(q.device.type)
+    ):
+        return None
+    try:
+        shape, other = q.shape, k.shape
+        if not (len(shape) == len(other) == 4 and other == v.shape and shape[3] == other[3] >= 1):
+            return None
+        if shape[:2] != other[:2]:
+            return None
+    except RuntimeError:  # A nested tensor has no shape.
+        return None
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+
+
+def _autocast(tensor: Any) -> Any:
+    """The tensor as autocast, where it is enabled, would have PyTorch's attention take it."""
+    if isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, *_HALF):
+        device = tensor.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
+
+
+def _check(q: Any, k: Any, v: Any, scale: Any) -> float:
+    """Looks at every argument; returns the scale."""
+    check_tensor("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must have the four dimensions (B, heads, tokens, d), got {q.dim()}")
+    if q.shape[3] < 1:
+        raise ValueError(f"q must have at least one channel in a head, got the shape {tuple(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor)
+        if tensor.dim() != 4 or tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != q.shape[3]:
+            batch, heads, _, size = q.shape
+            raise ValueError(
+                f"{name} must have the shape ({batch}, {heads}, tokens, {size}), that of q but for the tokens, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"v must have as many tokens as k, {k.shape[2]}, got {v.shape[2]}")
+    return _checked_scale(scale, q.shape[3])
+
+
+def _checked_scale(scale: Any, size: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(size)
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not isinstance(scale, torch.SymFloat) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)  # type: ignore[return-value]

@@ -1,0 +1,40 @@
+"""What the kernels of attention become for a GPU, as ptx.py says it of the others. Run by test_ptx.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+from ptx import compiling
+
+from gencore.backends import triton as ops
+
+
+def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> None:
+    shape = (2, 2, size, 256) if layout == "contiguous" else (2, 2, 256, size)
+    x = torch.empty(shape, dtype=dtype)
+    if layout == "contiguous":
+        x = x.transpose(2, 3)
+    with contextlib.ExitStack() as stack:
+        for name in ("attention", "_attention_backward"):
+            module = sys.modules[f"gencore.backends.triton.{name}"]
+            stack.enter_context(mock.patch.object(module, "has_warpgroups", return_value=warpgroups))
+        out, lse = ops.attention(x, x, x, 0.1)
+        ops.attention_backward(x, x, x, x, out, lse, 0.1, [True] * 3)
+
+
+def main(wanted: list[Any]) -> None:
+    results = []
+    for capability, size, layout, dtype in wanted:
+        with compiling(capability) as found:
+            launch_all(size, layout, getattr(torch, dtype), capability // 10 in (9, 10))
+        results.append(found)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))
