@@ -1,16 +1,17 @@
-"""Self-attention among the pixels of an image."""
+"""Attention of the pixels of an image, to each other or to a context such as a text."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gencore import ops
 from gencore.nn.group_norm import GroupNorm
+from gencore.nn.pointwise import PointwiseLinear
 from gencore.nn.residual import zeroed
 
 
-class SelfAttention(nn.Module):
-    """x + out(softmax(q k^T / sqrt(head size)) v), per head, where q, k, v = qkv(norm(x)) of each pixel.
+class SpatialSelfAttention(nn.Module):
+    """x + out(attention(q, k, v)), where q, k, v = qkv(norm(x)) of each pixel; see :func:`gencore.ops.attention`.
 
     ``out`` begins as zero, so that at first the block is the identity.
 
@@ -20,30 +21,90 @@ class SelfAttention(nn.Module):
         num_groups, eps: of the norm.
 
     Raises:
-        ValueError: ``channels`` is no multiple of ``num_heads``.
+        ValueError: ``channels`` is no multiple of ``num_groups`` or ``num_heads``.
+
+    >>> block = SpatialSelfAttention(64, num_heads=4)
+    >>> block(torch.randn(2, 64, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; in a U-Net, Ho et al. (2020), appendix B.
     """
 
     def __init__(self, channels: int, *, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
+        _check_heads(channels, num_heads)
         self.num_heads = num_heads
         self.norm = GroupNorm(num_groups, channels, eps)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.qkv = PointwiseLinear(channels, 3 * channels)
+        self.out = zeroed(PointwiseLinear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        # (N, H W, C) without gaps, a copy only if x is not channels_last: PyTorch's fused attention wants the channels
-        # of a head next to each other, and the pixels of q, k and v may then be as far apart as they like.
-        pixels = self.norm(x).flatten(2).transpose(1, 2).contiguous()
-        qkv = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return x + output.transpose(1, 2).unflatten(2, x.shape[-2:])
+        """(N, C, H, W), or with any spatial dimensions -> the same shape and memory format; nothing is permuted."""
+        mixed = ops.spatial_attention(self.qkv(self.norm(x)), self.num_heads)
+        output: Tensor = x + self.out(mixed)
+        return output
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+class SpatialCrossAttention(nn.Module):
+    """x + out(attention(q(norm(x)), k, v)), where k, v = kv(context) of each of the context's tokens.
+
+    ``out`` begins as zero, so that at first the block is the identity.
+
+    Args:
+        channels: a multiple of ``num_groups`` and ``num_heads``.
+        context_channels: of the context's tokens, at least 1.
+        num_heads: heads of ``channels / num_heads`` channels each.
+        num_groups, eps: of the norm.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    >>> block = SpatialCrossAttention(64, 768, num_heads=4)
+    >>> block(torch.randn(2, 64, 8, 8), torch.randn(2, 77, 768)).shape
+    torch.Size([2, 64, 8, 8])
+
+    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 3.3.
+    """
+
+    def __init__(
+        self, channels: int, context_channels: int, *, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        _check_heads(channels, num_heads)
+        if context_channels < 1:
+            raise ValueError(f"context_channels must be at least 1, got {context_channels}")
+        self.num_heads = num_heads
+        self.norm = GroupNorm(num_groups, channels, eps)
+        self.q = PointwiseLinear(channels, channels)
+        self.kv = nn.Linear(context_channels, 2 * channels)
+        self.out = zeroed(PointwiseLinear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (N, C, H, W), or with any spatial dimensions, context (N, S, context_channels) -> x's shape and format.
+
+        Raises:
+            TypeError, ValueError: ``context`` is no tensor of the shape above.
+        """
+        if not isinstance(context, Tensor):
+            raise TypeError(f"context must be a tensor, got {type(context).__name__}")
+        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.kv.in_features:
+            raise ValueError(
+                f"context must have the shape ({x.shape[0]}, tokens, {self.kv.in_features}), got {tuple(context.shape)}"
+            )
+        heads = self.q(self.norm(x)).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+        k, v = self.kv(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # In memory the result has its dimensions in the order of the query's, so that this is a view in either format.
+        mixed = ops.attention(heads, k, v).transpose(2, 3).flatten(1, 2)
+        output: Tensor = x + self.out(mixed.unflatten(2, x.shape[2:]))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _check_heads(channels: int, num_heads: int) -> None:
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")

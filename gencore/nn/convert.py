@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencore.nn.attention import SpatialCrossAttention, SpatialSelfAttention
 from gencore.nn.unet import UNet
 
 # What the constructor of UNet2DModel takes, with its defaults: configurations of older versions lack the newer ones.
@@ -74,6 +75,8 @@ _PARTS = {
     "out": "to_out.0",
     "norm_out": "conv_norm_out",
 }
+# Of an Attention, those that compute it by the same formula.
+_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 # What attention's layers were called when the checkpoints of 2022 were published.
 _OLD_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(rf"(?<=attentions\.)(\d+)\.({'|'.join(_OLD_LAYERS)})\.")
@@ -122,6 +125,87 @@ def unet_from_diffusers(source: nn.Module | Mapping[str, Any], state_dict: Mappi
     flipped = settings["flip_sin_to_cos"]
     unet.load_state_dict(_converted(unet, _todays_names(state_dict), flipped), assign=True)
     return unet.eval()
+
+
+def attention_from_diffusers(source: nn.Module) -> SpatialSelfAttention | SpatialCrossAttention:
+    """The module that computes what a ``diffusers.models.attention_processor.Attention`` does with an image.
+
+    The results differ by the rounding of another order of summation only.
+
+    Args:
+        source: an ``Attention`` with a group norm, projections back to its channels and a residual connection, as it
+            stands in U-Nets of pixels and in autoencoders.
+
+    Returns:
+        A :class:`SpatialSelfAttention`, or a :class:`SpatialCrossAttention` if ``source`` has a
+        ``cross_attention_dim``, whose parameters are copies of those of ``source``, with their dtype and device.
+        Projections without a bias get one of zeros.
+
+    Raises:
+        TypeError: ``source`` is no such module.
+        ValueError: it has settings that the modules cannot express. Every one of them is named.
+    """
+    if not isinstance(source, nn.Module) or not all(hasattr(source, name) for name in ("to_q", "heads", "group_norm")):
+        raise TypeError(f"source must be an Attention of diffusers, got {type(source).__name__}")
+    _raise_if("no module of gencore expresses this Attention", _settings_of_attention(source))
+    return _converted_attention(source)
+
+
+def _converted_attention(source: Any) -> SpatialSelfAttention | SpatialCrossAttention:
+    norm, crossed = source.group_norm, bool(source.is_cross_attention)
+    options: dict[str, Any] = {"num_heads": source.heads, "num_groups": norm.num_groups, "eps": norm.eps}
+    attention: SpatialSelfAttention | SpatialCrossAttention
+    with torch.device("meta"):
+        if crossed:
+            attention = SpatialCrossAttention(norm.num_channels, source.to_k.in_features, **options)
+        else:
+            attention = SpatialSelfAttention(norm.num_channels, **options)
+    parts = {"q": [source.to_q], "kv": [source.to_k, source.to_v]}
+    parts = parts if crossed else {"qkv": [*parts["q"], *parts["kv"]]}
+    converted = {f"norm.{name}": tensor.detach().clone() for name, tensor in norm.named_parameters()}
+    for name, layers in {**parts, "out": [source.to_out[0]]}.items():
+        converted[f"{name}.weight"] = torch.cat([layer.weight.detach() for layer in layers])
+        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        converted[f"{name}.bias"] = torch.cat([bias.detach() for bias in biases])
+    attention.load_state_dict(converted, assign=True)
+    return attention.train(source.training)
+
+
+def _settings_of_attention(source: Any) -> Iterable[str]:
+    """What of an Attention's settings our modules lack."""
+    processor = type(source.processor).__name__
+    if processor not in _PROCESSORS:
+        yield f"processor: must be {' or '.join(_PROCESSORS)}, was {processor}"
+    if source.group_norm is None:
+        yield "norm_num_groups: must be a number of groups, was None"
+    for name, layer in (
+        ("spatial_norm_dim", source.spatial_norm),
+        ("cross_attention_norm", source.norm_cross),
+        ("qk_norm", source.norm_q if source.norm_q is not None else source.norm_k),
+    ):
+        if layer is not None:
+            yield f"{name}: must be None, for no {type(layer).__name__}"
+    if source.added_kv_proj_dim is not None:
+        yield f"added_kv_proj_dim: must be None, was {source.added_kv_proj_dim}"
+    width = source.to_q.in_features
+    for name, features in (
+        ("heads * dim_head", source.to_q.out_features),
+        ("kv_heads * dim_head", width if source.to_k is None else source.to_k.out_features),
+        ("out_dim", width if source.to_out is None else source.to_out[0].out_features),
+    ):
+        if features != width:
+            yield f"{name}: must be query_dim, {width}, was {features}"
+    if source.to_out is None:
+        yield "pre_only: must be False, was True"
+    elif source.to_out[1].p:
+        yield f"dropout: must be 0, was {source.to_out[1].p}"
+    # AttnProcessor2_0 takes 1 / sqrt(d) whatever scale_qk says.
+    if not source.scale_qk and processor != "AttnProcessor2_0":
+        yield "scale_qk: must be True, was False"
+    if not source.residual_connection:
+        yield "residual_connection: must be True, was False"
+    if source.rescale_output_factor != 1:
+        yield f"rescale_output_factor: must be 1, was {source.rescale_output_factor}"
 
 
 def _raise_if(what: str, faults: Iterable[str]) -> None:

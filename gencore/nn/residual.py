@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencore.nn.group_norm import GroupNorm
+from gencore.nn.pointwise import PointwiseConv2d
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -56,7 +57,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNorm(num_groups, out_channels, eps, activation="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else PointwiseConv2d(in_channels, out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (N, in_channels, H, W), embedding (N, embedding_size), past its activation -> (N, out_channels, H, W)."""

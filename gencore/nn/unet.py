@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gencore.nn.attention import SelfAttention
+from gencore.nn.attention import SpatialSelfAttention
 from gencore.nn.embedding import TimeEmbedding
 from gencore.nn.group_norm import GroupNorm
 from gencore.nn.residual import Downsample, ResidualBlock, Upsample, zeroed
@@ -98,8 +98,8 @@ class UNet(nn.Module):
                 channels_in, channels_out, embedding_size, dropout=dropout, scale_shift=scale_shift, **options
             )
 
-        def attention(level: int) -> SelfAttention:
-            return SelfAttention(channels[level], num_heads=heads[level], num_groups=num_groups, eps=norm_eps)
+        def attention(level: int) -> SpatialSelfAttention:
+            return SpatialSelfAttention(channels[level], num_heads=heads[level], num_groups=num_groups, eps=norm_eps)
 
         self.time_embedding = TimeEmbedding(channels[0], embedding_size, frequency_shift=frequency_shift)
         # The first is the null label's, so that the index is the label + 1.
@@ -192,7 +192,10 @@ class UNet(nn.Module):
 
 class _DownLevel(nn.Module):
     def __init__(
-        self, residual: Sequence[ResidualBlock], attention: Sequence[SelfAttention], downsample: Downsample | None
+        self,
+        residual: Sequence[ResidualBlock],
+        attention: Sequence[SpatialSelfAttention],
+        downsample: Downsample | None,
     ) -> None:
         super().__init__()
         self.residual = nn.ModuleList(residual)
@@ -212,7 +215,7 @@ class _DownLevel(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, residual: Sequence[ResidualBlock], attention: Sequence[SelfAttention]) -> None:
+    def __init__(self, residual: Sequence[ResidualBlock], attention: Sequence[SpatialSelfAttention]) -> None:
         super().__init__()
         self.residual = nn.ModuleList(residual)
         self.attention = nn.ModuleList(attention)
@@ -227,7 +230,7 @@ class _Middle(nn.Module):
 
 class _UpLevel(nn.Module):
     def __init__(
-        self, residual: Sequence[ResidualBlock], attention: Sequence[SelfAttention], upsample: Upsample | None
+        self, residual: Sequence[ResidualBlock], attention: Sequence[SpatialSelfAttention], upsample: Upsample | None
     ) -> None:
         super().__init__()
         self.residual = nn.ModuleList(residual)

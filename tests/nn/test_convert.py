@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import torch
 from gencore import Key, diffusion, nn
 
 diffusers = pytest.importorskip("diffusers")
+attention_processor = importlib.import_module("diffusers.models.attention_processor")
 
 # config.json of google/ddpm-cifar10-32.
 CIFAR10 = {
@@ -243,3 +245,87 @@ def test_says_what_it_takes():
         nn.unet_from_diffusers("config.json", {})
     with pytest.raises(TypeError, match="state_dict must be a mapping of names to tensors, got NoneType"):
         nn.unet_from_diffusers(TINY)
+
+
+def attention(**options):
+    given = {"query_dim": 32, "heads": 4, "dim_head": 8, "norm_num_groups": 8, "residual_connection": True, **options}
+    model = attention_processor.Attention(**given)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values / math.sqrt(32) if parameter.dim() > 1 else 0.3 * values)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"bias": True, "upcast_softmax": True, "_from_deprecated_attn_block": True}, nn.SpatialSelfAttention),
+        ({"eps": 0.1, "heads": 1, "dim_head": 32, "bias": True}, nn.SpatialSelfAttention),
+        ({"out_bias": False}, nn.SpatialSelfAttention),
+        ({"cross_attention_dim": 12, "bias": True}, nn.SpatialCrossAttention),
+        ({"cross_attention_dim": 32, "heads": 2, "dim_head": 16}, nn.SpatialCrossAttention),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_an_attention_computes_the_same(options, kind):
+    source = attention(**options)
+    ours = nn.attention_from_diffusers(source)
+    assert type(ours) is kind
+    assert not ours.training
+    x, context = torch.randn(2, 32, 5, 4), torch.randn(2, 7, options.get("cross_attention_dim", 1))
+    given, theirs = ((x,), (x, None)) if kind is nn.SpatialSelfAttention else ((x, context), (x, context))
+    want = source(*theirs)
+    # float32 values of size 1, and sums of 32 of them in another order.
+    torch.testing.assert_close(ours(*given), want, rtol=0, atol=1e-5)
+    last = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
+    torch.testing.assert_close(ours(*last), want, rtol=0, atol=1e-5)
+    kept = source.to_q.weight.clone()
+    for parameter in ours.parameters():
+        assert parameter.requires_grad
+        parameter.zero_()
+    assert torch.equal(source.to_q.weight, kept)
+    half = nn.attention_from_diffusers(source.to(torch.bfloat16).train())
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.training
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"norm_num_groups": None}, "norm_num_groups: must be a number of groups, was None"),
+        ({"residual_connection": False}, "residual_connection: must be True, was False"),
+        ({"rescale_output_factor": 2.0}, "rescale_output_factor: must be 1, was 2.0"),
+        ({"scale_qk": False}, "scale_qk: must be True, was False"),
+        ({"dropout": 0.1}, "dropout: must be 0, was 0.1"),
+        ({"spatial_norm_dim": 4}, "spatial_norm_dim: must be None, for no SpatialNorm"),
+        ({"cross_attention_norm": "layer_norm"}, "cross_attention_norm: must be None, for no LayerNorm"),
+        ({"qk_norm": "layer_norm"}, "qk_norm: must be None, for no LayerNorm"),
+        ({"dim_head": 4}, "heads * dim_head: must be query_dim, 32, was 16"),
+        ({"kv_heads": 2}, "kv_heads * dim_head: must be query_dim, 32, was 16"),
+        ({"added_kv_proj_dim": 3}, "added_kv_proj_dim: must be None, was 3"),
+        ({"pre_only": True}, "pre_only: must be False, was True"),
+        (
+            {"processor": attention_processor.XFormersAttnProcessor()},
+            "processor: must be AttnProcessor or AttnProcessor2_0, was XFormersAttnProcessor",
+        ),
+    ],
+)
+def test_says_what_of_an_attention_it_cannot_express(options, fault):
+    with pytest.raises(ValueError, match=re.escape(fault)) as caught:
+        nn.attention_from_diffusers(attention(**options))
+    assert str(caught.value).startswith("no module of gencore expresses this Attention:\n")
+
+
+def test_every_fault_of_an_attention_is_named():
+    with pytest.raises(ValueError, match="no module of gencore") as caught:
+        nn.attention_from_diffusers(attention(residual_connection=False, norm_num_groups=None, dropout=0.5))
+    assert str(caught.value).count("\n") == 3
+
+
+@pytest.mark.parametrize("source", [torch.nn.Linear(3, 3), 3])
+def test_an_attention_is_wanted(source):
+    with pytest.raises(TypeError, match="source must be an Attention of diffusers, got "):
+        nn.attention_from_diffusers(source)

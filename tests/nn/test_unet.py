@@ -12,7 +12,6 @@ from support import same_bits
 from torch.nn import functional as F
 
 from gencore import nn
-from gencore.nn.attention import SelfAttention
 from gencore.nn.embedding import TimeEmbedding, timestep_embedding
 from gencore.nn.residual import Downsample, ResidualBlock, Upsample
 
@@ -84,36 +83,6 @@ def test_a_residual_block_is_its_formula(channels, scale_shift):
     torch.testing.assert_close(block(x, embedding), shortcut + h, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_is_its_formula(heads):
-    attention = randomized(SelfAttention(8, num_heads=heads, num_groups=4).double())
-    x = images(2, 8, 3, 5, dtype=torch.float64)
-    h = F.group_norm(x, 4, attention.norm.weight, attention.norm.bias).flatten(2).transpose(1, 2)
-    q, k, v = (h @ attention.qkv.weight.T + attention.qkv.bias).chunk(3, dim=2)
-    size, mixed = 8 // heads, []
-    for head in range(heads):
-        of_head = slice(head * size, (head + 1) * size)
-        scores = q[..., of_head] @ k[..., of_head].transpose(1, 2) / math.sqrt(size)
-        mixed.append(scores.softmax(dim=2) @ v[..., of_head])
-    out = torch.cat(mixed, dim=2) @ attention.out.weight.T + attention.out.bias
-    want = x + out.transpose(1, 2).reshape(x.shape)
-    # As above.
-    torch.testing.assert_close(attention(x), want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_attention_takes_pytorchs_fused_path(memory_format):
-    attention = SelfAttention(64, num_heads=2)
-    x = images(2, 64, 8, 8).to(memory_format=memory_format)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        y = attention(x)
-    assert y.is_contiguous(memory_format=memory_format)
-    called = {event.key for event in profile.key_averages()}
-    assert "aten::scaled_dot_product_attention" in called
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
-    assert "aten::_scaled_dot_product_attention_math" not in called
-
-
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (8, 5), (1, 3)])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_halving_rounds_up_and_doubling_goes_back(size, asymmetric):
@@ -165,7 +134,8 @@ def test_any_size_comes_back(size, options):
 def test_blocks_begin_as_the_identity():
     x = images(2, 8, 5, 5)
     assert torch.equal(ResidualBlock(8, 8, 6, num_groups=4)(x, torch.randn(2, 6)), x)
-    assert torch.equal(SelfAttention(8, num_groups=4)(x), x)
+    assert torch.equal(nn.SpatialSelfAttention(8, num_groups=4)(x), x)
+    assert torch.equal(nn.SpatialCrossAttention(8, 3, num_groups=4)(x, torch.randn(2, 4, 3)), x)
 
 
 def test_samples_do_not_see_each_other():
@@ -198,7 +168,7 @@ def test_channels_last_is_kept_and_gives_the_same(in_channels, scale_shift):
     x, t, labels = images(2, in_channels, 9, 6, dtype=torch.float64), torch.tensor([3, 40]), torch.tensor([1, 0])
     strides = []
     for module in last.modules():
-        if isinstance(module, ResidualBlock | SelfAttention | Upsample | Downsample):
+        if isinstance(module, ResidualBlock | nn.SpatialSelfAttention | Upsample | Downsample):
             module.register_forward_hook(
                 lambda *of: strides.append(of[2].is_contiguous(memory_format=torch.channels_last))
             )
@@ -274,11 +244,12 @@ def test_dropout_is_for_training_and_follows_the_seed():
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 3}, {"scale_shift": True, "asymmetric_downsampling": True}])
-def test_compiles_as_one_graph(options):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiles_as_one_graph(options, memory_format):
     torch._dynamo.reset()
-    unet = randomized(nn.UNet(in_channels=1, **{**SMALL, **options}))
+    unet = randomized(nn.UNet(in_channels=1, **{**SMALL, **options})).to(memory_format=memory_format)
     labels = torch.tensor([1, -1]) if "num_classes" in options else None
-    x, t = images(2, 1, 7, 6), torch.tensor([3, 400])
+    x, t = images(2, 1, 7, 6).contiguous(memory_format=memory_format), torch.tensor([3, 400])
     want = unet(x, t, labels)
     (want_gradient,) = torch.autograd.grad(want.square().mean(), unet.conv_in.weight)
     # What the compiler makes of the graph is not ours: inductor takes a minute, and other tests give it our ops.
@@ -397,8 +368,6 @@ def test_labels_are_for_models_with_classes():
 
 
 def test_blocks_say_what_is_wrong():
-    with pytest.raises(ValueError, match="num_heads must divide the 8 channels, got 3"):
-        SelfAttention(8, num_heads=3, num_groups=4)
     with pytest.raises(ValueError, match="size must be even and at least 2, got 7"):
         TimeEmbedding(7, 8)
     with pytest.raises(ValueError, match="frequency_shift must be at least 0 and less than size / 2 = 1"):
