@@ -14,9 +14,9 @@ import torch
 from cuda_emulation.emulator import sanitizer_environment, sanitizer_missing
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every kernel and layout, and of the half types one, as they differ in conversions only; what the compiler and autograd
-# do around them is not the sanitizers' business.
-WHICH = "cuda and not (check or compiles or torch.float16)"
+# Every kernel and layout, and of the half types one, as they differ in conversions only, as do attention's float32 and
+# float64; what the compiler and autograd do around them is not the sanitizers' business.
+WHICH = "cuda and not (check or compiles or torch.float16 or (attention and torch.float64))"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")
