@@ -191,7 +191,6 @@ __global__ void __launch_bounds__(Tiles::most_threads)
       add_dot_products<channels, queries>(grad, v, current + tile, args.grad_out.columns, channel);
       add_splits<splits>(x, exchange);
       add_splits<splits>(grad, exchange + Tiles::exchanged(groups));
-      // Queries that do not exist are zeros, their logarithms and deltas too: p = 1 and ds = 0 weigh nothing but zeros.
 #pragma unroll
       for (int n = 0; n < queries / 8; ++n) {
 #pragma unroll
@@ -201,6 +200,21 @@ __global__ void __launch_bounds__(Tiles::most_threads)
           for (int i = 0; i < blocks; ++i) {
             to_gradient(x[i][n][j], grad[i][n][j], args.exponent_scale, log_sum, delta);
             to_gradient(x[i][n][2 + j], grad[i][n][2 + j], args.exponent_scale, log_sum, delta);
+          }
+        }
+      }
+      if (!more) {
+        // Queries that do not exist are zeros, but an infinite key makes NaN of them, which times zero is NaN too.
+        const int left =
+            static_cast<int>(args.queries - static_cast<std::int64_t>(step) * queries) - lane_index() % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < queries / 8; ++n) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int i = 0; i < blocks; ++i) {
+              if (8 * n + j % 2 >= left) x[i][n][j] = grad[i][n][j] = 0;
+            }
           }
         }
       }

@@ -272,21 +272,39 @@ def test_memory_of_many_tokens():
     assert int(done.stdout) < 64
 
 
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_key_at_minus_infinity_leaves_the_others_gradients(dtype, kernels):
+    """Its logits are minus infinity, its probabilities 0; beyond the last query a tile has zeros, which times infinity
+    would be NaN."""
+    q, k, v = inputs(AttentionCase(1, 1, 7, 19, 8, ""), dtype, kernels.device)
+    q[..., 3] = q[..., 3].abs() + 0.5
+    k[:, :, 5, 3] = -torch.inf
+    out, _, _, grad_k, grad_v = results([q, k, v], torch.ones_like(q))
+    assert bool(out.isfinite().all())
+    assert bool(grad_k.isfinite().all())
+    assert bool(grad_v.isfinite().all())
+    assert not grad_v[:, :, 5].any()
+
+
 def test_the_module_refuses_what_is_no_attention():
     x, lse = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5)
 
-    def call(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1) -> None:
+    def call(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1, missing=None) -> None:
         tensor = x.data_ptr(), *x.stride()
-        _cpu.attention(tensor, tensor, tensor, tensor, lse.data_ptr(), dtype, sizes, 0.5, threads)
+        tensors = [(0, *x.stride()) if i == missing else tensor for i in range(4)]
+        _cpu.attention(*tensors, lse.data_ptr(), dtype, sizes, 0.5, threads)
 
-    def call_backward(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1) -> None:
+    def call_backward(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1, missing=None) -> None:
         tensor = x.data_ptr(), *x.stride()
-        _cpu.attention_backward([tensor] * 5, lse.data_ptr(), [tensor] * 3, dtype, sizes, 0.5, threads)
+        tensors = [(0, *x.stride()) if i == missing else tensor for i in range(5)]
+        _cpu.attention_backward(tensors, lse.data_ptr(), [tensor] * 3, dtype, sizes, 0.5, threads)
 
     for function in (call, call_backward):
         for wrong in (
             {"threads": 0}, {"dtype": 9}, {"sizes": (-1, 3, 5, 5, 4)}, {"sizes": (2, 3, 5, 5, 0)},
             {"sizes": (2, 3, 5, -5, 4)}, {"sizes": (2, 3, 1 << 60, 5, 4)}, {"sizes": (2, 3, 5, 1 << 60, 4)},
+            {"missing": 0}, {"missing": 1}, {"missing": 2}, {"missing": 3},
         ):  # fmt: skip
             with pytest.raises(ValueError, match=r"attention\w*: invalid argument"):
                 function(**wrong)

@@ -173,6 +173,20 @@ def test_a_pointwise_layer_is_a_convolution(layer, memory_format, dtype, shape):
     assert made.state_dict().keys() == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 0, 3), (0, 6, 2, 3)])
+def test_a_pointwise_layer_without_pixels_or_without_any(dtype, shape):
+    made = PointwiseLinear(6, 5).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    want = F.linear(x.movedim(1, -1), made.weight, made.bias).movedim(-1, 1)
+    torch.testing.assert_close(made(x), want, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_context_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match="context must be a tensor, got NoneType"):
+        made(nn.SpatialCrossAttention)(torch.zeros(2, 8, 3, 3), None)
+
+
 def test_copies_and_states():
     for kind in BOTH:
         block = made(kind)
