@@ -16,7 +16,7 @@ BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -ty
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-slow bench gpu-check lint typecheck wheel wheels clean
+.PHONY: help quickstart test test-slow bench bench-guard performance gpu-check lint typecheck wheel wheels clean
 
 help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
@@ -33,8 +33,14 @@ test: $(VENV)/.dev  ## install, run every test but the slow ones
 test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: $(VENV)/.dev  ## time every op against its peers and its floor
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+bench: $(VENV)/.dev  ## time every op against its peers and its floor (ARGS: those of gencore bench)
+	$(BIN)/gencore bench $(ARGS)
+
+bench-guard: $(VENV)/.dev  ## has an op become slower than in the committed results of such a machine?
+	$(BIN)/python benchmarks/guard.py $(ARGS)
+
+performance: $(VENV)/.dev  ## write docs/performance.md and README's figures from the committed results
+	$(BIN)/python benchmarks/document.py
 
 # On a machine with a GPU nothing is installed: PYTHON has what is needed. STEPS names some of the steps.
 gpu-check: $(if $(DRY),$(VENV)/.dev)  ## on a GPU: build, test, sanitize, time the kernels (DRY=1: try it without a GPU)

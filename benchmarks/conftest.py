@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import gencore
-from gencore.backends import choice
-from gencore.bench import cases, limits
-from gencore.bench.measure import Timing, interleave
+from gencore.bench import limits, machine, suite
+from gencore.bench.measure import interleave
+from gencore.bench.results import OURS
+from gencore.bench.suite.base import Call, Comparison, is_compiled
 
 ROWS: list[tuple[str, float, dict[str, float], float, str, float | None]] = []
 
@@ -33,17 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark with the argument ``case`` runs for the cases in its module's CASES that its device is timed at.
+    """A benchmark with the argument ``task`` runs for all that its module's BENCHMARKS are timed at on the device."""
+    if "task" not in metafunc.fixturenames:
+        return
+    kind = metafunc.config.getoption("device")
+    tasks = [task for benchmark in metafunc.module.BENCHMARKS for task in suite.tasks_of(benchmark, kind)]
+    if metafunc.config.getoption("dry_run"):
+        tasks = [dataclasses.replace(task, case=task.case.shrunk()) for task in tasks]
+    # Two that are shrunk may be one.
+    by_name = {_name(task): task for task in tasks}
+    metafunc.parametrize("task", by_name.values(), ids=by_name.keys())
 
-    ONLY of the module may say, by the benchmark's name, which of them it is for.
-    """
-    if "case" in metafunc.fixturenames:
-        timed = cases.timed(metafunc.module.CASES, metafunc.config.getoption("device"))
-        wanted = getattr(metafunc.module, "ONLY", {}).get(metafunc.function.__name__)
-        timed = [case for case in timed if wanted is None or wanted(case)]
-        if metafunc.config.getoption("dry_run"):
-            timed = list(dict.fromkeys(case.shrunk() for case in timed))
-        metafunc.parametrize("case", timed, ids=str)
+
+def _name(task: suite.Task) -> str:
+    return f"{task.benchmark.slug}-{task.case}-{str(task.dtype).removeprefix('torch.')}"
 
 
 @pytest.fixture
@@ -61,66 +64,80 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield wanted
 
 
-@pytest.fixture
-def our_triton(device: str) -> Callable[..., dict[str, Callable[[], Any]]]:
-    """``our_triton(op, *args)``: our op's Triton kernel as one more candidate, where the CUDA kernel is the first."""
+class Compare:
+    """Runs ours and its peers in turn, and tells pytest-benchmark and the terminal what was found."""
 
-    def candidate(op: str, *args: Any) -> dict[str, Callable[[], Any]]:
-        gpu = torch.device(device)
-        if choice.choose(gpu) != "cuda" or choice.refusal("triton", gpu) is not None:
-            return {}
-        kernel = getattr(choice.load("triton"), op)
-        return {"our Triton": lambda: kernel(*args)}
+    def __init__(self, benchmark: Any, node: Any, device: str, dry: bool, emulated: bool) -> None:
+        self.benchmark, self.node, self.device, self.dry, self.emulated = benchmark, node, device, dry, emulated
 
-    return candidate
+    def __call__(self, task: suite.Task) -> None:
+        if self.emulated and task.benchmark.section != "ops":
+            pytest.skip("a network takes the emulator minutes")
+        torch.manual_seed(0)
+        comparison = task.benchmark.make(task.case, task.dtype, self.device)
+        self.run(comparison, limits.floor(comparison.work, task.dtype, self.device))
 
-
-@pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iterator[Callable[..., None]]:
-    """``compare(ours, peers, floor, limit)``: functions without arguments; seconds, and the name of the limit.
-
-    With ``nbytes``, what must be read and written, the share of a copy's bandwidth is told too.
-    """
-    dry = request.config.getoption("dry_run")
-
-    def run(
-        ours: Callable[[], Any],
-        peers: dict[str, Callable[[], Any]],
-        floor: float,
-        limit: str,
-        clock: str = device,
-        nbytes: int = 0,
-    ) -> None:
-        if dry:
-            peers = {name: peer for name, peer in peers.items() if not name.startswith("compile")}
-        timings: dict[str, Timing] = interleave(
-            {"ours": ours, **peers}, device=clock, **({"rounds": 1, "round_seconds": 0.0} if dry else {})
-        )
-        mine = timings["ours"]
-        ratios = {name: mine.ratio_of(timings[name]) for name in peers}
-        benchmark.extra_info.update(
+    def run(self, comparison: Comparison, floor: tuple[float, str]) -> None:
+        """``floor``: seconds, and the name of the limit."""
+        calls = {name: call for name, call in comparison.calls.items() if not (self.dry and is_compiled(name))}
+        errors, failures = self._tried(calls, comparison)
+        calls = {name: call for name, call in calls.items() if name not in failures}
+        clock = comparison.clock or self.device
+        # Networks take long: there are fewer rounds of them.
+        settings = {"rounds": 1, "round_seconds": 0.0, "budget": 0.0} if self.dry else {"budget": 10.0}
+        timings = interleave(calls, device=clock, **settings)
+        mine, (seconds, limit) = timings[OURS], floor
+        ratios = {name: mine.ratio_of(timing) for name, timing in timings.items() if name != OURS}
+        nbytes = comparison.work.nbytes
+        copied = limits.memory_floor(nbytes, self.device) / mine.median if nbytes else None
+        self.benchmark.extra_info.update(
             seconds={name: timing.median for name, timing in timings.items()},
             ratios=ratios,
-            floor_seconds=floor,
+            errors=errors,
+            tolerance=comparison.tolerance,
+            failures=failures,
+            floor_seconds=seconds,
             limit=limit,
-            share_of_floor=floor / mine.median,
-            device=device,
+            share_of_floor=seconds / mine.median,
+            share_of_copy_bandwidth=copied,
+            device=self.device,
             threads=torch.get_num_threads(),
             simd_level=gencore.info()["cpu_module"]["simd_level"],
         )
-        copied = limits.memory_floor(nbytes, device) / mine.median if nbytes else None
-        benchmark.extra_info["share_of_copy_bandwidth"] = copied
-        ROWS.append((request.node.name, mine.median, ratios, floor, limit, copied))
+        ROWS.append((self.node.name, mine.median, ratios, seconds, limit, copied))
 
         def and_wait() -> None:
-            ours()
+            calls[OURS]()
             if clock == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(and_wait, rounds=10, iterations=max(1, int(0.005 / mine.median)), warmup_rounds=1)
+        iterations = max(1, int(0.005 / mine.median))
+        self.benchmark.pedantic(and_wait, rounds=1 if self.dry else 10, iterations=iterations, warmup_rounds=0)
 
-    yield run
-    # The compiler gives up on a function that was compiled for many shapes; the next case begins afresh.
+    def _tried(self, calls: dict[str, Call], comparison: Comparison) -> tuple[dict[str, float], dict[str, str]]:
+        """How far off each is, and what cannot run; ours must be right."""
+        errors, failures = {}, {}
+        for name, call in calls.items():
+            try:
+                result = call()
+                if comparison.error is not None:
+                    errors[name] = comparison.error(result)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        if OURS in errors and comparison.tolerance is not None:
+            assert errors[OURS] <= comparison.tolerance
+        return errors, failures
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iterator[Compare]:
+    """``compare(task)``, or ``compare.run(comparison, floor)`` for what is no task."""
+    option = request.config.getoption
+    # Before it may be used up by other benchmarks: the compiler gives up on a function compiled for many shapes.
+    torch.compiler.reset()
+    yield Compare(benchmark, request.node, device, option("dry_run"), device != option("device"))
     torch.compiler.reset()
 
 
@@ -136,18 +153,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(share)
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
     machine_info.update(
-        gencore=gencore.__version__, commit=_commit(), torch=torch.__version__, python=platform.python_version()
+        gencore=gencore.__version__, commit=machine.commit(), torch=torch.__version__, python=platform.python_version()
     )
     if config.getoption("device") == "cuda":
         told = gencore.info()

@@ -62,7 +62,7 @@ OP_ROOMS = {
     "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
-    "benchmarks": ("test_{}.py", {"unet"}),
+    "benchmarks": ("test_{}.py", {"training", "unet"}),
 }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from dataclasses import dataclass
 
 import torch
 
 from gencore.backends import cpu
 from gencore.bench.measure import interleave
+from gencore.bench.results import Limits
 
 # Vector instructions per value of noise, counted in the code that GCC 12 makes of csrc/cpu/noise.h: 250 and 146 for the
 # 64 values of a group at AVX-512, 296 and 184 for 32 at AVX2. Philox alone takes 20 multiplications per 4 values.
@@ -110,7 +112,48 @@ def _gpu_instructions_per_second() -> float:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count * _GPU_LANES * clock
 
 
-def floor(nbytes: int, values: int, device: str = "cpu", op: str = "normal") -> tuple[float, str]:
-    """Seconds for moving ``nbytes`` or for making ``values`` of noise, the longer of the two, and that limit's name."""
-    memory, (making, limit) = memory_floor(nbytes, device), noise_floor(op, values, device)
-    return (memory, "memory") if memory > making else (making, limit)
+@dataclass(frozen=True)
+class Work:
+    """The least that a computation must do, from which its floor follows.
+
+    Attributes:
+        nbytes: read and written.
+        values: of noise made.
+        products: operations in products of matrices and convolutions, at two for a multiplication and an addition.
+        flops: all operations of the formula, an exponential or a root as one, without the making of noise.
+        noise: the noise, "normal" or "uniform".
+    """
+
+    nbytes: int = 0
+    values: int = 0
+    products: int = 0
+    flops: int = 0
+    noise: str = "normal"
+
+
+def floor(work: Work, dtype: torch.dtype, device: str = "cpu") -> tuple[float, str]:
+    """Seconds that the work takes at best, the longest of what its parts do, and the name of the limit."""
+    floors = [(memory_floor(work.nbytes, device), "memory")] if work.nbytes else []
+    if work.values:
+        floors.append(noise_floor(work.noise, work.values, device))
+    if work.products:
+        floors.append((matmul_floor(work.products, dtype, device), "products"))
+    if not floors:
+        raise ValueError("work must have bytes, values or products, got none")
+    return max(floors)
+
+
+def measured(device: str = "cpu") -> Limits:
+    """The limits of this machine, on the threads in use or the current GPU."""
+    beyond = 2 * _LAST_LEVEL_CACHE[device]
+    threads = torch.get_num_threads()
+    many = 1 << 24
+    return Limits(
+        copy_in_cache=copy_bandwidth(1 << 20 if device == "cpu" else beyond, threads, device),
+        copy_beyond_cache=copy_bandwidth(beyond, threads, device),
+        products={
+            str(dtype).removeprefix("torch."): 1 / matmul_floor(1, dtype, device)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        normals=many / noise_floor("normal", many, device)[0],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,49 @@ def eager_and_compiled(function: Callable[..., Any], device: str = "cpu") -> dic
     return peers | ({"compile, fallback RNG": compiled(function, fallback_random=True)} if device == "cpu" else {})
 
 
-def diffusers_scheduler(name: str, device: str, steps: int | None = None) -> Any:
+def liger_group_norm(groups: int, device: str) -> dict[str, Callable[..., Tensor]]:
+    """Liger-Kernel's group norm, with PyTorch's SiLU behind it, on a GPU where the package is installed."""
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    function = importlib.import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
+
+    def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(function.apply(x, weight, bias, x.shape[1], groups, 1e-5))
+
+    return {"Liger-Kernel": liger}
+
+
+def attention_packages(dtype: torch.dtype, device: str) -> dict[str, Callable[..., Tensor]]:
+    """Attention of the packages for it that are installed, on a GPU, of (B, heads, tokens, size) like PyTorch's.
+
+    Theirs take, and give, the tokens before the heads: views of what we have, which for tokens are how they lie.
+    """
+    found: dict[str, Callable[..., Tensor]] = {}
+    if device != "cuda":
+        return found
+    if importlib.util.find_spec("xformers") is not None:
+        xformers = importlib.import_module("xformers.ops")
+        found["xformers"] = _with_tokens_first(xformers.memory_efficient_attention)
+    if dtype in (torch.float16, torch.bfloat16) and importlib.util.find_spec("flash_attn") is not None:
+        found["flash-attn"] = _with_tokens_first(importlib.import_module("flash_attn").flash_attn_func)
+    return found
+
+
+def _with_tokens_first(attend: Callable[..., Any]) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def diffusers_scheduler(name: str, device: str, steps: int | None = None, **options: Any) -> Any:
     """diffusers' scheduler of that name with its default betas, those of DDPM; None where it is not installed."""
     try:
         import diffusers
     except ImportError:
         return None
-    scheduler = getattr(diffusers, name)()
+    scheduler = getattr(diffusers, name)(**options)
     if steps is not None:
         scheduler.set_timesteps(steps, device=device)
     return scheduler

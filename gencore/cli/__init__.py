@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-_TRAIN_EXTRA = ("accelerate", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "typer")
+_TRAIN_EXTRA = ("accelerate", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "tqdm", "typer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import typer
 
-from gencore.cli import edit, evaluate, info, latents, list_plugins, quickstart, sample, train
+from gencore.bench.cases import CasesError
+from gencore.bench.results import ReportError
+from gencore.cli import bench, edit, evaluate, info, latents, list_plugins, profile, quickstart, sample, train
 from gencore.cli.common import UserError
 from gencore.config import ConfigError
 from gencore.data import DataError
@@ -34,9 +36,22 @@ app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
 app.command("edit")(edit.command)
+app.command("profile")(profile.command)
+app.command("bench")(bench.command)
 app.command("list")(list_plugins.command)
 app.command("info")(info.command)
 
+# Whose message is the line that is shown.
+_TOLD = (
+    UserError,
+    CasesError,
+    ReportError,
+    PluginError,
+    DataError,
+    CheckpointError,
+    TrainingError,
+    NotEnoughMemoryError,
+)
 # What every mistake on the command line itself derives from, whichever click typer is built on.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -56,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ConfigError as error:
         return _refuse(*error.faults)
-    except (UserError, PluginError, DataError, CheckpointError, TrainingError, NotEnoughMemoryError) as error:
+    except _TOLD as error:
         return _refuse(str(error))
     except FloatingPointError as error:
         # A model that was asked to look (``check_finite``) says at which step.

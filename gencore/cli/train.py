@@ -53,7 +53,7 @@ def command(
     if resume and model is None and not there:
         raise UserError(f"{out} holds no run (there is no run.json); to begin one, name its MODEL, without --resume")
     saved = read_run(out) if resume and there else None
-    trainer = _trainer(saved, model, data_name, model_settings, train_settings, out, device)
+    trainer = trainer_of(saved, model, data_name, model_settings, train_settings, out, device)
     run(trainer, resume)
 
 
@@ -92,7 +92,7 @@ def _saved_step(out: Path) -> int:
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
-def _trainer(
+def trainer_of(
     saved: Run | None,
     model: str | None,
     data_name: str | None,
@@ -101,6 +101,7 @@ def _trainer(
     out: Path,
     device: DeviceName,
 ) -> Trainer:
+    """Of a run that was ``saved``, with the settings that are named changed, or of the ``model`` of that name."""
     if model is None:
         if saved is None:
             names = ", ".join(entry.name for entry in plugins.list_models())

@@ -215,7 +215,7 @@ class Trainer:
             )
             while self.step < self.total_steps:
                 with enough_memory(f"a step of {self.run.model} with minibatches of {self.config.batch_size}"):
-                    self._one_step()
+                    self.advance()
                 last = self.step == self.total_steps
                 self.seconds = time.monotonic() - started
                 if last or self.step % self.config.log_every == 0:
@@ -230,7 +230,8 @@ class Trainer:
                     self._save()
                 bar.update()
 
-    def _one_step(self) -> None:
+    def advance(self) -> None:
+        """One step by itself, of every phase: no checkpoint, no line, no file. It seeds torch's generator."""
         config = self.config
         factor = config.learning_rate_factor(self.step, self.total_steps)
         for index, optimizer in enumerate(self.optimizers):

@@ -48,6 +48,8 @@ def test_help_names_every_command(gencore):
         "interpolate",
         "traverse",
         "edit",
+        "bench",
+        "profile",
         "list",
         "info",
     ):

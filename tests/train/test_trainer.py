@@ -98,14 +98,14 @@ def test_torch_generator_is_left_alone(trainer, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_bits(trainer, tmp_path, stop_after):
     trainer(tmp_path / "whole", **EVERYTHING).fit()
     interrupted = trainer(tmp_path / "parts", **EVERYTHING)
-    one_step = interrupted._one_step
+    one_step = interrupted.advance
 
     def stop() -> None:
         if interrupted.step == stop_after:
             raise KeyboardInterrupt
         one_step()
 
-    interrupted._one_step = stop
+    interrupted.advance = stop
     with pytest.raises(KeyboardInterrupt):
         interrupted.fit()
     trainer(tmp_path / "parts", **EVERYTHING).fit(resume=True)
@@ -170,13 +170,13 @@ def test_bfloat16_trains_and_keeps_float32_weights(trainer, tmp_path):
 
 def test_the_learning_rate_is_used_and_logged(trainer, tmp_path):
     made = trainer(tmp_path / "run", schedule="cosine", warmup=2, steps=12, log_every=1)
-    used, one_step = [], made._one_step
+    used, one_step = [], made.advance
 
     def follow() -> None:
         one_step()
         used.append([group["lr"] for optimizer in made.optimizers for group in optimizer.adam.param_groups])
 
-    made._one_step = follow
+    made.advance = follow
     made.fit()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     # Half way up the warm-up, half way down the cosine (after 2 + 5 of 2 + 10 steps), and one step before its end.
@@ -235,7 +235,7 @@ def test_clip_bounds_the_gradient(trainer, tmp_path):
 def test_ema_is_the_average_of_the_weights(trainer, tmp_path):
     made = trainer(tmp_path / "run", ema=0.5, steps=5)
     expected = {k: v.clone().double() for k, v in made.model.named_parameters()}
-    one_step = made._one_step
+    one_step = made.advance
 
     def follow() -> None:
         decay = min(0.5, (1 + made.step) / (10 + made.step))
@@ -243,7 +243,7 @@ def test_ema_is_the_average_of_the_weights(trainer, tmp_path):
         for name, value in made.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
 
-    made._one_step = follow
+    made.advance = follow
     made.fit()
     averaged = weights(tmp_path / "run", "ema")
     for name, value in expected.items():

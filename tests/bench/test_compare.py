@@ -1,0 +1,91 @@
+"""The guard: it finds what lost against every peer, and is not fooled by one peer, by noise, or by a faster machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from bench import reports
+
+from gencore.bench import compare
+from gencore.bench.results import Candidate, Report, Result
+
+
+def result_of(
+    ratios: dict[str, tuple[float, float]], *, name: str = "op", seconds: float | None = 1.0, **changes
+) -> Result:
+    """A result of peers with a ratio and half the width of its interval."""
+    ours = Candidate("ours", seconds=seconds, interval=(1.0, 1.0), ratio=1.0, ratio_interval=(1.0, 1.0))
+    peers = [
+        Candidate(peer, seconds=ratio, ratio=ratio, ratio_interval=(ratio - half, ratio + half))
+        for peer, (ratio, half) in ratios.items()
+    ]
+    return dataclasses.replace(reports.report().results[0], op=name, candidates=(ours, *peers), **changes)
+
+
+def report_of(*results: Result, **machine) -> Report:
+    sample = reports.report()
+    return dataclasses.replace(sample, results=results, machine=sample.machine | machine)
+
+
+def lost(now: dict[str, tuple[float, float]], before: dict[str, tuple[float, float]]) -> bool:
+    return bool(compare.compare(report_of(result_of(now)), report_of(result_of(before))).lost())
+
+
+def test_a_loss_is_one_of_more_than_the_margin_outside_of_the_interval():
+    assert lost({"a": (1.6, 0.1)}, {"a": (2.0, 0.1)})
+    assert not lost({"a": (1.75, 0.01)}, {"a": (2.0, 0.01)})  # 12%
+    assert not lost({"a": (1.6, 0.3)}, {"a": (2.0, 0.2)})  # 20%, but the intervals meet
+    assert not lost({"a": (2.5, 0.1)}, {"a": (2.0, 0.1)})
+
+
+def test_a_peer_that_became_faster_is_no_loss_of_ours():
+    before = {"a": (2.0, 0.05), "b": (3.0, 0.05)}
+    assert not lost({"a": (1.0, 0.05), "b": (3.0, 0.05)}, before)
+    assert lost({"a": (1.0, 0.05), "b": (1.5, 0.05)}, before)
+
+
+def test_a_faster_machine_is_no_gain():
+    slow, fast = result_of({"a": (2.0, 0.1)}, seconds=2.0), result_of({"a": (2.0, 0.1)}, seconds=1.0)
+    found = compare.compare(report_of(fast), report_of(slow))
+    assert not found.lost()
+    assert not found.gained()
+
+
+def test_a_gain_is_found():
+    found = compare.compare(report_of(result_of({"a": (3.0, 0.1)})), report_of(result_of({"a": (2.0, 0.1)})))
+    ((change,),) = found.gained().values()
+    assert change.factor == pytest.approx(1.5)
+    assert change.interval == pytest.approx((2.9 / 2.1, 3.1 / 1.9))
+
+
+def test_ours_that_fails_or_is_wrong_now_is_told():
+    before = report_of(result_of({"a": (2.0, 0.1)}, tolerance=1e-5))
+    broken = result_of({"a": (2.0, 0.1)}, seconds=None)
+    wrong = result_of({"a": (2.0, 0.1)}, tolerance=1e-5)
+    wrong = dataclasses.replace(wrong, candidates=(dataclasses.replace(wrong.ours, error=0.1), *wrong.peers))
+    for now in (broken, wrong):
+        found = compare.compare(report_of(now), before)
+        assert found.failed == (now.name,)
+        assert not found.changes
+
+
+def test_other_forms_of_ours_and_what_only_one_report_has_are_not_compared():
+    before = report_of(result_of({"ours, Triton": (2.0, 0.0)}, name="b"), result_of({"a": (2.0, 0.0)}, name="c"))
+    now = report_of(result_of({"ours, Triton": (1.0, 0.0)}, name="b"), result_of({"a": (1.0, 0.0)}, name="d"))
+    found = compare.compare(now, before)
+    assert not found.changes
+    assert [name.split(" ")[0] for name in found.missing] == ["c"]
+
+
+def test_another_machine_is_warned_of():
+    found = compare.compare(report_of(threads=2), report_of(threads=4))
+    assert found.warnings == ("the machine's threads is 2, was 4",)
+    assert compare.same_machine(report_of(threads=2).machine, report_of(threads=2))
+    assert not compare.same_machine(report_of(threads=2).machine, report_of(threads=4))
+
+
+def test_the_better_of_two_measurements_is_the_one_of_higher_ratios():
+    low, high = result_of({"a": (1.0, 0.1), "b": (3.0, 0.1)}), result_of({"a": (2.0, 0.1), "b": (2.0, 0.1)})
+    assert compare.better(low, high) is high
+    assert compare.better(high, low) is high
