@@ -16,18 +16,19 @@ from gencore.bench.results import read
 from gencore.cli import main
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def guard(arguments: list[str]) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    here = machine.describe(device)
+    """``arguments`` are those of ``gencore bench``; ops named first are the only ones that are run."""
+    here = machine.describe(DEVICE)
     known = [path for path in sorted(RESULTS.glob("*.json")) if compare.same_machine(here, read(path))]
     if not known:
         kind = f"{here['name']}, {here['threads']} threads, {here['simd_level']}"
         print(f"no results of a machine like this ({kind}) are in {RESULTS}: nothing to hold against", file=sys.stderr)
         return 2
-    ops = [] if any(not argument.startswith("-") for argument in arguments) else suite.OPS
-    return main(["bench", *ops, "--device", device, "--no-compile", "--compare", str(known[-1]), *arguments])
+    ops = [] if arguments and not arguments[0].startswith("-") else suite.OPS
+    return main(["bench", *ops, *arguments, "--device", DEVICE, "--no-compile", "--compare", str(known[-1])])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ SomeCase = TypeVar("SomeCase", Case, AttentionCase, NetworkCase)
 _CPU, _GPU, _BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRESETS = {
-    "sd15": "Stable Diffusion 1.5: 512 x 512 pixels, two images for guidance; U-Net, VAE's decoder, sampler",
-    "sdxl": "Stable Diffusion XL: 1024 x 1024 pixels, two images for guidance; U-Net, VAE's decoder, sampler",
+    "sd15": "Stable Diffusion 1.5: 512 x 512 pixels, two images for guidance; U-Net, VAE, sampler",
+    "sdxl": "Stable Diffusion XL: 1024 x 1024 pixels, two images for guidance; U-Net, VAE, sampler",
     "ddpm-cifar10": "DDPM on CIFAR-10: 32 x 32 pixels, batches of 128; U-Net, noising, loss, sampler",
     "mnist-vae": "a VAE on MNIST: batches of 128 with 20 latents, one draw and ten",
 }
@@ -133,11 +133,11 @@ _NORMS: Mapping[str, Sequence[tuple[str, int, Mapping[int, tuple[int, ...]]]]] =
     "sd15": (
         ("the U-Net", 2, {64: (320, 640, 960), 32: (320, 640, 960, 1280, 1920)}),
         ("the U-Net", 2, {16: (640, 1280, 1920, 2560), 8: (1280, 2560)}),
-        ("the VAE's decoder", 1, {64: (512,), 128: (512,), 256: (256, 512), 512: (128, 256)}),
+        ("the VAE", 1, {64: (512,), 128: (256, 512), 256: (128, 256, 512), 512: (128, 256)}),
     ),
     "sdxl": (
         ("the U-Net", 2, {128: (320, 640, 960), 64: (320, 640, 960, 1280, 1920), 32: (640, 1280, 1920, 2560)}),
-        ("the VAE's decoder", 1, {128: (512,), 256: (512,), 512: (256, 512), 1024: (128, 256)}),
+        ("the VAE", 1, {128: (512,), 256: (256, 512), 512: (128, 256, 512), 1024: (128, 256)}),
     ),
     "ddpm-cifar10": (
         ("the U-Net", 128, {32: (128, 256, 384), 16: (128, 256, 384, 512), 8: (256, 512), 4: (256, 512)}),

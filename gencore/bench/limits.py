@@ -25,8 +25,8 @@ _MULTIPLICATIONS = 5.0
 _GPU_INSTRUCTIONS = {"normal": 143 / 4, "uniform": 59 / 4}
 # A multiprocessor issues as many, counted per thread.
 _GPU_LANES = 128
-# Beyond it a copy's bandwidth no longer depends on its size.
-_LAST_LEVEL_CACHE = {"cpu": 32 << 20, "cuda": 256 << 20}
+# From there on a copy's bandwidth no longer depends on its size: several times the last-level cache.
+_BEYOND_CACHE = {"cpu": 256 << 20, "cuda": 512 << 20}
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,11 +48,11 @@ def _core(level: str) -> tuple[float, float]:
 def memory_floor(nbytes: int, device: str = "cpu") -> float:
     """Seconds that moving ``nbytes`` takes at the copy bandwidth of a working set of that size.
 
-    Beyond the last-level cache the bandwidth no longer depends on the size, and below a megabyte what is measured would
-    be the call of the copy, so the size is held between the two. On a GPU every size is held to the bandwidth of its
-    memory, which is what a kernel in the middle of a model sees.
+    Far beyond the last-level cache the bandwidth no longer depends on the size, and below a megabyte what is measured
+    would be the call of the copy, so the size is held between the two. On a GPU every size is held to the bandwidth of
+    its memory, which is what a kernel in the middle of a model sees.
     """
-    most = 2 * _LAST_LEVEL_CACHE[device]
+    most = _BEYOND_CACHE[device]
     size = most if device == "cuda" else min(max(1 << (nbytes - 1).bit_length(), 1 << 20), most)
     return nbytes / copy_bandwidth(size, torch.get_num_threads(), device)
 
@@ -145,7 +145,7 @@ def floor(work: Work, dtype: torch.dtype, device: str = "cpu") -> tuple[float, s
 
 def measured(device: str = "cpu") -> Limits:
     """The limits of this machine, on the threads in use or the current GPU."""
-    beyond = 2 * _LAST_LEVEL_CACHE[device]
+    beyond = _BEYOND_CACHE[device]
     threads = torch.get_num_threads()
     many = 1 << 24
     return Limits(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gencore.bench import plain
+
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function through torch.compile, for the shapes it is called with."""
@@ -99,5 +101,5 @@ class AttentionBlock(torch.nn.Module):
         self.out = torch.nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.out(spatial_attention(self.qkv(self.norm(x)), self.num_heads))
+        projected: Tensor = self.out(plain.spatial_attention(self.qkv(self.norm(x)), self.num_heads))
         return x + projected

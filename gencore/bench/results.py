@@ -168,7 +168,7 @@ class Report:
         commit: of gencore, as git describes it; "unknown" outside of a checkout.
         machine: what it ran on: at least ``name``, ``device`` ("cpu" or "cuda"), ``threads``, ``simd_level``.
         versions: of gencore, Python, torch and every peer that is installed.
-        settings: of the run: ``rounds`` and ``quick`` among them.
+        settings: of the run: ``rounds``, ``quick`` and ``complete``, which is false of an interrupted one, among them.
     """
 
     date: str

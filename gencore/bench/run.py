@@ -8,12 +8,14 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from gencore.bench import limits, machine
+from gencore.bench.limits import Work
 from gencore.bench.measure import Timing, interleave, median_interval, quiet_profiler
 from gencore.bench.results import OURS, Candidate, Limits, Report, Result
 from gencore.bench.suite import Task
@@ -45,7 +47,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 QUICK = Settings(rounds=9, budget=2.0, compile=False, quick=True)
-_WHAT_FAILS = (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
 
 
 def run(
@@ -68,30 +69,34 @@ def run(
         Interrupted: by Control-C, once the limits are measured.
     """
     on_progress(0, "what the machine can do")
-    known = limits.measured(device)
+    known, commit = limits.measured(device), machine.commit()
     if settings.compile:
         _warm_up_the_compiler()
     runner = _Runner(device, settings)
     results: list[Result] = []
     try:
-        for done, task in enumerate(tasks):
-            on_progress(done, task.name)
-            results.append(runner.result(task))
-            on_result(results[-1])
+        with warnings.catch_warnings():
+            # What the compiler thinks of the code of peers is nobody's business here.
+            warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor|functorch)")
+            for done, task in enumerate(tasks):
+                on_progress(done, task.name)
+                results.append(runner.tried(task))
+                on_result(results[-1])
     except KeyboardInterrupt:
-        raise Interrupted(report(results, device, settings, known)) from None
+        raise Interrupted(_report(results, device, settings, known, commit, complete=False)) from None
     on_progress(len(tasks), "")
-    return report(results, device, settings, known)
+    return _report(results, device, settings, known, commit)
 
 
-def report(results: Sequence[Result], device: str, settings: Settings, known: Limits) -> Report:
-    """What ``results`` are of a run on this machine, now."""
+def _report(
+    results: Sequence[Result], device: str, settings: Settings, known: Limits, commit: str, complete: bool = True
+) -> Report:
     return Report(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        commit=machine.commit(),
+        commit=commit,
         machine=machine.describe(device),
         versions=machine.versions(),
-        settings=settings._asdict(),
+        settings={**settings._asdict(), "complete": complete},
         limits=known,
         results=tuple(results),
     )
@@ -101,6 +106,15 @@ class _Runner:
     def __init__(self, device: str, settings: Settings):
         self.device, self.settings = device, settings
         self.overheads: dict[tuple[str, str], Mapping[str, float]] = {}
+
+    def tried(self, task: Task) -> Result:
+        """The task's result; one that only says why, where it cannot be made: a case that does not fit into memory."""
+        try:
+            return self.result(task)
+        except Exception as failure:
+            return self._result(
+                task, Comparison({OURS: lambda: None}, Work()), [Candidate(OURS, failure=_in_a_line(failure))]
+            )
 
     def result(self, task: Task) -> Result:
         benchmark = task.benchmark
@@ -125,20 +139,34 @@ class _Runner:
                 device=comparison.clock or self.device,
                 budget=self.settings.budget,
             )
-        floor, limit = limits.floor(comparison.work, task.dtype, self.device)
         overheads = self._overheads(benchmark, task) if benchmark.section == "ops" else {}
+        return self._result(
+            task,
+            comparison,
+            [
+                _timed(candidate, timings.get(name), timings.get(OURS), overheads.get(name))
+                for name, candidate in found.items()
+            ],
+            *limits.floor(comparison.work, task.dtype, self.device),
+        )
+
+    def _result(
+        self,
+        task: Task,
+        comparison: Comparison,
+        candidates: Sequence[Candidate],
+        floor: float | None = None,
+        limit: str = "",
+    ) -> Result:
         return Result(
-            section=benchmark.section,
-            op=benchmark.op,
-            benchmark=benchmark.name,
+            section=task.benchmark.section,
+            op=task.benchmark.op,
+            benchmark=task.benchmark.name,
             case=str(task.case),
             why=task.case.why,
             presets=tuple(task.case.presets),
             dtype=str(task.dtype).removeprefix("torch."),
-            candidates=tuple(
-                _timed(candidate, timings.get(name), timings.get(OURS), overheads.get(name))
-                for name, candidate in found.items()
-            ),
+            candidates=tuple(candidates),
             nbytes=comparison.work.nbytes,
             flops=comparison.work.flops,
             floor_seconds=floor,
@@ -162,7 +190,7 @@ class _Runner:
             # NaN compares as no error at all.
             error = math.inf if error is not None and math.isnan(error) else error
             peak = peak_bytes(call, self.device)
-        except _WHAT_FAILS as failure:
+        except Exception as failure:
             return Candidate(name, failure=_in_a_line(failure))
         return Candidate(name, compile_seconds=compiling, error=error, peak_bytes=peak)
 
@@ -181,7 +209,7 @@ class _Runner:
             able: dict[str, Call] = {}
             for name, call in calls.items():
                 if self.settings.compile or not is_compiled(name):
-                    with contextlib.suppress(*_WHAT_FAILS):
+                    with contextlib.suppress(Exception):
                         call()
                         able[name] = call
             timings = interleave(able, rounds=min(9, self.settings.rounds), round_seconds=0.002, device="cpu")
@@ -242,7 +270,7 @@ def _empty_caches() -> Iterator[None]:
 
 def _warm_up_the_compiler() -> None:
     """Imports the compiler and has it make ready what it needs once in a process, such as precompiled headers."""
-    with contextlib.suppress(*_WHAT_FAILS):
+    with contextlib.suppress(Exception):
         torch.compile(lambda x: x + 1)(torch.zeros(64))
 
 

@@ -142,7 +142,9 @@ def layers_of(preset):
             )
         context = torch.empty(2, 77, unet.config.cross_attention_dim)
         run(unet, torch.empty(2, 4, size, size), torch.ones(2), context)
-        run(diffusers.AutoencoderKL(**networks.AUTOENCODER).decoder, torch.empty(1, 4, size, size))
+        autoencoder = diffusers.AutoencoderKL(**networks.AUTOENCODER)
+        run(autoencoder.encoder, torch.empty(1, 3, 8 * size, 8 * size))
+        run(autoencoder.decoder, torch.empty(1, 4, size, size))
     return norms, attention
 
 

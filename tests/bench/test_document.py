@@ -13,14 +13,14 @@ from bench import reports
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _load(name):
+def load(name):
     specification = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
-document = _load("document")
+document = load("document")
 
 
 def test_the_committed_pages_are_what_the_committed_results_say():

@@ -25,7 +25,7 @@ def test_the_memory_floor_is_bytes_over_the_bandwidth_of_their_size(monkeypatch)
     assert limits.memory_floor(3_000_000) == pytest.approx(0.003)
     assert limits.memory_floor(1000) == pytest.approx(1e-6)
     assert limits.memory_floor(1 << 40) == pytest.approx((1 << 40) / 1e9)
-    assert asked == [1 << 22, 1 << 20, 64 << 20]
+    assert asked == [1 << 22, 1 << 20, 256 << 20]
 
 
 def test_the_noise_floor_is_the_higher_limit_over_the_threads_in_use(monkeypatch):

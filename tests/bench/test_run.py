@@ -114,7 +114,7 @@ def test_the_report_says_what_it_is_of():
     assert told.machine["device"] == "cpu"
     assert told.machine["threads"] == torch.get_num_threads()
     assert told.versions["torch"] == torch.__version__
-    assert told.settings == {"rounds": 5, "budget": 0.2, "compile": False, "quick": False}
+    assert told.settings == {"rounds": 5, "budget": 0.2, "compile": False, "quick": False, "complete": True}
     assert told.date.endswith("+00:00")
 
 
@@ -130,6 +130,20 @@ def test_an_interrupted_run_keeps_what_is_there():
     with pytest.raises(run.Interrupted) as caught:
         run.run([task(make), task(make)], "cpu", SETTINGS)
     assert len(caught.value.report.results) == 1
+    assert not caught.value.report.settings["complete"]
+
+
+def test_a_case_that_cannot_be_made_is_told_and_the_others_run():
+    def make(case, dtype, device):
+        if case.shape == (7,):
+            raise MemoryError("too large")
+        return plus_one(case, dtype, device)
+
+    tasks = [task(make, case=Case((size,), "of that size")) for size in (7, 9)]
+    failed, result = run.run(tasks, "cpu", SETTINGS._replace(compile=False)).results
+    assert failed.ours.failure == "MemoryError: too large"
+    assert (failed.floor_seconds, failed.best_peer, failed.share_of_floor) == (None, None, None)
+    assert result.ours.seconds
 
 
 def test_progress_and_results_are_told_as_they_come():

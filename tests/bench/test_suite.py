@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from gencore import Key, ops
 from gencore.bench import cases, limits, peers, suite
+from gencore.bench.cases import NetworkCase
 from gencore.bench.results import OURS
-from gencore.bench.suite import base, group_norm, networks
+from gencore.bench.suite import base, group_norm, networks, training
 from gencore.bench.suite.base import HALF, is_compiled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,23 @@ def test_a_wrong_peer_is_found(monkeypatch, make, broken):
     comparison = make(cases.Case((2, 8, 4, 4), "", groups=2), torch.float32, "cpu")
     assert comparison.error(comparison.calls["ours"]()) <= comparison.tolerance
     assert comparison.error(comparison.calls["broken"]()) > comparison.tolerance
+
+
+@pytest.mark.parametrize("of_the_value", [True, False])
+def test_a_wrong_training_step_of_ours_is_found(monkeypatch, of_the_value):
+    """A loss that is too large, or one whose gradient alone is."""
+    case = NetworkCase("ddpm", 32, 16, "", small=True)
+    right = ops.denoising_loss
+
+    def wrong(*args, **options):
+        loss = right(*args, **options)
+        return 2.5 * loss if of_the_value else 2.5 * loss - 1.5 * loss.detach()
+
+    comparison = training.training_step(case, torch.float32, "cpu")
+    for name in ("ours", "eager"):
+        assert comparison.error(comparison.calls[name]()) <= comparison.tolerance
+    monkeypatch.setattr(ops, "denoising_loss", wrong)
+    assert comparison.error(comparison.calls["ours"]()) > comparison.tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -85,7 +85,9 @@ def tasks(
             of_benchmark = [max(light or [first], key=lambda task: task.case.elements)]
         found += of_benchmark
     if not found:
-        raise ValueError(f"nothing is left to run: no case of {', '.join(names) or 'any op'} is of shapes {shapes!r}")
+        raise ValueError(
+            f"nothing is left to run: no case of {', '.join(names) or 'any op'} is of shapes {str(shapes)!r}"
+        )
     return found
 
 

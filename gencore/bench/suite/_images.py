@@ -147,7 +147,7 @@ def forward_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -
         )
     return Comparison(
         calls,
-        # Forward, and backward the four and their gradients once more, at least.
+        # Forward; backward q, k, v and the result's gradient are read, and three gradients written.
         Work(nbytes=image.nbytes * 11 // 3, products=PRODUCTS * case.flops, flops=flops(case, backward=True)),
         largest_error(expected, of),
         TOLERANCES[dtype],

@@ -24,6 +24,12 @@ def noised(x0: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha[t].view(shape) * x0 + sigma[t].view(shape) * torch.randn_like(x0)
 
 
+def _noised_into(out: Tensor, x0: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Without a new tensor, as one who counts them writes it."""
+    shape = (-1, *[1] * (x0.dim() - 1))
+    return out.normal_().mul_(sigma[t].view(shape)).addcmul_(alpha[t].view(shape), x0)
+
+
 def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """Data and the steps of its samples.
 
@@ -56,8 +62,12 @@ def _comparison(case: Case, dtype: torch.dtype, device: str, into: bool) -> Comp
     def ours() -> Tensor:
         return ops.add_noise(x0, t, SCHEDULE, key, out=out)
 
+    calls = {"ours": ours, **on_triton(ours, device)} | _peers(x0, t, device)
+    if out is not None:
+        alpha, sigma = (level.to(device, x0.dtype) for level in (SCHEDULE.alpha, SCHEDULE.sigma))
+        calls["eager, in place"] = lambda: _noised_into(out, x0, t, alpha, sigma)
     return Comparison(
-        {"ours": ours, **on_triton(ours, device)} | _peers(x0, t, device),
+        calls,
         Work(nbytes=2 * x0.nbytes, values=case.elements, flops=FLOPS * case.elements),
         lambda x_t: noise_error(implied_noise(x_t, x0, t)),
         NOISE_TOLERANCES[dtype],
@@ -69,7 +79,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
 
 def forward_into(case: Case, dtype: torch.dtype, device: str) -> Comparison:
-    """Into a tensor that is there, which PyTorch's functions cannot do in one."""
+    """Into a tensor that is there."""
     return _comparison(case, dtype, device, into=True)
 
 

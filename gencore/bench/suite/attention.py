@@ -127,7 +127,7 @@ def forward_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -
     calls = {name: gradient_call(function, tensors, g) for name, function in functions.items()}
     return Comparison(
         {"ours": calls.pop("ours")} | on_triton(gradient_call(ops.attention, tensors, g), device) | calls,
-        # Forward, and backward the four and their gradients once more, at least.
+        # Forward; backward q, k, v and the result's gradient are read, and three gradients written.
         Work(
             nbytes=5 * g.nbytes + 3 * (tensors[1].nbytes + tensors[2].nbytes),
             products=PRODUCTS * case.flops,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gencore import Key, ops
 from gencore.bench import cases, peers
@@ -38,7 +39,7 @@ _FORWARD, _BACKWARD = 3, 2
 def loss(output: Tensor, eps: Tensor) -> Tensor:
     """Of each sample, in float32 for half types as networks' losses are."""
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    return (output.to(wide) - eps.to(wide)).square().flatten(1).mean(1)
+    return F.mse_loss(output.to(wide), eps.to(wide), reduction="none").flatten(1).mean(1)
 
 
 def noise_and_loss(output: Tensor, x0: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +72,8 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
     return Comparison(
         {"ours": ours, **on_triton(ours, device)} | bound(_peers(device), output, eps),
-        # A network that predicts the noise has no x0 in its target.
-        Work(nbytes=output.nbytes, values=case.elements, flops=_FORWARD * case.elements),
+        # Read the output, and the noise where it was kept; a network that predicts the noise has no x0 in its target.
+        Work(nbytes=2 * output.nbytes, flops=_FORWARD * case.elements),
         largest_error(lambda: loss(output.double(), _noise(x0, key, torch.float64, case))),
         TOLERANCES[dtype],
     )
@@ -99,8 +100,8 @@ def forward_and_backward(case: Case, dtype: torch.dtype, device: str) -> Compari
     ours = through(lambda output, eps: ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key))
     return Comparison(
         {"ours": ours, **on_triton(ours, device)} | {name: through(peer) for name, peer in _peers(device).items()},
-        # Read the output twice, write its gradient.
-        Work(nbytes=3 * output.nbytes, values=2 * case.elements, flops=(_FORWARD + _BACKWARD) * case.elements),
+        # Read the output and the noise, write the gradient.
+        Work(nbytes=3 * output.nbytes, flops=(_FORWARD + _BACKWARD) * case.elements),
         largest_error(expected),
         TOLERANCES[dtype],
     )
@@ -134,9 +135,10 @@ def with_the_noising(case: Case, dtype: torch.dtype, device: str) -> Comparison:
     return Comparison(
         {"ours": through(both)}
         | {name: through(peer) for name, peer in peers.eager_and_compiled(noise_and_loss, device).items()},
+        # Draw the noise once; read x0 and the output, write x_t and the gradient.
         Work(
-            nbytes=5 * x0.nbytes,
-            values=3 * case.elements,
+            nbytes=4 * x0.nbytes,
+            values=case.elements,
             flops=(add_noise.FLOPS + _FORWARD + _BACKWARD) * case.elements,
         ),
         error,

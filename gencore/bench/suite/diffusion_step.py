@@ -45,6 +45,17 @@ def ddim(x: Tensor, output: Tensor, predict_x: float, predict_output: float, of_
     return of_x0 * x0 + direct * output
 
 
+def _into(out: Tensor, x: Tensor, output: Tensor, sampler: Sampler, values: list[float]) -> Tensor:
+    """Without a new tensor but one, the noise or what is added last, as one who counts them writes it."""
+    predict_x, predict_output, *rest = values
+    torch.mul(x, predict_x, out=out).add_(output, alpha=predict_output).clamp_(-1, 1)
+    if sampler is DDIM:
+        of_x0, direct = rest
+        return out.mul_(of_x0).add_(output, alpha=direct)
+    of_x, of_x0, noise = rest
+    return out.mul_(of_x0).add_(x, alpha=of_x).add_(torch.randn_like(x), alpha=noise)
+
+
 class Sampler(NamedTuple):
     """What a sampler's step is, and what peers need of its coefficients.
 
@@ -97,6 +108,8 @@ def _step(sampler: Sampler, case: Case, dtype: torch.dtype, device: str, into: b
     if scheduler is not None:
         calls["diffusers"] = lambda: scheduler.step(output, T, x).prev_sample
     draws = sampler is DDPM
+    if out is not None:
+        calls["eager, in place"] = lambda: _into(out, x, output, sampler, values)
 
     def of_noise(result: Tensor) -> float:
         *of_mean, noise = values
@@ -119,7 +132,7 @@ def ddim_step(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
 
 def ddpm_step_into(case: Case, dtype: torch.dtype, device: str) -> Comparison:
-    """Into a tensor that is there, as a sampling loop does, which PyTorch's functions cannot do in one."""
+    """Into a tensor that is there, as a sampling loop does."""
     return _step(DDPM, case, dtype, device, into=True)
 
 
