@@ -28,6 +28,7 @@ WHEEL_HOLDS = (
     "gencore/_cpu.pyi",
     "gencore/backends/reference/",
     "gencore/backends/triton/",
+    "gencore/bench/page.html.jinja",
     "gencore/models/vae/",
 )
 # Repair would put the libraries that it copies into gencore.libs/: there must be none.

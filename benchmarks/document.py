@@ -10,13 +10,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from gencore.bench import picture, text
 from gencore.bench.results import OURS, Candidate, Report, Result, read
-from gencore.bench.terminal import limits
+from gencore.bench.terminal import least_memory, limits
 from gencore.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,13 +27,23 @@ BEGIN, END = "<!-- figures: make performance writes them -->", "<!-- end of figu
 ROWS = (
     ("`reparameterize` (64,4,64,64)", "reparameterize · forward · 64x4x64x64 · float32"),
     ("forward and backward", "reparameterize · forward and backward · 64x4x64x64 · float32"),
+    ("forward and backward of (128,20)", "reparameterize · forward and backward · 128x20 · float32"),
     ("`reparameterize_kl`, forward and backward", "reparameterize · KL, forward and backward · 64x4x64x64 · float32"),
     ("`add_noise` (64,3,64,64)", "add_noise · forward · 64x3x64x64 · float32"),
     ("`diffusion_step`, DDPM (64,3,64,64)", "diffusion_step · DDPM step · 64x3x64x64 · float32"),
+    (
+        "`denoising_loss` and its gradient, given the noise",
+        "denoising_loss · forward and backward · 64x3x64x64 · float32",
+    ),
+    (
+        "noising, loss and its gradient",
+        "denoising_loss · with the noising, forward and backward · 64x3x64x64 · float32",
+    ),
     ("`group_norm` with SiLU (4,320,64,64)", "group_norm · forward · 4x320x64x64-32groups · float32"),
     ("forward and backward", "group_norm · forward and backward · 4x320x64x64-32groups · float32"),
     ("`attention` (4,8,1024,40)", "attention · forward · 4x8x1024x40-heads · float32"),
     ("in bfloat16", "attention · forward · 4x8x1024x40-heads · bfloat16"),
+    ("a U-Net (DDPM's for CIFAR-10), against diffusers", "unet · forward · ddpm-cifar10-8x32x32 · float32"),
 )
 # Its columns: the names that this kind of peer has.
 COLUMNS = (
@@ -45,9 +54,14 @@ COLUMNS = (
 
 
 def reports() -> list[Report]:
-    """The committed reports, those of CPUs first."""
+    """Of each machine the newest of the committed reports with what is compiled, or of all; those of CPUs first.
+
+    Further ones, of other processes, tell ``make bench-guard`` how much ratios move by themselves.
+    """
     found = [read(path) for path in sorted(RESULTS.glob("*.json"))]
-    return sorted(found, key=lambda report: (report.machine["device"] != "cpu", report.machine["name"]))
+    found.sort(key=lambda report: (bool(report.settings.get("compile")), report.date))
+    last = {(report.machine["name"], report.machine["device"]): report for report in found}.values()
+    return sorted(last, key=lambda report: (report.machine["device"] != "cpu", report.machine["name"]))
 
 
 def ratio(result: Result, peer: Candidate) -> str:
@@ -55,7 +69,7 @@ def ratio(result: Result, peer: Candidate) -> str:
     if peer.failure is not None:
         return "fails"
     shown = text.times(peer.ratio)
-    shown = f"**{shown}**" if peer.verdict == "slower" else shown
+    shown = f"**{shown}**" if peer.verdict == "slower" and not peer.name.startswith(OURS) else shown
     return shown if result.agrees(peer) else f"{shown} (differs: {text.error(peer.error)})"
 
 
@@ -67,16 +81,16 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         found = {peer.name: peer for peer in result.peers}
         best = result.best_peer
-        memory = text.size(result.ours.peak_bytes)
+        memory, least = text.size(result.ours.peak_bytes), least_memory(result)
         rows.append(
             [
                 f"`{result.case}`",
                 result.dtype,
                 text.seconds(result.ours.seconds) if result.ours.failure is None else "fails",
                 *(ratio(result, found[name]) if name in found else "" for name in names),
-                "" if best is None else text.interval(best.ratio_interval),
+                "" if best is None else f"{text.interval(best.ratio_interval)}, {best.name}",
                 f"{text.share(result.share_of_floor)}, {result.limit}",
-                memory if best is None else f"{memory} · {text.size(best.peak_bytes)}",
+                memory if least is None else f"{memory} · {text.size(least)}",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -112,12 +126,30 @@ def overheads(report: Report) -> str:
     rows = ["| | ours | the quickest peer |", "|---|---|---|"]
     for (op, benchmark), results in _benchmarks(report.results):
         first = results[0]
-        peers = {peer.name: peer.call_seconds for peer in first.peers if peer.call_seconds is not None}
+        peers = {
+            peer.name: peer.call_seconds
+            for peer in first.peers
+            if peer.call_seconds is not None and not peer.name.startswith(OURS)
+        }
         if first.ours.call_seconds is None or not peers:
             continue
         name = min(peers, key=lambda name: peers[name])
         ours = text.seconds(first.ours.call_seconds)
         rows.append(f"| {op}, {benchmark} | {ours} | {text.seconds(peers[name])}, {name} |")
+    return "\n".join(rows)
+
+
+def compilations(report: Report) -> str:
+    """What compiling takes with empty caches: of each benchmark and peer the median of its cases."""
+    rows = ["| | seconds |", "|---|---|"]
+    for (op, benchmark), results in _benchmarks(report.results):
+        found: dict[str, list[float]] = {}
+        for candidate in (candidate for result in results for candidate in result.candidates):
+            if candidate.compile_seconds is not None:
+                found.setdefault(candidate.name, []).append(candidate.compile_seconds)
+        if found:
+            told = (f"{name} {statistics.median(seconds):.1f}" for name, seconds in found.items())
+            rows.append(f"| {op}, {benchmark} | {'; '.join(told)} |")
     return "\n".join(rows)
 
 
@@ -136,11 +168,9 @@ def page(found: Sequence[Report]) -> str:
         autoescape=False,
     )
     environment.filters["benchmarks"] = _benchmarks
-    helpers: dict[str, Any] = {
-        "table": table, "summary": summary, "losses": losses, "by": by, "limits": limits, "overheads": overheads,
-        "text": text,
-    }  # fmt: skip
-    return environment.get_template("performance.md.jinja").render(reports=found, **helpers)
+    helpers = (table, summary, losses, limits, overheads, compilations)
+    environment.globals.update({function.__name__: function for function in helpers}, text=text)
+    return environment.get_template("performance.md.jinja").render(reports=found)
 
 
 def figures(report: Report) -> str:
@@ -152,10 +182,16 @@ def figures(report: Report) -> str:
         cells = []
         for _, names in COLUMNS:
             peer = next((peer for peer in result.peers if peer.name in names), None)
-            cells.append("" if peer is None or peer.ratio is None else f"{text.times(peer.ratio)}x")
+            cells.append("" if peer is None else ratio(result, peer))
         lines.append(f"| {label} | {text.seconds(result.ours.seconds)} | {' | '.join(cells)} |")
-    head = f"How many times as long PyTorch takes, in turn in one process; float32 but where it says otherwise. {of}:"
-    return head + "\n\n" + "\n".join(lines)
+    head = "How many times as long PyTorch takes, in turn in one process; in **bold** where it is quicker. Float32 but"
+    best = [peer for result in report.results if (peer := result.best_peer) is not None]
+    slower = sum(peer.verdict == "slower" for peer in best)
+    tail = (
+        f"Of all {len(best)} cases ours is slower than the quickest peer in {slower}; "
+        "[docs/performance.md](docs/performance.md) lists them."
+    )
+    return "\n\n".join((f"{head}\nwhere it says otherwise, {of}:", "\n".join(lines), tail))
 
 
 def rows(report: Report) -> list[Result]:

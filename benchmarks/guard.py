@@ -20,15 +20,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def guard(arguments: list[str]) -> int:
-    """``arguments`` are those of ``gencore bench``; ops named first are the only ones that are run."""
+    """``arguments`` are those of ``gencore bench``; where they name ops, these are the only ones that are run."""
     here = machine.describe(DEVICE)
-    known = [path for path in sorted(RESULTS.glob("*.json")) if compare.same_machine(here, read(path))]
+    known = {
+        path: report for path in sorted(RESULTS.glob("*.json")) if compare.same_machine(here, report := read(path))
+    }
     if not known:
-        kind = f"{here['name']}, {here['threads']} threads, {here['simd_level']}"
+        kind = f"{here['name']}, {here['simd_level']}"
         print(f"no results of a machine like this ({kind}) are in {RESULTS}: nothing to hold against", file=sys.stderr)
         return 2
-    ops = [] if arguments and not arguments[0].startswith("-") else suite.OPS
-    return main(["bench", *ops, *arguments, "--device", DEVICE, "--no-compile", "--compare", str(known[-1])])
+    named = any(argument in suite.OPS + suite.NETWORKS + suite.END_TO_END for argument in arguments)
+    older = [option for path in known for option in ("--compare", str(path))]
+    threads = str(next(iter(known.values())).machine["threads"])
+    options = ["--device", DEVICE, "--threads", threads, "--no-compile", *older]
+    return main(["bench", *([] if named else suite.OPS), *options, *arguments])
 
 
 if __name__ == "__main__":

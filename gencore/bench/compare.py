@@ -1,4 +1,4 @@
-"""A report against an older one, by ratios to peers that ran in turn with ours, never by time.
+"""A report against older ones, by ratios to peers that ran in turn with ours, never by time.
 
 Times change with the machine's load and its clock; how many times as long a peer takes in the same run does so much
 less. What is left of noise is dealt with by intervals, and by measuring again what seems to have lost.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from gencore.bench.results import OURS, Interval, Report, Result
+from gencore.bench.results import OURS, Interval, Report, Result, positive
 
 MARGIN = 0.15
+# Among the peers, the limits of the machine, which are measured in the same run too.
+FLOOR = "the floor"
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Change:
 
     Attributes:
         name: of the result.
-        peer: its name.
-        before, now: how many times as long as ours the peer took.
+        peer: its name, or :data:`FLOOR`.
+        before, now: how many times as long as ours the peer took; of several older ratios the nearest.
         factor: now over before: below 1 ours lost.
         interval: of the factor, from the ends of both ratios' intervals.
     """
@@ -48,11 +52,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of each result that both reports have, and what only one has.
+    """What became of each result that a report shares with older ones, and what only one has.
 
     Attributes:
-        changes: by the result's name, against each peer that both reports have.
-        missing: the names of results of the older report that the newer lacks, for whatever reason.
+        changes: by the result's name, against each peer that both have.
+        missing: the names of older results that the newer report lacks, for whatever reason.
         failed: of ours that ran before and fail or compute something else now.
         warnings: why the two may not be comparable.
     """
@@ -63,45 +67,91 @@ class Compared:
     warnings: tuple[str, ...]
 
     def lost(self, margin: float = MARGIN) -> dict[str, tuple[Change, ...]]:
-        """The results that lost against every one of their peers: one peer alone may have become faster."""
-        return {name: found for name, found in self.changes.items() if all(one.lost(margin) for one in found)}
+        """The results that lost against all their peers that are sure: one peer alone may have become faster."""
+        return {
+            name: all_ for name, all_ in self.changes.items() if all(one.lost(margin) for one in _sure(all_, margin))
+        }
 
     def gained(self, margin: float = MARGIN) -> dict[str, tuple[Change, ...]]:
-        return {name: found for name, found in self.changes.items() if all(one.gained(margin) for one in found)}
+        """The same the other way."""
+        return {
+            name: all_ for name, all_ in self.changes.items() if all(one.gained(margin) for one in _sure(all_, margin))
+        }
 
 
-def compare(now: Report, before: Report) -> Compared:
-    """Compares what both reports have, by the names of results and peers."""
-    known = {result.name: result for result in before.results}
-    changes, failed = {}, []
+def _sure(changes: tuple[Change, ...], margin: float) -> list[Change]:
+    """Without the peers whose interval is wider than the margin, so that one that wavers hides nothing."""
+    narrow = [one for one in changes if one.interval[0] >= one.interval[1] * (1 - margin)]
+    return [one for one in changes if one in narrow or one.peer == FLOOR or not narrow]
+
+
+def compare(now: Report, *before: Report) -> Compared:
+    """Compares what a report has with older ones, by the names of results and peers.
+
+    Several older reports, of several processes, tell how much a ratio moves from one to the next: the way that memory
+    and threads fell stays with a process, and no interval of one run knows of it. What lies among the older ratios has
+    not changed; what lies beyond is compared with the nearest.
+    """
+    changes, failed, known = {}, [], {result.name for report in before for result in report.results}
     for result in now.results:
-        if (old := known.pop(result.name, None)) is None:
-            continue
-        if old.ours.seconds is not None and (result.ours.seconds is None or not result.agrees(result.ours)):
+        older = [old for report in before for old in report.results if old.name == result.name]
+        known.discard(result.name)
+        if any(old.ours.seconds is not None for old in older) and not _works(result):
             failed.append(result.name)
-        elif found := _changes(result, old):
+        elif found := _changes(result, older):
             changes[result.name] = found
-    return Compared(changes, tuple(known), tuple(failed), tuple(_warnings(now, before)))
+    warnings = dict.fromkeys(warning for report in before for warning in _warnings(now, report))
+    return Compared(changes, tuple(sorted(known)), tuple(failed), tuple(warnings))
 
 
-def _changes(now: Result, before: Result) -> tuple[Change, ...]:
-    peers = {peer.name: peer for peer in before.peers if not peer.name.startswith(OURS)}
+def _works(result: Result) -> bool:
+    return result.ours.seconds is not None and result.agrees(result.ours)
+
+
+def _changes(now: Result, before: Sequence[Result]) -> tuple[Change, ...]:
     found = []
     for peer in now.peers:
-        old = peers.get(peer.name)
-        if old is None or not (peer.ratio and old.ratio and peer.ratio_interval and old.ratio_interval):
-            continue
-        (low, high), (old_low, old_high) = peer.ratio_interval, old.ratio_interval
-        interval = (low / old_high if old_high else math.inf, high / old_low if old_low else math.inf)
-        found.append(Change(now.name, peer.name, old.ratio, peer.ratio, interval))
+        older = [
+            (old.ratio, old.bounds)
+            for result in before
+            for old in result.peers
+            if old.name == peer.name and positive(old.ratio) and not old.name.startswith(OURS)
+        ]
+        if positive(peer.ratio) and older:
+            found.append(_change(now, peer.name, (peer.ratio, peer.bounds), older))
+    floors = [known for result in before if (known := _of_the_floor(result))]
+    if found and floors and (known := _of_the_floor(now)):
+        found.append(_change(now, FLOOR, known, floors))
     return tuple(found)
 
 
+Known = tuple[float, Interval]
+
+
+def _of_the_floor(result: Result) -> Known | None:
+    """The share of the floor that ours reaches, which stands for a peer that never wavers."""
+    floor, ours = result.floor_seconds, result.ours
+    if not positive(floor) or not positive(ours.seconds) or ours.interval is None:
+        return None
+    low, high = ours.interval
+    return floor / ours.seconds, (floor / high, floor / low)
+
+
+def _change(now: Result, peer: str, found: Known, older: Sequence[Known]) -> Change:
+    ratio, (low, high) = found
+    nearest = min(max(ratio, min(old for old, _ in older)), max(old for old, _ in older))
+    interval = low / max(bounds[1] for _, bounds in older), high / min(bounds[0] for _, bounds in older)
+    return Change(now.name, peer, nearest, ratio, interval)
+
+
 def better(one: Result, other: Result) -> Result:
-    """Of two measurements of the same, the one in which ours did better against its peers."""
+    """Of two measurements of the same, that in which ours did better against its peers; but a failure goes first."""
 
     def against_peers(result: Result) -> float:
-        ratios = [peer.ratio for peer in result.peers if peer.ratio and not peer.name.startswith(OURS)]
+        if not _works(result):
+            return math.inf
+        peers = [peer for peer in result.peers if not peer.name.startswith(OURS) and result.agrees(peer)]
+        ratios = [peer.ratio for peer in peers if positive(peer.ratio)]
         return statistics.geometric_mean(ratios) if ratios else 0.0
 
     return max(one, other, key=against_peers)
@@ -113,12 +163,15 @@ def _warnings(now: Report, before: Report) -> list[str]:
         new, old = now.machine.get(what), before.machine.get(what)
         if new != old:
             found.append(f"the machine's {what.replace('_', ' ')} is {new}, was {old}")
+    for what in ("quick", "rounds"):
+        if now.settings.get(what) != before.settings.get(what):
+            found.append(f"{what} is {now.settings.get(what)}, was {before.settings.get(what)}")
     for package in sorted(now.versions.keys() & before.versions.keys() - {"gencore"}):
         if now.versions[package] != before.versions[package]:
             found.append(f"{package} is {now.versions[package]}, was {before.versions[package]}")
     return found
 
 
-def same_machine(now: dict[str, object], before: Report) -> bool:
-    """Whether ratios of a machine may be held against those of a report: the same kind of it, used alike."""
-    return all(now.get(what) == before.machine.get(what) for what in ("name", "device", "threads", "simd_level"))
+def same_machine(now: Mapping[str, Any], before: Report) -> bool:
+    """Whether ratios of a machine may be held against those of a report: it is of the same kind."""
+    return all(now.get(what) == before.machine.get(what) for what in ("name", "device", "simd_level"))

@@ -20,6 +20,8 @@ FORMAT = "gencore-bench"
 VERSION = 1
 OURS = "ours"
 
+_EVEN = 0.02
+
 Interval = tuple[float, float]
 Section = Literal["ops", "networks", "end to end"]
 Verdict = Literal["faster", "even", "slower"]
@@ -72,9 +74,12 @@ class Candidate:
 
     @property
     def verdict(self) -> Verdict:
-        """How ours does against this peer, which has a ratio: "even" where its interval holds 1."""
+        """How ours does against this peer, which has a ratio: "even" where its interval reaches to within 2% of 1.
+
+        A smaller difference may be real within a run, and does not survive another one.
+        """
         low, high = self.bounds
-        return "faster" if low > 1 else "slower" if high < 1 else "even"
+        return "faster" if low > 1 + _EVEN else "slower" if high < 1 - _EVEN else "even"
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ def read_table(path: Path | str) -> Table:
         CasesError: the file cannot be read, or is no such table; the message says where.
     """
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        told = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise CasesError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise CasesError(f"{path} is no JSON: {error}") from None
+        raise CasesError(f"{path} is no JSON table: {error}") from None
     if not isinstance(told, dict) or not told:
         raise CasesError(f"{path} must be an object of lists of cases by op, got {_kind(told)}")
     found = {}
@@ -78,6 +78,14 @@ def read_table(path: Path | str) -> Table:
             raise CasesError(f"{path}: {op} must have every case once only")
         found[op] = tuple(made)
     return Table(str(path), found)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which JSON would keep the last of several values for a key."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {twice[0]!r} is there more than once")
+    return dict(pairs)
 
 
 def _case(op: str, told: Any, where: str) -> Case | AttentionCase:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,15 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from gencore.bench import text
-from gencore.bench.compare import MARGIN, Compared
+from gencore.bench.compare import FLOOR, MARGIN, Compared
 from gencore.bench.results import OURS, Candidate, Report, Result
 
 # Where no terminal says how wide it is.
-_WIDTH = 150
+_WIDTH = 200
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that does not break lines of what is written to a file or a pipe."""
+    """A console that does not break lines of what is written to a file or a pipe, and knows a sign for every letter."""
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
     found = Console(stderr=stderr, highlight=False, soft_wrap=False)
     return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
 
@@ -76,9 +81,35 @@ def _peer_cell(result: Result, peer: Candidate) -> Text:
 
 
 def _memory(result: Result) -> str:
-    peers = [peer.peak_bytes for peer in result.peers if peer.peak_bytes is not None]
-    least = f"\npeers {text.size(min(peers))}" if peers else ""
-    return text.size(result.ours.peak_bytes) + least
+    least = least_memory(result)
+    return text.size(result.ours.peak_bytes) + ("" if least is None else f"\npeers {text.size(least)}")
+
+
+def least_memory(result: Result) -> int | None:
+    """Of the peers that compute the same."""
+    peers = [peer for peer in result.peers if not peer.name.startswith(OURS) and result.agrees(peer)]
+    return min((peer.peak_bytes for peer in peers if peer.peak_bytes is not None), default=None)
+
+
+def shown(results: Sequence[Result], console: Console) -> list[Table | str]:
+    """A benchmark's results as a table; where the console is too narrow for it, a line for each candidate."""
+    whole = table(results)
+    if console.measure(whole).minimum <= console.width and _widest(whole, console) <= console.width:
+        return [whole]
+    lines = [f"{results[0].op}, {results[0].benchmark}"]
+    for result in results:
+        lines.append(f"  {result.case}, {result.dtype}")
+        for candidate in result.candidates:
+            cell = _our_cell(result) if candidate is result.ours else _peer_cell(result, candidate)
+            lines.append(f"    {candidate.name}: {', '.join(cell.plain.splitlines())}")
+        if result.floor_seconds:
+            lines.append(f"    {text.share(result.share_of_floor)} of the floor, {result.limit}")
+    return list(lines)
+
+
+def _widest(whole: Table, console: Console) -> int:
+    """What the table takes without breaking a line."""
+    return console.measure(whole, options=console.options.update(width=10_000)).maximum
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -123,7 +154,7 @@ def limits(report: Report) -> str:
 
 def changes(compared: Compared, margin: float = MARGIN) -> Table:
     """What lost and what gained."""
-    made = Table(title="against the older report", title_justify="left", title_style="bold", header_style="")
+    made = Table(title="against before", title_justify="left", title_style="bold", header_style="")
     for heading in ("", "case", "peer", "ratio before", "ratio now", "change"):
         made.add_column(heading, justify="right" if heading.startswith(("ratio", "change")) else "left")
     for word, style, found in (
@@ -133,7 +164,8 @@ def changes(compared: Compared, margin: float = MARGIN) -> Table:
         for name, against in found.items():
             for change in against:
                 by = f"{change.factor - 1:+.0%}"
-                cells = text.times(change.before), text.times(change.now), by
+                shown = text.share if change.peer == FLOOR else text.times
+                cells = shown(change.before), shown(change.now), by
                 made.add_row(Text(word, style=style), name, change.peer, *cells)
     for name in compared.failed:
         made.add_row(Text("fails", style="bold red"), name, "", "", "", "")

@@ -20,7 +20,8 @@ def result_of(
         Candidate(peer, seconds=ratio, ratio=ratio, ratio_interval=(ratio - half, ratio + half))
         for peer, (ratio, half) in ratios.items()
     ]
-    return dataclasses.replace(reports.report().results[0], op=name, candidates=(ours, *peers), **changes)
+    told = {"floor_seconds": None, **changes}
+    return dataclasses.replace(reports.report().results[0], op=name, candidates=(ours, *peers), **told)
 
 
 def report_of(*results: Result, **machine) -> Report:
@@ -45,11 +46,44 @@ def test_a_peer_that_became_faster_is_no_loss_of_ours():
     assert lost({"a": (1.0, 0.05), "b": (1.5, 0.05)}, before)
 
 
+def test_what_is_as_near_to_the_floor_as_before_has_not_lost():
+    """A peer may take half the time in the next process, where its threads wake up in another way."""
+    before = report_of(result_of({"a": (2.0, 0.05)}, floor_seconds=0.5))
+    for floor, is_lost in ((0.5, False), (0.3, True)):
+        found = compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=floor)), before)
+        assert bool(found.lost()) == is_lost
+        ((_, change),) = found.changes.values()
+        assert (change.peer, change.before, change.now) == (compare.FLOOR, 0.5, floor)
+    assert not compare.compare(report_of(result_of({}, floor_seconds=0.1)), before).changes
+
+
+def test_an_uncertain_floor_counts_too():
+    older = [report_of(result_of({"a": (2.0, 0.05)}, floor_seconds=floor)) for floor in (0.5, 0.2)]
+    assert not compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=0.3)), *older).lost()
+    assert compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=0.1)), *older).lost()
+
+
+def test_a_peer_that_wavers_hides_nothing():
+    before = {"a": (2.0, 0.05), "b": (3.0, 0.05)}
+    assert lost({"a": (1.0, 0.05), "b": (1.5, 1.4)}, before)
+    assert not lost({"a": (1.0, 0.9)}, {"a": (2.0, 0.9)})
+
+
 def test_a_faster_machine_is_no_gain():
     slow, fast = result_of({"a": (2.0, 0.1)}, seconds=2.0), result_of({"a": (2.0, 0.1)}, seconds=1.0)
     found = compare.compare(report_of(fast), report_of(slow))
     assert not found.lost()
     assert not found.gained()
+
+
+def test_what_lies_among_older_ratios_has_not_changed():
+    older = [report_of(result_of({"a": (ratio, 0.05)})) for ratio in (2.0, 1.0, 1.4)]
+    for ratio, factor in ((1.2, 1.0), (2.0, 1.0), (0.5, 0.5), (4.0, 2.0)):
+        found = compare.compare(report_of(result_of({"a": (ratio, 0.05)})), *older)
+        ((change,),) = found.changes.values()
+        assert change.factor == pytest.approx(factor)
+        assert bool(found.lost()) == (factor < 1)
+        assert bool(found.gained()) == (factor > 1)
 
 
 def test_a_gain_is_found():
@@ -81,11 +115,17 @@ def test_other_forms_of_ours_and_what_only_one_report_has_are_not_compared():
 def test_another_machine_is_warned_of():
     found = compare.compare(report_of(threads=2), report_of(threads=4))
     assert found.warnings == ("the machine's threads is 2, was 4",)
-    assert compare.same_machine(report_of(threads=2).machine, report_of(threads=2))
-    assert not compare.same_machine(report_of(threads=2).machine, report_of(threads=4))
+    assert compare.same_machine(report_of(name="a").machine, report_of(name="a", threads=4))
+    assert not compare.same_machine(report_of(name="a").machine, report_of(name="b"))
 
 
 def test_the_better_of_two_measurements_is_the_one_of_higher_ratios():
     low, high = result_of({"a": (1.0, 0.1), "b": (3.0, 0.1)}), result_of({"a": (2.0, 0.1), "b": (2.0, 0.1)})
     assert compare.better(low, high) is high
     assert compare.better(high, low) is high
+
+
+def test_a_failure_is_no_better_measurement_hidden():
+    good, failed = result_of({"a": (2.0, 0.1)}), result_of({"a": (9.0, 0.1)}, seconds=None)
+    assert compare.better(good, failed) is failed
+    assert compare.better(failed, good) is failed

@@ -20,7 +20,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "RESULTS", tmp_path)
     monkeypatch.setattr(guard, "main", lambda arguments: calls.append(arguments) or 7)
     here = dataclasses.replace(reports.report(), machine=machine.describe("cpu"))
-    there = dataclasses.replace(here, machine=here.machine | {"threads": 1000})
+    there = dataclasses.replace(here, machine=here.machine | {"name": "another"})
     return tmp_path, calls, here, there
 
 
@@ -32,11 +32,15 @@ def test_the_results_of_such_a_machine_are_held_against(results, capsys):
     assert not calls
     assert "nothing to hold against" in capsys.readouterr().err
     here.write(folder / "a.json")
+    here.write(folder / "c.json")
     assert guard.guard([]) == 7
-    assert guard.guard(["group_norm", "--json", "now.json"]) == 7
+    assert guard.guard(["--json", "now.json", "group_norm"]) == 7
     whole, named = calls
     assert whole[1 : 1 + len(suite.OPS)] == list(suite.OPS)
-    assert named[:2] == ["bench", "group_norm"]
+    assert not set(suite.OPS) & set(named[:-1])
+    assert named[-1] == "group_norm"
     for call in calls:
-        assert call[call.index("--compare") + 1] == str(folder / "a.json")
+        assert call[call.index("--threads") + 1] == str(here.machine["threads"])
+        against = [call[i + 1] for i, option in enumerate(call) if option == "--compare"]
+        assert against == [str(folder / "a.json"), str(folder / "c.json")]
         assert "--no-compile" in call

@@ -59,7 +59,7 @@ def test_it_says_what_it_shows(tmp_path, drawn):
     picture.save(reports.report(), tmp_path / "picture.png")
     told = "\n".join(drawn)
     for words in (
-        "AMD EPYC 9575F, 2 threads", "v0.1.0-84-ga349dde", "2026-11-21", "eager", "torch.compile",
+        "AMD EPYC 9575F, 2 threads", "v0.1.0-84-ga349dde", "2026-11-21", "eager", "best of torch.compile",
         "group norm, forward", "0.82, gencore slower", "14.3", "52.0", "1×", "10×",
     ):  # fmt: skip
         assert words in told

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from gencore.bench import limits, run
 from gencore.bench.results import Limits, read
+from gencore.cli import bench as command
 from gencore.cli import main
 
 TABLE = {
@@ -70,7 +74,11 @@ def slower(report, factor):
         return dataclasses.replace(one, ratio=factor * one.ratio, ratio_interval=(factor * low, factor * high))
 
     results = [
-        dataclasses.replace(result, candidates=tuple(candidate(one) for one in result.candidates))
+        dataclasses.replace(
+            result,
+            candidates=tuple(candidate(one) for one in result.candidates),
+            floor_seconds=factor * result.floor_seconds,
+        )
         for result in report.results
     ]
     return dataclasses.replace(report, results=tuple(results))
@@ -99,7 +107,7 @@ def test_a_loss_gives_exit_code_1_and_a_table(table, tmp_path, capsys):
         (["--shapes", "nothing-such"], "--shapes must be timed, all, "),
         (["--compare", "missing.json"], "missing.json"),
         (["--threads", "0"], "threads"),
-        (["--json", "."], "is a folder"),
+        (["--json", "."], "it is a folder"),
         (["--shapes", "mnist-vae", "group_norm"], "nothing is left to run"),
     ],
 )
@@ -119,24 +127,87 @@ def test_a_damaged_file_is_refused(tmp_path, capsys):
     assert "colour" in capsys.readouterr().err
 
 
-def test_reports_with_nothing_in_common_are_no_success(table, tmp_path, capsys):
+def test_a_report_with_no_case_of_the_run_is_refused_before_it(table, tmp_path, capsys, monkeypatch):
     path = tmp_path / "old.json"
     assert bench(table, "uniform", "--json", path) == 0
+    monkeypatch.setattr(run, "run", lambda *args: pytest.fail("something was measured"))
     assert bench(table, "normal", "--compare", path) == 2
-    assert "no case and peer in common" in capsys.readouterr().err
+    assert "none of the cases" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_writes_what_is_there(table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_what_cannot_be_written_is_refused_before_the_run(option, table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda *args: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "report"):
+        assert bench(table, "normal", option, path) == 2
+        assert f"{option}: {path} cannot be written" in capsys.readouterr().err
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch):
+    """``interrupted_at(n)``: the n-th task that is run, counted from 1, meets Control-C."""
+
+    def at(number):
+        calls = []
+        result_of = run._Runner.result
+
+        def interrupted(self, task):
+            calls.append(task)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return result_of(self, task)
+
+        monkeypatch.setattr(run._Runner, "result", interrupted)
+
+    return at
+
+
+def test_an_interrupted_run_writes_what_is_there(table, tmp_path, interrupted_at, capsys):
+    path, page = tmp_path / "report.json", tmp_path / "page.html"
+    interrupted_at(2)
+    assert bench(table, "normal", "uniform", "--json", path, "--html", page) == 130
+    told = read(path)
+    assert [result.op for result in told.results] == ["normal"]
+    assert not told.settings["complete"]
+    assert page.exists()
+    assert "interrupted after 1 of 2" in capsys.readouterr().out
+
+
+def test_a_run_interrupted_before_its_first_result_leaves_the_old_report(table, tmp_path, interrupted_at):
     path = tmp_path / "report.json"
-    calls = []
-    result_of = run._Runner.result
+    assert bench(table, "normal", "--json", path) == 0
+    before = path.read_bytes()
+    interrupted_at(1)
+    assert bench(table, "normal", "--json", path) == 130
+    assert path.read_bytes() == before
 
-    def interrupted(self, task):
-        calls.append(task)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return result_of(self, task)
 
-    monkeypatch.setattr(run._Runner, "result", interrupted)
-    assert bench(table, "normal", "uniform", "--json", path) == 130
+def test_the_report_is_written_before_what_lost_is_measured_again(table, tmp_path, monkeypatch):
+    path, old = tmp_path / "now.json", tmp_path / "old.json"
+    assert bench(table, "uniform", "--json", old) == 0
+    slower(read(old), 1e6).write(old)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_compared", interrupted)
+    assert bench(table, "uniform", "--json", path, "--compare", old) == 130
+    assert read(path).settings["complete"]
+
+
+def test_nobody_needs_to_read_what_is_printed(table, tmp_path):
+    """``gencore bench | true``, and an output that has no micro sign."""
+    path = tmp_path / "report.json"
+    program = "import sys; from gencore.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["bench", "uniform", "--quick", "--device", "cpu", "--shapes", table, "--json", str(path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+    )
+    process.stdout.close()
+    _, errors = process.communicate()
+    assert b"Traceback" not in errors
     assert len(read(path).results) == 1
