@@ -17,6 +17,7 @@ from gencore.bench.results import OURS, Interval, Report, Result, positive
 MARGIN = 0.15
 # Among the peers, the limits of the machine, which are measured in the same run too.
 FLOOR = "the floor"
+_STEADY = 1.3
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,16 @@ def _changes(now: Result, before: Sequence[Result]) -> tuple[Change, ...]:
         if positive(peer.ratio) and older:
             found.append(_change(now, peer.name, (peer.ratio, peer.bounds), older))
     floors = [known for result in before if (known := _of_the_floor(result))]
-    if found and floors and (known := _of_the_floor(now)):
+    if found and floors and (known := _of_the_floor(now)) and _is_steady(now, before):
         found.append(_change(now, FLOOR, known, floors))
     return tuple(found)
+
+
+def _is_steady(now: Result, before: Sequence[Result]) -> bool:
+    """Whether the floor itself is what it was, as on a busy machine it is not, where it would hide a loss."""
+    older = [result.floor_seconds for result in before if positive(result.floor_seconds)]
+    floor = now.floor_seconds
+    return positive(floor) and min(older) / _STEADY <= floor <= max(older) * _STEADY
 
 
 Known = tuple[float, Interval]

@@ -46,21 +46,33 @@ def test_a_peer_that_became_faster_is_no_loss_of_ours():
     assert lost({"a": (1.0, 0.05), "b": (1.5, 0.05)}, before)
 
 
+def with_floor(ratio, seconds, floor=0.5):
+    """Ours takes ``seconds``, and a peer ``ratio`` times as long."""
+    ours = dataclasses.replace(result_of({}).ours, seconds=seconds, interval=(seconds, seconds))
+    made = result_of({"a": (ratio, 0.05)}, floor_seconds=floor)
+    return report_of(dataclasses.replace(made, candidates=(ours, *made.peers)))
+
+
 def test_what_is_as_near_to_the_floor_as_before_has_not_lost():
     """A peer may take half the time in the next process, where its threads wake up in another way."""
-    before = report_of(result_of({"a": (2.0, 0.05)}, floor_seconds=0.5))
-    for floor, is_lost in ((0.5, False), (0.3, True)):
-        found = compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=floor)), before)
+    for seconds, is_lost in ((1.0, False), (1.5, True)):
+        found = compare.compare(with_floor(1.0, seconds), with_floor(2.0, 1.0))
         assert bool(found.lost()) == is_lost
         ((_, change),) = found.changes.values()
-        assert (change.peer, change.before, change.now) == (compare.FLOOR, 0.5, floor)
-    assert not compare.compare(report_of(result_of({}, floor_seconds=0.1)), before).changes
+        assert (change.peer, change.before, change.now) == (compare.FLOOR, 0.5, 0.5 / seconds)
+    without_peers = report_of(result_of({}, floor_seconds=0.1))
+    assert not compare.compare(without_peers, with_floor(2.0, 1.0)).changes
 
 
-def test_an_uncertain_floor_counts_too():
-    older = [report_of(result_of({"a": (2.0, 0.05)}, floor_seconds=floor)) for floor in (0.5, 0.2)]
-    assert not compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=0.3)), *older).lost()
-    assert compare.compare(report_of(result_of({"a": (1.0, 0.05)}, floor_seconds=0.1)), *older).lost()
+def test_of_several_older_floors_the_nearest_counts():
+    older = with_floor(2.0, 1.0), with_floor(2.0, 2.0)
+    assert not compare.compare(with_floor(1.0, 1.5), *older).lost()
+    assert compare.compare(with_floor(1.0, 4.0), *older).lost()
+
+
+def test_a_floor_that_moved_hides_no_loss():
+    """On a busy machine a copy may take ten times as long as it did."""
+    assert compare.compare(with_floor(1.0, 2.0, floor=5.0), with_floor(2.0, 1.0)).lost()
 
 
 def test_a_peer_that_wavers_hides_nothing():
