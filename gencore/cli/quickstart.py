@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.nn import functional as F
 
-from gencore import data, diffusion, metrics, ops, plugins
-from gencore.bench.measure import Candidate, Timing, interleave
+from gencore import data, metrics, plugins
+from gencore.bench import run as benchmark
+from gencore.bench import suite, text
+from gencore.bench.results import Report
 from gencore.cli import pictures
 from gencore.cli.common import UserError, chosen_images, folder_or_file
 from gencore.cli.edit import edit_picture, known_pixels
@@ -29,6 +30,14 @@ from gencore.noise import Key
 from gencore.train import TrainConfig, Trainer
 from gencore.train.log import read_metrics
 
+_TIMED = (
+    ("normal", "forward into a given tensor"),
+    ("reparameterize", "forward"),
+    ("reparameterize", "forward and backward"),
+    ("add_noise", "forward"),
+    ("diffusion_step", "DDPM step"),
+    ("group_norm", "forward"),
+)
 # What these small digits need; the models' own defaults are made for larger images.
 _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vae": ({}, {"steps": 3000, "schedule": "cosine", "ema": 0.99}),
@@ -132,51 +141,12 @@ def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
     return trainer
 
 
-def _timings() -> dict[str, tuple[Timing, Timing]]:
-    """Each op in turn with what PyTorch offers."""
-    shape = (64, 4, 64, 64)
-    mu, logvar, grad = torch.randn(shape), torch.randn(shape), torch.randn(shape)
-    noise, key = torch.empty(shape), Key(0)
-    with_grad = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-    x = torch.randn(4, 320, 64, 64)
-    schedule = diffusion.linear()
-    images, output = torch.randn(2, 64, 3, 64, 64).unbind()
-    t = torch.arange(64) * 15
-    levels = torch.stack((schedule.alpha, schedule.sigma), 1).float()
-    row = diffusion.ddpm(schedule, clip=1.0).rows[500]
-
-    def noised() -> torch.Tensor:
-        alpha, sigma = levels[t].reshape(-1, 2, 1, 1, 1).unbind(1)
-        return alpha * images + sigma * torch.randn_like(images)
-
-    column = dict(zip(ops.STEP_COLUMNS, row.tolist(), strict=True))
-
-    def stepped() -> torch.Tensor:
-        x0 = (column["predict_x"] * images + column["predict_output"] * output).clamp(-1, 1)
-        return column["x"] * images + column["x0"] * x0 + column["noise"] * torch.randn_like(images)
-
-    def sample(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-        return mu + torch.exp(logvar / 2) * torch.randn_like(mu)
-
-    pairs: dict[str, tuple[Candidate, Candidate]] = {
-        "normal, (64,4,64,64)": (
-            lambda: ops.normal(shape, key, out=noise),
-            lambda: torch.randn(shape, out=noise),
-        ),
-        "reparameterize": (lambda: ops.reparameterize(mu, logvar, key), lambda: sample(mu, logvar)),
-        "reparameterize and backward": (
-            lambda: torch.autograd.grad(ops.reparameterize(*with_grad, key), with_grad, grad),
-            lambda: torch.autograd.grad(sample(*with_grad), with_grad, grad),
-        ),
-        "group_norm, SiLU, (4,320,64,64)": (
-            lambda: ops.group_norm(x, 32, activation="silu"),
-            lambda: F.silu(F.group_norm(x, 32)),
-        ),
-        "add_noise, (64,3,64,64)": (lambda: ops.add_noise(images, t, schedule, key), noised),
-        "diffusion_step, DDPM": (lambda: ops.diffusion_step(images, output, row, key), stepped),
-    }
-    timings = {what: interleave({"ours": ours, "torch": theirs}) for what, (ours, theirs) in pairs.items()}
-    return {what: (timing["ours"], timing["torch"]) for what, timing in timings.items()}
+def _timings() -> Report:
+    """Some ops in turn with what PyTorch offers."""
+    tasks = suite.tasks(tuple(dict.fromkeys(op for op, _ in _TIMED)), quick=True)
+    return benchmark.run(
+        [task for task in tasks if (task.benchmark.op, task.benchmark.name) in _TIMED], "cpu", benchmark.QUICK
+    )
 
 
 def _print_models(results: dict[str, dict[str, Any]]) -> None:
@@ -210,8 +180,10 @@ def _print_load() -> None:
         print(f"(the machine is busy, load {load:.1f} on {cores} cores: other times will come out on a quiet one)")
 
 
-def _print_timings(timings: dict[str, tuple[Timing, Timing]]) -> None:
-    print(f"\n{'float32':<34}{'gencore':>12}{'PyTorch':>12}{'ratio':>8}")
-    for what, (ours, theirs) in timings.items():
-        ratio = ours.ratio_of(theirs)
-        print(f"{what:<34}{1e3 * ours.median:>9.2f} ms{1e3 * theirs.median:>9.2f} ms{ratio:>7.1f}x")
+def _print_timings(report: Report) -> None:
+    print(f"\n{'float32; gencore bench has more':<58}{'gencore':>10}{'PyTorch':>10}{'ratio':>8}")
+    for result in report.results:
+        what = f"{result.op}, {result.benchmark}, {result.case}"
+        eager = next(peer for peer in result.peers if peer.name == "eager")
+        times = f"{text.seconds(result.ours.seconds):>10}{text.seconds(eager.seconds):>10}"
+        print(f"{what:<58}{times}{text.times(eager.ratio):>7}x")
