@@ -110,32 +110,49 @@ class Config:
 
     @classmethod
     def from_strings(
-        cls: type[ConfigType], settings: Mapping[str, str], base: Mapping[str, Any] | None = None
+        cls: type[ConfigType],
+        settings: Mapping[str, str],
+        base: Mapping[str, Any] | None = None,
+        *,
+        prefix: str = "",
+        known: Iterable[str] | None = None,
     ) -> ConfigType:
         """A configuration from ``key=value`` settings of a command line, on top of ``base`` (as in :meth:`to_dict`).
 
         Values are read by the field's type: ``3``, ``1e-3``, ``true``, ``none``, ``256,256``. Dots name nested fields:
         ``optimizer.lr``.
 
+        Args:
+            prefix: what every name begins with in the faults, such as ``train.``.
+            known: the names, with their prefix, that an unknown one may have been meant as; by default those of this
+                configuration.
+
         Raises:
             ConfigError: with every fault, of the settings and of ``base``.
         """
         values = _merged(base or {}, {})
         faults: list[str] = []
+        known = [prefix + name for name in cls.offered()] if known is None else list(known)
         for name, text in settings.items():
-            _set_from_text(cls, values, name, text, faults)
+            _set_from_text(cls, values, name, text, prefix, known, faults)
         unread = {fault.split(":", 1)[0] for fault in faults}
         try:
             config = cls.from_dict(values)
         except ConfigError as error:
             faults += [fault for fault in error.faults if fault.split(":", 1)[0] not in unread]
         if faults:
-            raise ConfigError(cls.__name__, faults)
+            raise ConfigError(cls.__name__, [prefix + fault for fault in faults])
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers, strings and None, as JSON can hold them; ``from_dict`` gives an equal object."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def offered(cls) -> list[str]:
+        """The dotted name of every setting, those aside that are not offered."""
+        hidden = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("offered", True)}
+        return [setting.name for setting in cls.describe() if setting.name not in hidden]
 
     @classmethod
     def describe(cls) -> list[Setting]:
@@ -268,23 +285,43 @@ def close_names(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _no_setting(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a setting's name, with the ones that it may have been meant as.
+
+    >>> _no_setting("learning_rate", ["steps", "optimizer.lr"])
+    'is not a setting; did you mean optimizer.lr?'
+    """
     known = list(known)
-    close = close_names(name, known)
+    close = _meant_names(name, known)
     if close:
         return f"is not a setting; did you mean {' or '.join(close)}?"
     return f"is not a setting; there are {', '.join(known) or 'none'}"
 
 
-def _set_from_text(cls: type[Config], values: dict[str, Any], name: str, text: str, faults: list[str]) -> None:
+def _meant_names(name: str, known: list[str]) -> list[str]:
+    """The settings, three at most, that ``name`` may have been meant as: in its own group first, then in others."""
+    group, _, leaf = name.rpartition(".")
+    leaf = _SYNONYMS.get(leaf.casefold(), leaf)
+    pools = [[other for other in known if other.rpartition(".")[0] == group], known]
+    for match in (lambda leaves: [leaf] if leaf in leaves else [], lambda leaves: close_names(leaf, leaves)):
+        for pool in pools:
+            leaves: dict[str, list[str]] = {}
+            for other in pool:
+                leaves.setdefault(other.rpartition(".")[2], []).append(other)
+            if found := [other for close in match(leaves) for other in leaves[close]]:
+                return found[:3]
+    return []
+
+
+def _set_from_text(
+    cls: type[Config], values: dict[str, Any], name: str, text: str, prefix: str, known: list[str], faults: list[str]
+) -> None:
     """Puts the value that ``text`` spells into the nested dict ``values``, under the dotted ``name``."""
     target, owner = values, cls
     *parents, last = name.split(".")
     for depth, part in enumerate([*parents, last]):
         annotation = typing.get_type_hints(owner).get(part)
-        fields = dataclasses.fields(owner)
-        if part not in (f.name for f in fields):
-            offered = [f.name for f in fields if f.metadata.get("offered", True)]
-            faults.append(f"{name}: {_no_setting(part, offered)}")
+        if part not in (f.name for f in dataclasses.fields(owner)):
+            faults.append(f"{name}: {_no_setting(prefix + name, known)}")
             return
         inner = _without_none(annotation)
         if depth == len(parents):
@@ -307,6 +344,8 @@ def _set_from_text(cls: type[Config], values: dict[str, Any], name: str, text: s
             return
 
 
+# What other libraries call a setting.
+_SYNONYMS = {"learning_rate": "lr", "batchsize": "batch_size", "num_epochs": "epochs", "num_steps": "steps"}
 _NONE = ("none", "null")
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

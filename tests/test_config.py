@@ -185,7 +185,7 @@ def test_from_strings_reports_every_fault():
         "bias: must be true or false, was 'maybe'",
         "network: must be one of 'mlp', 'conv', was 'rnn'",
         "optimizer: is a group of settings, set one of optimizer.lr, optimizer.betas, optimizer.clip",
-        "optimizer.beta: is not a setting; did you mean betas?",
+        "optimizer.beta: is not a setting; did you mean optimizer.betas?",
         "note.x: note is no group of settings",
         "latent: is not a setting; did you mean latent_size?",
         "optimizer.lr: must be > 0, was -1.0",
