@@ -14,9 +14,10 @@ names it, its package and the cause, when it is asked for; it never stands in th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,6 +96,7 @@ def build_model(plugin: ModelPlugin, config: ModelConfig) -> GenerativeModel:
         raise broken("model", plugin.name, reason(error)) from error
     if fault:
         raise broken("model", plugin.name, fault) from TypeError(fault)
+    model.plugin = plugin.name
     return model
 
 
@@ -103,6 +105,24 @@ def broken(kind: Kind, name: str, what: str) -> PluginError:
     found = [str(entry) for entry, _ in _entry_points(kind) if entry.name == name]
     plugin = found[0] if len(found) == 1 else f"{_WORDS[kind]} plugin {name!r}"
     return PluginError(f"{plugin} is broken: {what}")
+
+
+@contextlib.contextmanager
+def blamed(name: str, what: str, *allowed: type[Exception]) -> Iterator[None]:
+    """Turns an error in the body into one that names the model plugin ``name``, its package, and ``what`` failed.
+
+    What is no fault of the plugin's stays what it is: a wrong configuration, a value that is not finite, short memory.
+    So does what is ``allowed``, and any error of a model that no plugin built, whose ``name`` is empty.
+
+    Raises:
+        PluginError: from the error, which keeps its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not name or isinstance(error, (PluginError, ConfigError, FloatingPointError, MemoryError, *allowed)):
+            raise
+        raise broken("model", name, f"{what}: {reason(error)}") from error
 
 
 def status(entry: Entry) -> str:

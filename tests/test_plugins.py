@@ -222,7 +222,8 @@ def test_trainer_and_checkpoints_name_a_plugin_that_cannot_build(install, tmp_pa
     message = r"model plugin 'bad' .* of package zoo 1\.0 is broken: build must return"
     with pytest.raises(PluginError, match=message):
         Trainer(plugin, plugin.config(), digits, TrainConfig(), tmp_path, data_name="digits", device="cpu")
-    run = Run("bad", plugin.config().to_dict(), "digits", len(digits), TrainConfig().to_dict())
+    train = TrainConfig().to_dict()
+    run = Run("bad", plugin.config().to_dict(), "digits", {}, len(digits), [], digits.fingerprint, train)
     with pytest.raises(PluginError, match=message):
         restore_model(Checkpoint(tmp_path, run, 1, {}, {}))
 

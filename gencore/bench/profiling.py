@@ -220,6 +220,14 @@ class _Marked:
     def __init__(self, data: ImageSource):
         self.data = data
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.data.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        return self.data.fingerprint
+
     def __len__(self) -> int:
         return len(self.data)
 

@@ -5,7 +5,10 @@ What the user can get wrong is said on stderr, one line per fault and no traceba
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 _TRAIN_EXTRA = ("accelerate", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "tqdm", "typer")
@@ -14,8 +17,13 @@ _TRAIN_EXTRA = ("accelerate", "jinja2", "matplotlib", "PIL", "rich", "safetensor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in ``arguments`` (default: the process's) and returns its exit code.
 
-    0: done; 2: a mistake of the user or a refusal of the system, said on stderr; 130: interrupted.
+    0: done; 2: a mistake of the user or a refusal of the system, said on stderr; 130: interrupted (143 by SIGTERM, 129
+    by SIGHUP).
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever a terminal can show, or a file name holds, a message is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_approximated.__name__)
     try:
         from gencore.cli.app import run
 
@@ -26,3 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"gencore: this needs {missing}, which is not installed: pip install 'gencore[train]'", file=sys.stderr)
         return 2
+
+
+_SUBSTITUTES = {"±": "+/-", "×": "x", "–": "-", "—": "-", "…": "...", "≥": ">=", "≤": "<="}
+
+
+def _approximated(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What is written for a character that an encoding lacks: the bytes of a file name as they are, ``e`` for ``é``."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return character.encode("ascii", "surrogateescape"), error.start + 1
+    plain = _SUBSTITUTES.get(character) or unicodedata.normalize("NFKD", character)
+    return plain.encode("ascii", "ignore").decode() or "?", error.start + 1
+
+
+codecs.register_error(_approximated.__name__, _approximated)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.plugins import PluginError
 from gencore.train import CheckpointError, NotEnoughMemoryError, TrainingError
+from gencore.train.interruption import exit_code, raised_signals
 from gencore.train.memory import enough_memory
 
 # No rich panels: an error is one line, in a terminal and in a log.
@@ -24,10 +27,33 @@ app = typer.Typer(
     name="gencore",
     help="Train, sample and measure image generators.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+# Whether a fault is shown with the calls that led to it; set anew by every run.
+_traceback = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gencore {metadata.version('gencore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error too, such as one of a plugin's.")
+    ] = False,
+) -> None:
+    global _traceback
+    _traceback = show_traceback
+
+
 app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("sample")(sample.command)
@@ -58,11 +84,16 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every fault that is the user's or the system's becomes a line on stderr and exit code 2."""
+    global _traceback
+    _traceback = False
     try:
-        with enough_memory("this command"):
+        with raised_signals() as raised, enough_memory("this command"):
             code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)
-    except KeyboardInterrupt:
-        code = 130
+            if (number := raised()) is not None:
+                # Typer says 130 of every interruption.
+                code = 128 + number
+    except KeyboardInterrupt as interrupt:
+        code = exit_code(interrupt)
     except typer.Abort:
         code = 130
     except BrokenPipeError:
@@ -88,6 +119,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(*faults: str) -> int:
+    if _traceback:
+        traceback.print_exc()
     for fault in faults:
         # One fault is one line, whatever a file name or a foreign message brings along.
         print(f"gencore: {' '.join(fault.split())}", file=sys.stderr)

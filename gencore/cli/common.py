@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
-from gencore import data, ops
-from gencore.data import ImageDataset, Split
+from gencore import data, ops, plugins
+from gencore.config import Config, ConfigError, close_names
+from gencore.data import DataError, ImageDataset, Split
+from gencore.files import is_output_stream
 from gencore.models.base import GenerativeModel, ModelConfig
 from gencore.noise import Key
-from gencore.train.checkpoint import Checkpoint, read, restore_model
+from gencore.train.checkpoint import Checkpoint, Run, read, restore_model
 from gencore.train.trainer import choose_device
 
 
@@ -29,6 +32,9 @@ def folder_or_file(text: str | Path) -> Path:
         raise typer.BadParameter("must not be empty")
     return Path(text)
 
+
+# What is learned where nothing is named.
+DEFAULT_DATA = "digits"
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 RunFolder = Annotated[
@@ -56,7 +62,8 @@ SamplingSettings = Annotated[
     ),
 ]
 Labels = Annotated[
-    str | None, typer.Option(metavar="0,1,...", help="Classes to sample, in turns, for a model with classes.")
+    str | None,
+    typer.Option(metavar="NAME,...", help="Classes to sample, in turns, by name or number, for a model with classes."),
 ]
 
 
@@ -98,6 +105,11 @@ def load(directory: Path, ema: bool | None, device: DeviceName, settings: list[s
     return Loaded(model, checkpoint, directory)
 
 
+def report(path: Path, text: str) -> None:
+    """Prints what was written where; on stderr if ``path`` is stdout itself."""
+    print(f"{path}: {text}", file=sys.stderr if is_output_stream(path, 1) else sys.stdout)
+
+
 def set_sampling(model: GenerativeModel, name: str, settings: list[str]) -> None:
     """Replaces what ``settings``, each name=value, name of the way in which the model samples."""
     if not settings:
@@ -114,13 +126,6 @@ def check_guidance(settings: list[str] | None, labels: str | None) -> None:
             raise UserError(f"--set {name}: guides to classes, and has no effect without --labels")
 
 
-def check_finite(images: Tensor, what: str) -> None:
-    """Refuses images that are none, for a model that does not notice by itself."""
-    broken = int((~images.isfinite()).flatten(1).any(1).sum())
-    if broken:
-        raise UserError(f"{broken} of {len(images)} {what} are not finite, and no picture is written")
-
-
 def chosen_classes(text: str, n: int, loaded: Loaded) -> Tensor:
     """The classes of ``--labels``, in turns, (n,)."""
     num_classes = loaded.config.num_classes
@@ -128,27 +133,102 @@ def chosen_classes(text: str, n: int, loaded: Loaded) -> Tensor:
         raise UserError(f"--labels: model {loaded.checkpoint.run.model} samples without classes")
     if num_classes == 0:
         raise UserError("--labels: the model was trained on images without classes")
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--labels takes classes such as 0,1,2, got {text!r}") from None
-    if not all(0 <= label < num_classes for label in classes):
-        raise UserError(f"--labels must be from 0 to {num_classes - 1}, got {text}")
+    names = loaded.checkpoint.run.class_names
+    classes = [_class_of(part.strip(), names, num_classes) for part in text.split(",")]
     return torch.tensor(classes).repeat(-(-n // len(classes)))[:n]
 
 
-def load_images(loaded: Loaded, name: str | None, split: Split) -> ImageDataset:
-    """The images that the model was trained on, or others of the same shape."""
-    images = data.load(loaded.checkpoint.run.data if name is None else name, split)
+def _class_of(text: str, names: list[str], num_classes: int) -> int:
+    """The class that ``text`` names, or numbers if no class has that name."""
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < num_classes:
+        return int(text)
+    close = [] if text.isdecimal() else close_names(text, names)
+    hint = f"; did you mean {' or '.join(close)}?" if close else f"; the classes are {shortened(names)}"
+    raise UserError(f"--labels takes names of classes, or numbers from 0 to {num_classes - 1}, got {text!r}{hint}")
+
+
+def shortened(names: Iterable[str], most: int = 20) -> str:
+    """The names with commas between, of many the first ones and their number."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def load_images(loaded: Loaded, name: str | None, split: Split, settings: dict[str, str] | None = None) -> ImageDataset:
+    """The images that the model was trained on, or others of the same shape.
+
+    The settings of the data set are those of the training where it is of the same kind, with ``settings`` changed.
+    """
+    run = loaded.checkpoint.run
+    images = read_images(run.data if name is None else name, split, data_settings(run, name, settings or {}))
     if images.image_shape != loaded.config.image_shape:
         ours, theirs = ("x".join(map(str, shape)) for shape in (loaded.config.image_shape, images.image_shape))
         raise UserError(f"the model makes images of {ours}, data set {images.name} has images of {theirs}")
     return images
 
 
-def chosen_images(images: ImageDataset, n: int, seed: int) -> Tensor:
-    """``n`` of the images, chosen by the seed."""
-    if n > len(images):
+def read_images(name: str, split: Split, settings: dict[str, Any]) -> ImageDataset:
+    """A data set; what it has to say of its files is shown."""
+    try:
+        images = data.load(name, split, settings)
+    except DataError as error:
+        path = name.partition(":")[2]
+        if path and not Path(path).exists():
+            raise DataError(f"{error}; if the images were moved, --data names their place") from error
+        raise
+    for note in images.notes:
+        print(f"gencore: {note}", file=sys.stderr)
+    return images
+
+
+def data_settings(saved: Run | None, name: str | None, settings: dict[str, str]) -> dict[str, Any]:
+    """The settings of the data set ``name`` (default: that of the run), as ``--set data.NAME=VALUE`` changes them.
+
+    They begin with those of the run, if the data set is of the same kind.
+
+    Raises:
+        ConfigError: with every fault, named as on the command line.
+    """
+    spec = name or (saved.data if saved else DEFAULT_DATA)
+    same = saved is not None and spec.partition(":")[0] == saved.data.partition(":")[0]
+    kind = data.settings_type(spec)
+    if kind is None:
+        faults = [f"data.{key}: data set {spec.partition(':')[0]} has no settings" for key in settings]
+    else:
+        faults = []
+        found = collect(kind, settings, saved.data_settings if saved and same else {}, "data.", faults)
+    if faults:
+        raise ConfigError("data", faults)
+    return {} if kind is None else found.to_dict()
+
+
+def collect(
+    config: type[Config],
+    settings: dict[str, str],
+    base: Any,
+    prefix: str,
+    faults: list[str],
+    known: Iterable[str] | None = None,
+) -> Any:
+    """The configuration; its faults go to ``faults``, so that those of model, trainer and data are told together.
+
+    Args:
+        prefix: what the settings' names begin with on the command line.
+        known: all names of the command line that one may have been meant as.
+    """
+    known = [prefix + name for name in config.offered()] if known is None else known
+    try:
+        return config.from_strings(settings, base, prefix=prefix, known=known)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+
+
+def chosen_images(images: ImageDataset, n: int, seed: int, *, at_most: bool = False) -> Tensor:
+    """``n`` of the images, chosen by the seed; with ``at_most``, all if there are less."""
+    if n > len(images) and not at_most:
         raise UserError(f"data set {images.name} has only {len(images)} {images.split} images, asked for are {n}")
     return first_in_random_order(images, n, Key(seed))
 
@@ -157,6 +237,11 @@ def first_in_random_order(images: ImageDataset, n: int, key: Key) -> Tensor:
     """``n`` of the images, or all if there are less, in an order that the key decides."""
     order = ops.uniform((len(images), 1), key)[:, 0].argsort(stable=True)
     return images.batch(order[:n]).images
+
+
+def model_names() -> list[str]:
+    """The names of all model plugins."""
+    return [entry.name for entry in plugins.list_models()]
 
 
 def absolute_data_name(name: str) -> str:
@@ -170,6 +255,7 @@ def pairs(settings: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
+        name = name.strip()
         if not equals or not name:
             raise UserError(f"--set takes name=value, got {setting!r}")
         if name in found:
@@ -178,11 +264,27 @@ def pairs(settings: list[str]) -> dict[str, str]:
     return found
 
 
-def parsed_settings(settings: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """``--set`` options apart: those of the model, and those of the trainer (``train.``, without that prefix)."""
-    model: dict[str, str] = {}
-    train: dict[str, str] = {}
+class Settings(NamedTuple):
+    """``--set`` options apart, those of the trainer (``train.``) and of the data set (``data.``) without prefix."""
+
+    model: dict[str, str]
+    train: dict[str, str]
+    data: dict[str, str]
+
+
+def apart(settings: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """``--set`` options of a trained model apart: those of how it samples, and those of the data set (``data.``)."""
+    of_data = parsed_settings(settings or []).data
+    return [setting for setting in settings or [] if not setting.strip().startswith("data.")], of_data
+
+
+def parsed_settings(settings: list[str]) -> Settings:
+    """The ``--set`` options by what they set."""
+    parsed = Settings({}, {}, {})
     for name, value in pairs(settings).items():
-        target, key = (train, name.removeprefix("train.")) if name.startswith("train.") else (model, name)
-        target[key] = value
-    return model, train
+        group, dot, key = name.partition(".")
+        if dot and group in ("train", "data"):
+            getattr(parsed, group)[key] = value
+        else:
+            parsed.model[name] = value
+    return parsed

@@ -10,6 +10,7 @@ import typer
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from gencore import plugins
 from gencore.cli import pictures
 from gencore.cli.common import (
     BatchSize,
@@ -21,19 +22,21 @@ from gencore.cli.common import (
     Seed,
     UseEma,
     UserError,
-    check_finite,
+    apart,
     check_guidance,
     chosen_classes,
     chosen_images,
     load,
     load_images,
     picture_file,
+    report,
 )
 from gencore.models.base import Edits, GenerativeModel
 from gencore.noise import Key
 
 MASKS = ("center", "left", "right", "top", "bottom", "border")
 _HIDDEN_GRAY = 0.5
+_IMAGES = 8
 # Folded into the seed, so that fills share no noise with what is measured or sampled of the same seed.
 _FILLS = int.from_bytes(b"fills", "big")
 
@@ -47,7 +50,9 @@ def command(
             help="What is hidden; border leaves the middle half. A file hides what is white in it.",
         ),
     ] = "center",
-    n: Annotated[int, typer.Option("-n", min=1, max=64, help="How many test images.")] = 8,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, max=64, help=f"How many test images.  [default: {_IMAGES}, or all]")
+    ] = None,
     fills: Annotated[int, typer.Option(min=1, max=64, help="How many times each is filled in.")] = 3,
     labels: Labels = None,
     settings: SamplingSettings = None,
@@ -62,16 +67,17 @@ def command(
 ) -> None:
     """Draw test images, the same with a part hidden, and what the model fills in there; the rest stays as it is."""
     check_guidance(settings, labels)
-    loaded = load(directory, ema, device, settings)
+    sampling, of_data = apart(settings)
+    loaded = load(directory, ema, device, sampling)
     if not isinstance(loaded.model, Edits):
         raise UserError(f"model {loaded.checkpoint.run.model} cannot edit images")
     known = known_pixels(mask, loaded.config.image_shape)
-    classes = None if labels is None else chosen_classes(labels, n, loaded)
-    images = chosen_images(load_images(loaded, data_name, "test"), n, seed)
+    images = chosen_images(load_images(loaded, data_name, "test", of_data), n or _IMAGES, seed, at_most=n is None)
+    classes = None if labels is None else chosen_classes(labels, len(images), loaded)
     loaded.model.check_finite = True
     path = out or loaded.directory / "edits.png"
     pictures.save(edit_picture(loaded.model, images, known, fills, Key(seed), batch_size, classes), path)
-    print(f"{path}: {n} test images with a part filled in {fills} times, {loaded.title}")
+    report(path, f"{len(images)} test images with a part filled in {fills} times, {loaded.title}")
 
 
 def known_pixels(mask: str, shape: tuple[int, int, int]) -> Tensor:
@@ -108,7 +114,7 @@ def edit_picture(
     hidden = torch.where(known.bool(), images, _HIDDEN_GRAY)
     key = key.fold_in(_FILLS)
     filled = [edited(model, images, known, key.fold_in(fill), batch_size, labels) for fill in range(fills)]
-    check_finite(torch.cat(filled), "fills")
+    pictures.check_finite(torch.cat(filled), "fills")
     row_labels = ["image", "known", *["model"] * fills]
     return pictures.grid(torch.cat([images, hidden, *filled]), len(images), row_labels)
 
@@ -123,7 +129,8 @@ def edited(
     for first in range(0, len(images), batch_size):
         some = images[first : first + batch_size].to(model.device)
         chosen = None if labels is None else labels[first : first + batch_size].to(model.device)
-        parts.append(model.edit(some, known.to(model.device), key.samples(first), chosen).cpu())
+        with plugins.blamed(model.plugin, "edit()"):
+            parts.append(model.edit(some, known.to(model.device), key.samples(first), chosen).cpu())
     return torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from gencore import data, metrics
+from gencore import metrics
 from gencore.cli.common import (
     BatchSize,
     DataName,
@@ -23,7 +23,7 @@ from gencore.cli.common import (
     Seed,
     UseEma,
     UserError,
-    absolute_data_name,
+    apart,
     first_in_random_order,
     folder_or_file,
     load,
@@ -33,7 +33,6 @@ from gencore.data import ImageDataset
 from gencore.files import write_atomically
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
 from gencore.noise import Key
-from gencore.plugins import PluginError
 
 # Folded into the key, one number per purpose, so that no two figures share noise.
 _BOUND, _BOUND_K, _CLASSES, _CONDITIONAL, _FLOOR = 1, 2, 3, 4, 5
@@ -57,14 +56,27 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure the likelihood bound on test images and what a classifier says of samples, whichever can be measured."""
-    loaded = load(directory, ema, device, settings)
-    test = load_images(loaded, data_name, "test")
-    differ = _differing_classes(loaded, data_name, test)
+    sampling, of_data = apart(settings)
+    loaded = load(directory, ema, device, sampling)
+    test = load_images(loaded, data_name, "test", of_data)
+    differ = _differing_classes(loaded, test)
     classifier = train = None
     if test.num_classes > 0:
-        train = load_images(loaded, data_name, "train")
+        train = load_images(loaded, data_name, "train", of_data)
         classifier = metrics.train_classifier(train, test, seed=seed)
-    found = measure(loaded.model, test, classifier, Key(seed), num_samples, n, batch_size, limit, train, not differ)
+    found = measure(
+        loaded.model,
+        test,
+        classifier,
+        Key(seed),
+        num_samples,
+        n,
+        batch_size,
+        limit,
+        train,
+        with_classes=not differ,
+        progress=True,
+    )
     if not found:
         raise UserError("nothing to measure: the model has no likelihood bound and the images have no classes")
     run = loaded.checkpoint.run
@@ -86,22 +98,15 @@ def command(
     print(path)
 
 
-def _differing_classes(loaded: Loaded, data_name: str | None, test: ImageDataset) -> str:
+def _differing_classes(loaded: Loaded, test: ImageDataset) -> str:
     """Why the data's classes are not those that the model can be asked for; empty if they are, or nothing is asked."""
-    ours = loaded.config.num_classes
+    run, ours = loaded.checkpoint.run, loaded.config.num_classes
     if not loaded.model.conditional or test.num_classes == 0:
         return ""
     if test.num_classes != ours:
         return f"data set {test.name} has {test.num_classes} classes, the model has {ours}"
-    trained_on = loaded.checkpoint.run.data
-    if data_name is None or absolute_data_name(data_name) == trained_on:
-        return ""
-    try:
-        names = data.load(trained_on, "test").class_names
-    except (data.DataError, PluginError, OSError):
-        # What it was trained on is gone: their number is all that is known.
-        return ""
-    return "" if names == test.class_names else f"data set {test.name} has other classes than {trained_on}"
+    same = list(test.class_names) == run.class_names
+    return "" if same else f"data set {test.name} has other classes than {run.data}"
 
 
 def _finite(value: Any) -> Any:
@@ -122,6 +127,7 @@ def measure(
     limit: int | None = None,
     train: ImageDataset | None = None,
     with_classes: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Everything that can be measured of a model.
 
@@ -136,7 +142,13 @@ def measure(
         for name, purpose, draws in (("bound", _BOUND, 1), ("bound_k", _BOUND_K, num_samples)):
             try:
                 bound = metrics.likelihood_bound(
-                    model, test, key.fold_in(purpose), num_samples=draws, batch_size=batch_size, limit=limit
+                    model,
+                    test,
+                    key.fold_in(purpose),
+                    num_samples=draws,
+                    batch_size=batch_size,
+                    limit=limit,
+                    progress=progress,
                 )
             except ValueError as error:
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
@@ -144,7 +156,7 @@ def measure(
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
     if classifier is not None:
         images = test.batch(torch.arange(len(test))).images
-        samples = metrics.draw_samples(model, key.fold_in(_CLASSES), n=n, batch_size=batch_size)
+        samples = metrics.draw_samples(model, key.fold_in(_CLASSES), n=n, batch_size=batch_size, progress=progress)
         report = metrics.class_report(classifier, samples)
         found["classes"] = {
             **asdict(report),
@@ -156,7 +168,9 @@ def measure(
             found["frechet"] = _frechet(classifier, samples, reference, train, key.fold_in(_FLOOR))
         if model.conditional and with_classes:
             labels = torch.arange(n) % len(classifier.class_names)
-            samples = metrics.draw_samples(model, key.fold_in(_CONDITIONAL), n=n, batch_size=batch_size, labels=labels)
+            samples = metrics.draw_samples(
+                model, key.fold_in(_CONDITIONAL), n=n, batch_size=batch_size, labels=labels, progress=progress
+            )
             found["conditional"] = {
                 "accuracy": metrics.conditional_accuracy(classifier, samples, labels),
                 "confident": metrics.class_report(classifier, samples).confident,

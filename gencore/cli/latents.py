@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from gencore import ops
+from gencore import ops, plugins
 from gencore.cli import pictures
 from gencore.cli.common import (
     DataName,
@@ -23,6 +23,7 @@ from gencore.cli.common import (
     load,
     load_images,
     picture_file,
+    report,
 )
 from gencore.data import ImageDataset
 from gencore.models.base import Autoencodes, GenerativeModel, HasLatents
@@ -34,11 +35,15 @@ Out = Annotated[
 ]
 # How far a traversal goes to each side, in standard deviations of the prior.
 _REACH = 2.5
+# What is drawn where nothing else is asked for, if there are as many images.
+_IMAGES, _PAIRS = 16, 8
 
 
 def reconstruct(
     directory: RunFolder,
-    n: Annotated[int, typer.Option("-n", min=1, max=512, help="How many test images.")] = 16,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, max=512, help=f"How many test images.  [default: {_IMAGES}, or all]")
+    ] = None,
     seed: Seed = 0,
     out: Out = None,
     data_name: DataName = None,
@@ -50,12 +55,14 @@ def reconstruct(
     images = load_images(loaded, data_name, "test")
     path = out or loaded.directory / "reconstructions.png"
     pictures.save(reconstruction_picture(loaded.model, images, n, seed), path)
-    print(f"{path}: test images and their reconstructions, {loaded.title}")
+    report(path, f"test images and their reconstructions, {loaded.title}")
 
 
 def interpolate(
     directory: RunFolder,
-    rows: Annotated[int, typer.Option(min=1, max=64, help="How many pairs of ends.")] = 8,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=64, help=f"How many pairs of ends.  [default: {_PAIRS}, or all]")
+    ] = None,
     columns: Annotated[int, typer.Option(min=2, max=64, help="Images from end to end.")] = 10,
     seed: Seed = 0,
     out: Out = None,
@@ -68,12 +75,14 @@ def interpolate(
     path = out or loaded.directory / "interpolations.png"
     if isinstance(loaded.model, Autoencodes):
         images = load_images(loaded, data_name, "test")
+        rows = min(_PAIRS, max(1, len(images) // 2)) if rows is None else rows
         codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], "test images"
     else:
+        rows = rows or _PAIRS
         codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"
     path_of_codes = torch.cat([spherical(a, b, columns) for a, b in zip(codes[:rows], codes[rows:], strict=True)])
     pictures.save(pictures.grid(_decoded(loaded.model, path_of_codes), columns), path)
-    print(f"{path}: {rows} interpolations between {ends}, {loaded.title}")
+    report(path, f"{rows} interpolations between {ends}, {loaded.title}")
 
 
 def traverse(
@@ -91,12 +100,12 @@ def traverse(
     images = load_images(loaded, data_name, "test") if isinstance(loaded.model, Autoencodes) else None
     path = out or loaded.directory / "traversal.png"
     pictures.save(traversal_picture(loaded.model, images, rows, columns, seed), path)
-    print(f"{path}: dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
+    report(path, f"dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
 
 
-def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int, seed: int) -> Image.Image:
-    """Rows of images, each above the row of their reconstructions."""
-    originals = chosen_images(images, n, seed)
+def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int | None, seed: int) -> Image.Image:
+    """Rows of ``n`` images, each above the row of their reconstructions; with None, some or all."""
+    originals = chosen_images(images, n or _IMAGES, seed, at_most=n is None)
     pairs = torch.stack((originals, _decoded(model, _encoded(model, originals)[0]).cpu()))
     columns = min(len(originals), 8)
     rows = -(-len(originals) // columns)
@@ -162,11 +171,13 @@ def _latent_shape(model: GenerativeModel) -> tuple[int, ...]:
 def _encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(model, Autoencodes):
         raise UserError("this model has no encoder, so it cannot reconstruct images")
-    return model.encode(images.to(model.device))
+    with plugins.blamed(model.plugin, "encode()"):
+        return model.encode(images.to(model.device))
 
 
 @torch.no_grad()
 def _decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
     if not isinstance(model, HasLatents):
         raise UserError("this model has no latent code")
-    return model.decode(codes)
+    with plugins.blamed(model.plugin, "decode()"):
+        return model.decode(codes)

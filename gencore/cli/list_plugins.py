@@ -11,14 +11,23 @@ from gencore.config import Config
 from gencore.train import TrainConfig
 
 
+def _names() -> list[str]:
+    return [entry.name for entry in (*plugins.list_models(), *plugins.list_datasets())]
+
+
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model, to list its settings.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", autocompletion=_names, help="A model or data set, to list its settings."),
+    ] = None,
 ) -> None:
-    """List the models and data sets that are installed, or the settings of a model."""
-    if model is None:
+    """List the models and data sets that are installed, or the settings of one."""
+    if name is None:
         _list_plugins()
+    elif name in {entry.name for entry in plugins.list_datasets()}:
+        _list_data_settings(name)
     else:
-        _list_settings(model)
+        _list_settings(name)
 
 
 def _list_plugins() -> None:
@@ -49,6 +58,15 @@ def _list_settings(name: str) -> None:
     _print_settings(plugin.config, "", hidden=("image_shape", "num_classes"))
     print("\nsettings of the trainer:")
     _print_settings(TrainConfig, "train.", hidden=())
+
+
+def _list_data_settings(name: str) -> None:
+    settings = plugins.load_dataset(name).settings
+    if settings is None:
+        print(f"data set {name} has no settings")
+        return
+    print(f"settings of data set {name}, for --set:")
+    _print_settings(settings, "data.", hidden=())
 
 
 def _print_settings(config: type[Config], prefix: str, hidden: tuple[str, ...]) -> None:

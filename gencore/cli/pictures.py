@@ -11,7 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gencore.cli.common import UserError
 from gencore.files import write_atomically
+
+# Pillow's mode of an image with so many channels, as PNG has them.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 # Images are enlarged to about this many pixels a side: 8x8 digits can be seen, and stay as sharp as they are.
 _CELL = 56
@@ -20,7 +24,10 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_group: int = 1) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1], C of 1 or 3, row by row; small ones enlarged.
+    """Images (N, C, H, W) in [0, 1], row by row; small ones enlarged.
+
+    One channel is gray, three are RGB; a second or a fourth one is opacity, before white. Of more channels, each is a
+    gray image beside the others.
 
     Args:
         columns: images in a row.
@@ -28,11 +35,15 @@ def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_
         rows_per_group: a wider gap follows each group of rows.
 
     Raises:
-        ValueError: another number of channels, or no image.
+        ValueError: no image.
+        UserError: an image that is not finite.
     """
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images must be (N, 1 or 3, H, W) with N >= 1 to be drawn, got {tuple(images.shape)}")
-    pixels = (images.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    if images.dim() != 4 or images.numel() == 0:
+        raise ValueError(f"images must be (N, C, H, W) and not empty to be drawn, got {tuple(images.shape)}")
+    check_finite(images, "images")
+    if images.shape[1] not in MODES:
+        images = images.transpose(1, 2).flatten(2).unsqueeze(1)
+    cells = pixels(images)
     scale = max(1, round(_CELL / max(images.shape[2:])))
     height, width = images.shape[2] * scale, images.shape[3] * scale
     rows = -(-len(images) // columns)
@@ -44,16 +55,34 @@ def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_
     )
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(pixels):
+    for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
         x = _MARGIN + label_width + column * (width + _GAP)
         y = _MARGIN + row * (height + _GAP) + (row // rows_per_group * _GAP * 2 if rows_per_group > 1 else 0)
         if column == 0 and row < len(row_labels):
             draw.text((_MARGIN, y + height // 2), row_labels[row], _INK, _font(), anchor="lm")
-        array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
         # Smoothly: the eye reads a digit of eight pixels better when it does not see the pixels.
-        canvas.paste(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        drawn = picture(cell).resize((width, height), Image.Resampling.BICUBIC)
+        canvas.paste(drawn, (x, y), mask=drawn.getchannel("A") if drawn.mode in ("LA", "RGBA") else None)
     return canvas
+
+
+def check_finite(images: Tensor, what: str) -> None:
+    """Refuses images that hold a NaN or an infinity, as those of a model that has broken down."""
+    broken = int((~images.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise UserError(f"{broken} of {len(images)} {what} are not finite, and no picture is written")
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] as uint8 on the CPU."""
+    return (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """A picture of uint8 pixels (C, H, W), of 1 to 4 channels."""
+    array = image.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[:, :, 0] if len(image) == 1 else array)
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:

@@ -10,12 +10,19 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from gencore import plugins
 from gencore.bench import profiling
 from gencore.bench.machine import describe
 from gencore.bench.profiling import Profile
 from gencore.cli import train
-from gencore.cli.common import DeviceName, DeviceOption, UserError, folder_or_file, parsed_settings, picture_file
+from gencore.cli.common import (
+    DeviceName,
+    DeviceOption,
+    UserError,
+    folder_or_file,
+    model_names,
+    parsed_settings,
+    picture_file,
+)
 from gencore.files import write_atomically
 from gencore.train import Trainer
 from gencore.train.checkpoint import read_run
@@ -82,16 +89,16 @@ def _trainer(
     model: str, data_name: str | None, settings: list[str], batch_size: int | None, device: DeviceName, folder: Path
 ) -> Trainer:
     """That of the plugin of that name; if there is none, of the run in that folder, though with new weights."""
-    model_settings, train_settings = parsed_settings(settings)
+    parsed = parsed_settings(settings)
     if batch_size is not None:
-        if "batch_size" in train_settings:
+        if "batch_size" in parsed.train:
             raise UserError("--batch-size and --set train.batch_size are the same setting")
-        train_settings["batch_size"] = str(batch_size)
+        parsed.train["batch_size"] = str(batch_size)
     saved = None
-    if model not in {entry.name for entry in plugins.list_models()} and Path(model).is_dir():
+    if model not in model_names() and Path(model).is_dir():
         saved = read_run(Path(model))
     name = None if saved else model
-    return train.trainer_of(saved, name, data_name, model_settings, train_settings, folder, device)
+    return train.trainer_of(saved, name, data_name, parsed, folder, device)
 
 
 def _profiled(trainer: Trainer, step: str) -> tuple[Profile, dict[str, Any]]:

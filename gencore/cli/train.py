@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from gencore import data, plugins
-from gencore.cli.common import DeviceName, DeviceOption, UserError, absolute_data_name, folder_or_file, parsed_settings
-from gencore.config import Config, ConfigError
+from gencore.cli.common import (
+    DEFAULT_DATA,
+    DeviceName,
+    DeviceOption,
+    Settings,
+    UserError,
+    absolute_data_name,
+    collect,
+    data_settings,
+    folder_or_file,
+    model_names,
+    parsed_settings,
+    read_images,
+)
+from gencore.config import ConfigError
 from gencore.train import TrainConfig, Trainer
-from gencore.train.checkpoint import Run, checkpoints, read_run
+from gencore.train.checkpoint import Checkpoint, Run, checkpoints, read, read_run
+from gencore.train.interruption import exit_code
 from gencore.train.log import read_metrics
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Which model (see gencore list).")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", autocompletion=model_names, help="Which model (see gencore list).")
+    ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", parser=folder_or_file, help="The run's folder, made if it is not there.")
     ] = ...,  # type: ignore[assignment]
@@ -25,7 +43,15 @@ def command(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the model, or train.NAME=VALUE; repeatable."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A setting: NAME of the model, train.NAME, data.NAME; repeatable."
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", parser=folder_or_file, help="Begin with the weights of this run, or checkpoint."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of epochs.")] = None,
@@ -42,45 +68,55 @@ def command(
     options = {
         "epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed, "precision": precision, "ema": ema,
     }  # fmt: skip
-    model_settings, train_settings = parsed_settings(settings or [])
+    parsed = parsed_settings(settings or [])
     for name, value in options.items():
         if value is not None:
-            if name in train_settings:
+            if name in parsed.train:
                 raise UserError(f"--{name.replace('_', '-')} and --set train.{name} are the same setting")
-            train_settings[name] = str(value)
+            parsed.train[name] = str(value)
+    if start is not None and resume:
+        raise UserError("--from begins a new run, --resume goes on with one; give one of them")
     # Killed before it wrote what it is, a run begins anew.
     there = (out / "run.json").exists()
     if resume and model is None and not there:
         raise UserError(f"{out} holds no run (there is no run.json); to begin one, name its MODEL, without --resume")
     saved = read_run(out) if resume and there else None
-    trainer = trainer_of(saved, model, data_name, model_settings, train_settings, out, device)
+    trainer = trainer_of(saved, model, data_name, parsed, out, device, None if start is None else read(start))
+    # A damaged file is to be found now, and not when the model is trained and measured.
+    data.check(trainer.run.data, trainer.run.data_settings)
     run(trainer, resume)
 
 
 def run(trainer: Trainer, resume: bool = False) -> None:
     """Trains, saying at the start what and at the end with which result; interrupted, how to go on."""
-    spec = trainer.run
-    if resume and _saved_step(trainer.out) >= trainer.total_steps:
-        trainer.fit(resume=True)
-        print(f"{trainer.out}: already at step {trainer.step:,}")
-        return
-    size = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(
-        f"training {spec.model} ({size:,} parameters) on {spec.data}, {spec.images:,} images, "
-        f"for {trainer.total_steps:,} steps on {trainer.device.type}",
-        flush=True,
-    )
+    spec, begun = trainer.run, False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+        size = sum(parameter.numel() for parameter in trainer.model.parameters())
+        print(
+            f"training {spec.model} ({size:,} parameters) on {spec.data}, {spec.images:,} images, "
+            f"for {trainer.total_steps:,} steps on {trainer.device.type}",
+            flush=True,
+        )
+
     try:
-        trainer.fit(resume=resume)
-    except KeyboardInterrupt:
+        trainer.fit(resume=resume, begin=begin)
+    except KeyboardInterrupt as error:
         saved = _saved_step(trainer.out)
         kept = f"step {saved} is saved" if saved else "nothing is saved yet"
-        typer.echo(
-            f"gencore: interrupted at step {trainer.step}, {kept}; go on with: "
-            f"gencore train --out {trainer.out} --resume",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+        # Whoever closed the terminal reads nothing.
+        with contextlib.suppress(OSError):
+            typer.echo(
+                f"gencore: interrupted at step {trainer.step}, {kept}; go on with: "
+                f"gencore train --out {shlex.quote(str(trainer.out))} --resume",
+                err=True,
+            )
+        raise typer.Exit(exit_code(error)) from None
+    if not begun:
+        print(f"{trainer.out}: already at step {trainer.step:,}")
+        return
     records = read_metrics(trainer.out / "metrics.jsonl")
     losses = {k: v for k, v in records[-1].items() if k.endswith("/loss") and v is not None} if records else {}
     told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -96,39 +132,42 @@ def trainer_of(
     saved: Run | None,
     model: str | None,
     data_name: str | None,
-    model_settings: dict[str, str],
-    train_settings: dict[str, str],
+    settings: Settings,
     out: Path,
     device: DeviceName,
+    start: Checkpoint | None = None,
 ) -> Trainer:
-    """Of a run that was ``saved``, with the settings that are named changed, or of the ``model`` of that name."""
+    """The trainer of a run that was ``saved``, with the settings that are named changed, or of a new one.
+
+    A new one is of the ``model`` of that name; with ``start``, of the model of that checkpoint, with its settings but
+    for those of the trainer.
+    """
+    former = saved or (start.run if start else None)
     if model is None:
-        if saved is None:
-            names = ", ".join(entry.name for entry in plugins.list_models())
-            raise UserError(f"give the model to train, one of {names}")
-        model = saved.model
+        if former is None:
+            raise UserError(f"give the model to train, one of {', '.join(model_names())}")
+        model = former.model
+    if start is not None and start.run.model != model:
+        raise UserError(f"--from: {start.directory} is of model {start.run.model}, to be trained is {model}")
     plugin = plugins.load_model(model)
-    name = absolute_data_name(data_name) if data_name is not None else saved.data if saved else "digits"
-    images = data.load(name, split="train")
+    name = absolute_data_name(data_name) if data_name is not None else former.data if former else DEFAULT_DATA
+    of_data = data_settings(former, name, settings.data)
+    images = read_images(name, "train", of_data)
     shape: dict[str, Any] = {"image_shape": list(images.image_shape), "num_classes": images.num_classes}
-    filled = [f"{key}: comes from the data set and cannot be set" for key in shape if key in model_settings]
+    faults = [f"{key}: comes from the data set and cannot be set" for key in shape if key in settings.model]
     # A resumed run keeps its settings; the trainer refuses those asked for anew that are not the run's.
-    same = saved is not None and saved.model == model
-    faults = list(filled)
-    base = {**(saved.config if saved and same else {}), **shape}
-    config = _collect(plugin.config, {k: v for k, v in model_settings.items() if k not in shape}, base, "", faults)
-    if saved and "epochs" in train_settings and "steps" not in train_settings:
-        train_settings = {**train_settings, "steps": "none"}
-    train_config = _collect(TrainConfig, train_settings, saved.train if saved else {}, "train.", faults)
+    base = {**(former.config if former and former.model == model else {}), **shape}
+    of_model = {key: value for key, value in settings.model.items() if key not in shape}
+    known = [*plugin.config.offered(), *(f"train.{key}" for key in TrainConfig.offered())]
+    if (kind := data.settings_type(name)) is not None:
+        known += [f"data.{key}" for key in kind.offered()]
+    config = collect(plugin.config, of_model, base, "", faults, known)
+    of_trainer = settings.train
+    if saved and "epochs" in of_trainer and "steps" not in of_trainer:
+        of_trainer = {**of_trainer, "steps": "none"}
+    train_config = collect(TrainConfig, of_trainer, saved.train if saved else {}, "train.", faults, known)
     if faults:
         raise ConfigError(plugin.name, faults)
-    return Trainer(plugin, config, images, train_config, out, data_name=name, device=device)
-
-
-def _collect(config: type[Config], settings: dict[str, str], base: Any, prefix: str, faults: list[str]) -> Any:
-    """The configuration; its faults go to ``faults``, so that those of model and trainer are told together."""
-    try:
-        return config.from_strings(settings, base)
-    except ConfigError as error:
-        faults += [prefix + fault for fault in error.faults]
-        return None
+    return Trainer(
+        plugin, config, images, train_config, out, data_name=name, data_settings=of_data, start=start, device=device
+    )

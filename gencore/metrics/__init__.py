@@ -6,6 +6,7 @@ from gencore.metrics.classes import (
     class_report,
     conditional_accuracy,
     draw_samples,
+    sample_batches,
     train_classifier,
 )
 from gencore.metrics.frechet import FRECHET_NAME, frechet_distance
@@ -21,5 +22,6 @@ __all__ = [
     "draw_samples",
     "frechet_distance",
     "likelihood_bound",
+    "sample_batches",
     "train_classifier",
 ]

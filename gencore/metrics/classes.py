@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gencore import ops
+from gencore import ops, plugins
 from gencore.data import ImageDataset
 from gencore.models.base import GenerativeModel
 from gencore.models.modes import evaluating
 from gencore.noise import Key
+from gencore.progress import Progress
 
 _HIDDEN, _BATCH = 256, 128
 # A class counts as present with a fifth of the share it would have if all were equally frequent: 2% of ten classes.
@@ -152,30 +154,67 @@ def conditional_accuracy(classifier: Classifier, images: Tensor, labels: Tensor)
     return (confidence.isfinite() & (classes == labels.cpu())).double().mean().item()
 
 
-@torch.no_grad()
 def draw_samples(
-    model: GenerativeModel, key: Key, *, n: int = 1000, batch_size: int = 250, labels: Tensor | None = None
+    model: GenerativeModel,
+    key: Key,
+    *,
+    n: int = 1000,
+    batch_size: int = 250,
+    labels: Tensor | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """``n`` samples of a model in evaluation mode, (n, C, H, W) on the CPU; sample ``i`` is that of ``key.samples(i)``.
 
     Args:
         batch_size: samples computed at a time; changes rounding at most.
         labels: (n,) int64, the classes to sample, for a model with classes.
+        progress: whether to show how far it is, on stderr, if there are several batches.
 
     Raises:
         ValueError: ``n`` or ``batch_size`` below 1, another number of labels.
+        PluginError: the model's ``sample`` raises an error, or gives what are no ``n`` images of its shape.
     """
+    batches = sample_batches(model, key, n=n, batch_size=batch_size, labels=labels, progress=progress)
+    return torch.cat(list(batches))
+
+
+def sample_batches(
+    model: GenerativeModel,
+    key: Key,
+    *,
+    n: int,
+    batch_size: int = 250,
+    labels: Tensor | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """The samples of :func:`draw_samples`, ``batch_size`` at a time, each batch computed when it is asked for."""
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     if labels is not None and labels.shape != (n,):
         raise ValueError(f"labels must be of shape ({n},), got {tuple(labels.shape)}")
-    pieces = []
-    with evaluating(model):
-        for first in range(0, n, batch_size):
-            count = min(batch_size, n - first)
-            chosen = None if labels is None else labels[first : first + count].to(model.device)
-            pieces.append(model.sample(count, key.samples(first), chosen).cpu())
-    return torch.cat(pieces)
+
+    def batches() -> Iterator[Tensor]:
+        with Progress(n, name="sampling", unit="image", shown=progress and n > batch_size) as shown:
+            for first in range(0, n, batch_size):
+                count = min(batch_size, n - first)
+                chosen = None if labels is None else labels[first : first + count].to(model.device)
+                what = f"sample() of samples {first} to {first + count - 1}"
+                with torch.no_grad(), evaluating(model), plugins.blamed(model.plugin, what):
+                    images = model.sample(count, key.samples(first), chosen)
+                    _check_images(images, (count, *model.config.image_shape))
+                yield images.cpu()
+                shown.update(count)
+
+    return batches()
+
+
+def _check_images(images: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"it must return a tensor, got {type(images).__name__}")
+    if images.shape != shape:
+        raise ValueError(f"it must return images of shape {shape}, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"it must return images of a floating dtype, got {images.dtype}")
 
 
 class _MLP(nn.Module):

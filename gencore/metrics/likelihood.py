@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from gencore import plugins
 from gencore.data import ImageDataset
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
 from gencore.models.modes import evaluating
 from gencore.noise import Key
+from gencore.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,16 @@ def likelihood_bound(
     num_samples: int = 1,
     batch_size: int = 250,
     limit: int | None = None,
+    progress: bool = False,
 ) -> LikelihoodBound:
-    """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode, with a bar if ``model.progress``.
+    """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode.
 
     Image ``i`` uses the noise of ``key.samples(i)``, so the figure does not depend on ``batch_size`` (beyond the
     networks' rounding). The mean is in float64.
 
     Args:
         limit: use the first ``limit`` images only.
+        progress: whether to show how far it is, on stderr.
 
     Raises:
         TypeError: the model has no likelihood bound.
@@ -65,19 +68,14 @@ def likelihood_bound(
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     count = len(data) if limit is None else min(limit, len(data))
     bounds = torch.empty(count, dtype=torch.float64)
-    with evaluating(model):
-        for first in _shown(range(0, count, batch_size), model.progress):
+    shown = Progress(count, name="bound", unit="image", shown=progress and count > batch_size)
+    with evaluating(model), shown:
+        for first in range(0, count, batch_size):
             indices = torch.arange(first, min(first + batch_size, count))
             images = data.batch(indices).images.to(model.device)
-            bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
+            # By a ValueError a model refuses images that it gives no likelihood to.
+            with plugins.blamed(model.plugin, "log_likelihood_bound()", ValueError):
+                bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
+            shown.update(len(indices))
     error = bounds.std().item() / math.sqrt(count) if count > 1 else math.nan
     return LikelihoodBound(bounds.mean().item(), error, count, num_samples, math.prod(data.image_shape))
-
-
-def _shown(batches: range, progress: bool) -> Iterable[int]:
-    if not progress:
-        return batches
-    from tqdm.auto import tqdm
-
-    shown: Iterable[int] = tqdm(batches, desc="bound", unit="batch")
-    return shown

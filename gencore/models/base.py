@@ -80,6 +80,8 @@ class GenerativeModel(nn.Module):
     """
 
     config: ModelConfig
+    # The name of the plugin that built it, which errors name; empty for a model that was built by itself.
+    plugin: str = ""
     # Whether ``sample`` takes labels.
     conditional: bool = False
     # How ``sample`` works, for a model that offers a choice: a Config whose every field has a default. Another of its

@@ -36,7 +36,7 @@ from gencore.models.base import GenerativeModel
 from gencore.plugins import build_model
 from gencore.plugins import load_model as load_plugin
 
-FORMAT = 1
+FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -46,24 +46,49 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is: enough to build its model and to go on with it. Kept in ``run.json`` and in every checkpoint."""
+    """What a run is: enough to build its model and to go on with it. Kept in ``run.json`` and in every checkpoint.
+
+    Attributes:
+        model: the name of the plugin.
+        config: the model's configuration.
+        data: where the training images were last read, as :func:`gencore.data.load` takes it. They may move.
+        data_settings: the settings of the data set.
+        images: how many there are.
+        class_names: of their classes; empty without classes.
+        fingerprint: of their content, :attr:`gencore.data.ImageDataset.fingerprint`.
+        train: the trainer's configuration.
+        start: the checkpoint whose weights the run began with; None for new weights.
+    """
 
     model: str
     config: dict[str, Any]
     data: str
+    data_settings: dict[str, Any]
     images: int
+    class_names: list[str]
+    fingerprint: str
     train: dict[str, Any]
+    start: str | None = None
 
     def differences(self, other: Run, allowed: tuple[str, ...] = ()) -> list[str]:
-        """One line for each setting that differs, those of ``train`` that ``allowed`` names aside."""
+        """One line for each setting that differs, those of ``train`` that ``allowed`` names aside.
+
+        Images are known by their content, not by the place where they lie.
+        """
         ours, theirs = asdict(self), asdict(other)
-        pairs = [(name, ours[name], theirs[name]) for name in ("model", "data", "images")]
+        faults = []
+        if self.fingerprint != other.fingerprint:
+            for name in ("images", "class_names"):
+                if ours[name] != theirs[name]:
+                    faults.append(f"{name}: the run has {ours[name]!r}, data set {other.data} has {theirs[name]!r}")
+            faults = faults or [f"data: the images of {other.data} differ from those that the run was trained on"]
+        pairs = [("model", self.model, other.model)]
         if self.model == other.model:
             names = sorted(ours["config"].keys() | theirs["config"].keys())
             pairs += [(name, ours["config"].get(name), theirs["config"].get(name)) for name in names]
         names = sorted((ours["train"].keys() | theirs["train"].keys()) - set(allowed))
         pairs += [(f"train.{name}", ours["train"].get(name), theirs["train"].get(name)) for name in names]
-        return [f"{name}: the run has {a!r}, asked for is {b!r}" for name, a, b in pairs if a != b]
+        return faults + [f"{name}: the run has {a!r}, asked for is {b!r}" for name, a, b in pairs if a != b]
 
 
 def write_run(directory: Path, run: Run) -> None:
@@ -97,6 +122,16 @@ class Checkpoint:
     def has_ema(self) -> bool:
         """Whether the run keeps a moving average of the weights."""
         return "ema.safetensors" in self.files
+
+    def weights(self, ema: bool | None = None) -> dict[str, Tensor]:
+        """The model's weights and buffers: their moving average (``ema``), or if None, that if the run keeps one.
+
+        Raises:
+            CheckpointError: there is no moving average, or as :meth:`tensors`.
+        """
+        if ema and not self.has_ema:
+            raise CheckpointError(f"{self.directory} holds no moving average (the run was trained without train.ema)")
+        return self.tensors("ema" if (self.has_ema if ema is None else ema) else "model")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``<name>.safetensors``, on the CPU.
@@ -202,6 +237,8 @@ def read(directory: Path) -> Checkpoint:
     del content["format"]
     if digest != _digest(content):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of its content")
+    if not all(isinstance(content.get(name), kind) for name, kind in (("step", int), ("state", dict), ("files", dict))):
+        raise CheckpointError(f"{path} is damaged: it does not describe a checkpoint")
     return Checkpoint(directory, run, content["step"], content["state"], content["files"])
 
 
@@ -222,8 +259,6 @@ def load_model(directory: Path | str, *, ema: bool | None = None, device: str = 
 
 def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: str = "cpu") -> GenerativeModel:
     """:func:`load_model` for a checkpoint that has been read."""
-    if ema and not checkpoint.has_ema:
-        raise CheckpointError(f"{checkpoint.directory} holds no moving average (the run was trained without train.ema)")
     plugin = load_plugin(checkpoint.run.model)
     try:
         config = plugin.config.from_dict(checkpoint.run.config)
@@ -232,8 +267,7 @@ def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: st
         raise CheckpointError(f"{checkpoint.directory} is of another version of {plugin.name}: {faults}") from error
     with torch.random.fork_rng(devices=[]):
         model = build_model(plugin, config)
-    weights = checkpoint.tensors("ema" if (checkpoint.has_ema if ema is None else ema) else "model")
-    fill_model(model, weights, checkpoint.directory)
+    fill_model(model, checkpoint.weights(ema), checkpoint.directory)
     return model.to(device).eval()
 
 
@@ -241,19 +275,26 @@ def fill_model(model: GenerativeModel, weights: Mapping[str, Tensor], directory:
     """Copies ``weights`` into ``model``.
 
     Raises:
-        CheckpointError: names or shapes differ; the first of each kind is named.
+        CheckpointError: names or shapes differ (the first of each kind is named), or a weight is not finite.
     """
-    own = model.state_dict()
-    faults = [f"without {name}" for name in own if name not in weights][:1]
-    faults += [f"with {name}, which the model lacks" for name in weights if name not in own][:1]
+    check_fit(model.state_dict(), weights, directory)
+    for name, _ in model.named_parameters():
+        if not bool(weights[name].isfinite().all()):
+            raise CheckpointError(f"the weights in {directory} are of no use: {name} is not finite (NaN or infinite)")
+    model.load_state_dict(weights)
+
+
+def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], directory: Path) -> None:
+    """Raises CheckpointError unless ``found`` has the names and shapes of ``own``."""
+    faults = [f"without {name}" for name in own if name not in found][:1]
+    faults += [f"with {name}, which the model lacks" for name in found if name not in own][:1]
     faults += [
-        f"{name} of shape {tuple(weights[name].shape)} for {tuple(tensor.shape)}"
+        f"{name} of shape {tuple(found[name].shape)} for {tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
+        if name in found and found[name].shape != tensor.shape
     ][:1]
     if faults:
         raise CheckpointError(f"the weights in {directory} do not fit the model: {'; '.join(faults)}")
-    model.load_state_dict(weights)
 
 
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,14 +327,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise CheckpointError(f"{path} is damaged: it names no format")
     if content["format"] > FORMAT:
-        newer = f"it has format {content['format']}, this gencore reads up to {FORMAT}"
+        newer = f"it has format {content['format']}, this gencore reads {FORMAT}"
         raise CheckpointError(f"{path} was written by a newer gencore: {newer}")
+    if content["format"] < FORMAT:
+        older = f"it has format {content['format']}, this gencore reads {FORMAT}"
+        raise CheckpointError(f"{path} was written by an older gencore: {older}; train anew")
     return content
 
 
 def _run(path: Path, content: Mapping[str, Any]) -> Run:
     values = content.get("run")
-    types = {"model": str, "config": dict, "data": str, "images": int, "train": dict}
+    types: dict[str, Any] = {
+        "model": str, "config": dict, "data": str, "data_settings": dict, "images": int, "class_names": list,
+        "fingerprint": str, "train": dict, "start": (str, type(None)),
+    }  # fmt: skip
     if (
         not isinstance(values, dict)
         or values.keys() != types.keys()

@@ -11,7 +11,7 @@ from gencore.config import Config, field
 # What may differ when a run goes on: none of these changes the weights at a given step, the length only if the
 # schedule is constant.
 LENGTH = ("steps", "epochs")
-RESUMABLE = (*LENGTH, "log_every", "checkpoint_every", "keep", "tensorboard")
+RESUMABLE = (*LENGTH, "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class TrainConfig(Config):
     warmup: int = field(0, ge=0, doc="steps over which the learning rate rises linearly from 0")
     log_every: int = field(50, ge=1, doc="steps between lines of metrics.jsonl")
     checkpoint_every: int = field(1000, ge=1, doc="steps between checkpoints")
+    checkpoint_minutes: float | None = field(
+        10.0, gt=0, doc="minutes between checkpoints at most; none: by steps alone"
+    )
     keep: int = field(2, ge=1, doc="checkpoints kept, the newest ones")
     tensorboard: bool = field(False, doc="also write the metrics for TensorBoard")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -19,17 +19,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
-from gencore import ops
+from gencore import ops, plugins
 from gencore.config import ConfigError
 from gencore.files import locked
 from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
 from gencore.noise import Key
 from gencore.plugins import build_model
+from gencore.progress import Progress
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
 from gencore.train.config import LENGTH, RESUMABLE, TrainConfig
+from gencore.train.interruption import Interrupted, deferred_signals
 from gencore.train.log import Meter, MetricsLog
 from gencore.train.memory import enough_memory
 from gencore.train.order import batch_indices, phase_key
@@ -42,7 +43,13 @@ class TrainingError(RuntimeError):
 
 
 class ImageSource(Protocol):
-    """What the trainer asks of a data set: its size, and minibatches by index."""
+    """What the trainer asks of a data set: its size and content, and minibatches by index."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -82,11 +89,16 @@ class Trainer:
         config: how to train.
         out: the run's folder, made if it is not there.
         data_name: what :func:`gencore.data.load` takes to load ``data`` again; kept in the run.
+        data_settings: the settings that it takes; kept in the run too.
+        start: the checkpoint whose weights a new run begins with (its moving average, if it has one). The new run keeps
+            a copy, and does not need it later.
         device: ``auto``, ``cpu`` or ``cuda``. No part of the run: it may go on elsewhere.
-        progress: whether to show a bar on a terminal.
+        progress: whether to show a bar on a terminal, or to write a line every so often where stderr is none.
 
     Raises:
         TrainingError: the device or TensorBoard is missing.
+        CheckpointError: the weights of ``start`` do not fit the model.
+        PluginError: the plugin does not build a model that can be trained.
         NotEnoughMemoryError: for the model.
     """
 
@@ -99,11 +111,23 @@ class Trainer:
         out: Path | str,
         *,
         data_name: str,
+        data_settings: Mapping[str, Any] | None = None,
+        start: Checkpoint | None = None,
         device: Device = "auto",
         progress: bool = True,
     ):
         self.data, self.config, self.out, self.progress = data, config, Path(out), progress
-        self.run = Run(plugin.name, model_config.to_dict(), data_name, len(data), config.to_dict())
+        self.run = Run(
+            model=plugin.name,
+            config=model_config.to_dict(),
+            data=data_name,
+            data_settings=dict(data_settings or {}),
+            images=len(data),
+            class_names=list(data.class_names),
+            fingerprint=data.fingerprint,
+            train=config.to_dict(),
+            start=None if start is None else str(start.directory.resolve()),
+        )
         self.device = choose_device(device)
         # Accelerate keeps its settings for the whole process; a second trainer may have others.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -116,6 +140,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model: GenerativeModel = build_model(plugin, model_config)
             self.model.to(self.device).train()
+        if start is not None:
+            checkpoints.fill_model(self.model, start.weights(), start.directory)
         phases = _checked_phases(plugin.name, self.model)
         self.optimizers = [_PhaseOptimizer(i, phase, self.model, self.device) for i, phase in enumerate(phases)]
         self.average = None if config.ema is None else _Average(self.model, config.ema)
@@ -123,19 +149,27 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
 
-    def fit(self, *, resume: bool = False) -> GenerativeModel:
+    def fit(self, *, resume: bool = False, begin: Callable[[], None] | None = None) -> GenerativeModel:
         """Trains to the last step and returns the model, in evaluation mode. Draws nothing from torch's generators.
+
+        At SIGINT (Ctrl-C), SIGTERM or SIGHUP the step under way is finished and saved first; a second signal ends at
+        once.
 
         Args:
             resume: go on from the newest checkpoint in the folder (from the start, if the run was killed before its
                 first, or before anything was written); what the run's settings were must be what they are now, except
                 its length (if the learning rate is constant) and what it writes. A run that is as long as asked for
                 is left as it is.
+            begin: called when the folder is open and nothing is wrong with it, before the first step; not for a run
+                that is long enough.
 
         Raises:
+            Interrupted: a signal ended the run, which is saved.
             TrainingError: the folder holds a run already (without ``resume``), another process trains there, or a
                 loss or gradient is not finite.
-            CheckpointError: the run to go on with is of another model, has other settings, or is damaged.
+            CheckpointError: the run to go on with is of another model or other images, has other settings, or is
+                damaged.
+            PluginError: the model's loss raises an error, or is none.
             OSError: the disk is full; the newest checkpoint is whole.
             NotEnoughMemoryError: for a step.
         """
@@ -147,6 +181,8 @@ class Trainer:
                 raise TrainingError(f"another process is training in {self.out}") from error
             self._open_run(resume)
             if self.step < self.total_steps:
+                if begin is not None:
+                    begin()
                 devices = [self.device] if self.device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
                 self._train()
@@ -159,13 +195,23 @@ class Trainer:
         if found and not resume:
             raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
         if resume and (found or (self.out / "run.json").exists()):
-            self._refuse_other(self.out, checkpoints.read_run(self.out))
+            saved_run = checkpoints.read_run(self.out)
+            self._refuse_other(self.out, saved_run)
+            if saved_run.start and not found:
+                raise CheckpointError(
+                    f"{self.out} was ended before it kept the weights of {saved_run.start}, with which it began; "
+                    "begin it anew, without --resume"
+                )
+            self.run = dataclasses.replace(self.run, start=saved_run.start)
         if found:
             saved = checkpoints.read(self.out)
             self._refuse_other(saved.directory, saved.run)
             self._restore(saved)
         if self.step < self.total_steps:
             checkpoints.write_run(self.out, self.run)
+            if self.run.start and not found:
+                # What the run began with is a part of it, wherever it came from.
+                self._save()
 
     def _refuse_other(self, place: Path, saved: Run) -> None:
         if saved.model == self.run.model:
@@ -184,14 +230,16 @@ class Trainer:
     def _restore(self, saved: Checkpoint) -> None:
         checkpoints.fill_model(self.model, saved.tensors("model"), saved.directory)
         if self.average is not None:
-            self.average.load(saved.tensors("ema"))
+            average = saved.tensors("ema")
+            checkpoints.check_fit(self.average.tensors, average, saved.directory)
+            self.average.load(average)
         tensors = saved.tensors("optimizer")
         try:
             self.seconds = float(saved.state["seconds"])
             for optimizer in self.optimizers:
                 optimizer.load(tensors)
                 optimizer.meter.load_state(saved.state["meters"][optimizer.phase.name])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the training state in {saved.directory} does not fit the model: {error}") from error
         self.step = saved.step
 
@@ -204,31 +252,36 @@ class Trainer:
             if self.board is not None:
                 board = self.board(str(self.out / "tensorboard"), purge_step=self.step + 1)
                 stack.callback(board.close)
-            bar = stack.enter_context(
-                tqdm(
-                    total=self.total_steps,
-                    initial=self.step,
-                    desc=self.run.model,
-                    unit="step",
-                    disable=None if self.progress else True,  # None: no bar where stderr is no terminal
-                )
+            progress = stack.enter_context(
+                Progress(self.total_steps, self.step, name=self.run.model, unit="step", shown=self.progress)
             )
+            ending = stack.enter_context(deferred_signals())
+            saved_at = time.monotonic()
             while self.step < self.total_steps:
                 with enough_memory(f"a step of {self.run.model} with minibatches of {self.config.batch_size}"):
                     self.advance()
                 last = self.step == self.total_steps
                 self.seconds = time.monotonic() - started
+                signal = ending()
                 if last or self.step % self.config.log_every == 0:
                     record = self._record()
                     log.write(record)
-                    bar.set_postfix({o.phase.name: f"{record[f'{o.phase.name}/loss']:.4g}" for o in self.optimizers})
+                    progress.figures({o.phase.name: record[f"{o.phase.name}/loss"] for o in self.optimizers})
                     if board is not None:
                         for name, value in record.items():
                             board.add_scalar(name, value, self.step)
-                if last or self.step % self.config.checkpoint_every == 0:
+                if last or signal is not None or self._is_save_due(saved_at):
                     self._refuse_divergence()
                     self._save()
-                bar.update()
+                    saved_at = time.monotonic()
+                if signal is not None and not last:
+                    raise Interrupted(signal)
+                progress.update()
+
+    def _is_save_due(self, saved_at: float) -> bool:
+        minutes = self.config.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+        return late or self.step % self.config.checkpoint_every == 0
 
     def advance(self) -> None:
         """One step by itself, of every phase: no checkpoint, no line, no file. It seeds torch's generator."""
@@ -245,9 +298,10 @@ class Trainer:
                 # (torch.manual_seed formats a stack trace for every kind of device that it has not started.)
                 seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
                 seed(int(key.packed[0]))
-                with self.accelerator.autocast():
-                    loss = _checked_loss(phase, phase.loss(batch, key))
-                optimizer.descend(loss, factor, config.clip, self.step + 1)
+                with plugins.blamed(self.run.model, f"the loss of phase {phase.name!r} at step {self.step + 1}"):
+                    with self.accelerator.autocast():
+                        loss = _checked_loss(phase.loss(batch, key))
+                    optimizer.descend(loss, factor, config.clip, self.step + 1)
                 if self.device.type == "cpu":
                     self._refuse_divergence()
         if self.average is not None:
@@ -332,6 +386,10 @@ class _PhaseOptimizer:
         for i, name in enumerate(self.names):
             prefix = f"{self.phase.name}/{name}/"
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for key, value in found.items():
+                if value.dim() and value.shape != self.parameters[i].shape:
+                    shapes = f"{tuple(value.shape)} for {tuple(self.parameters[i].shape)}"
+                    raise ValueError(f"{prefix}{key} of shape {shapes}")
             # A parameter that never had a gradient has no state.
             if found:
                 state[i] = {key: _laid_out_as(self.parameters[i], value) for key, value in found.items()}
@@ -374,22 +432,23 @@ class _Average:
 
 def _checked_phases(name: str, model: GenerativeModel) -> Sequence[Phase]:
     phases = list(model.phases())
-    if not phases:
-        raise ValueError(f"model {name!r} lists no training phases")
-    if len({phase.name for phase in phases}) < len(phases):
-        raise ValueError(f"model {name!r} lists two phases of one name: {[phase.name for phase in phases]}")
     own = {id(parameter) for parameter in model.parameters()}
+    fault = None
+    if len({phase.name for phase in phases}) < len(phases):
+        fault = f"its model lists two phases of one name: {', '.join(phase.name for phase in phases)}"
     for phase in phases:
         if phase.repeats < 1:
-            raise ValueError(f"phase {phase.name!r} of model {name!r} must have repeats >= 1, has {phase.repeats}")
-        if not phase.parameters or any(id(parameter) not in own for parameter in phase.parameters):
-            raise ValueError(f"phase {phase.name!r} of model {name!r} must train parameters of the model")
+            fault = f"phase {phase.name!r} of its model must have repeats >= 1, but has {phase.repeats}"
+        elif not phase.parameters or any(id(parameter) not in own for parameter in phase.parameters):
+            fault = f"phase {phase.name!r} of its model must train parameters of the model"
+    if fault:
+        raise plugins.broken("model", name, fault)
     return phases
 
 
-def _checked_loss(phase: Phase, loss: Loss) -> Loss:
+def _checked_loss(loss: Loss) -> Loss:
     if not isinstance(loss, Loss) or loss.value.dim() != 0:
-        raise TypeError(f"the loss of phase {phase.name!r} must be a Loss with a scalar value, got {loss!r}")
+        raise TypeError(f"it must be a Loss with a scalar value, but is {loss!r}")
     return loss
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(environment, *arguments, **options):
@@ -85,3 +90,43 @@ def test_a_reader_that_goes_away_is_no_error(toy_environment):
     command = f"{sys.executable} -m gencore list | head -1"
     done = subprocess.run(["bash", "-c", command], env=toy_environment, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_version_and_short_help(gencore):
+    assert gencore("--version") == (0, f"gencore {metadata.version('gencore')}\n", "")
+    assert gencore("-h") == gencore("--help")
+    assert "--steps" in gencore("train", "-h").out
+
+
+def test_a_shell_completes_commands_and_models(toy_environment):
+    environment = {**toy_environment, "_GENCORE_COMPLETE": "complete_bash"}
+    for words, expected in (("gencore tr", {"train", "traverse"}), ("gencore train to", {"toy", "toy-sampler"})):
+        count = str(len(words.split()) - 1)
+        done = run({**environment, "COMP_WORDS": words, "COMP_CWORD": count})
+        assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_a_traceback_is_shown_when_asked_for(gencore, tmp_path):
+    result = gencore("--traceback", "train", "toyy", "--out", tmp_path / "run")
+    assert result.code == 2
+    assert result.err.startswith("Traceback")
+    assert result.err.splitlines()[-1].startswith("gencore: no model plugin is called 'toyy'")
+    assert "Traceback" not in gencore("train", "toyy", "--out", tmp_path / "run").err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-2", "gbk", "utf-8"])
+def test_any_terminal_takes_what_is_printed(encoding):
+    program = (
+        "import os, sys; from gencore.cli import main; main(['--version']);"
+        "print('\\xb1 \\u2265 caf\\xe9 \\u4e2d', os.fsdecode(b'caf\\xe9.png'), '\\ud800')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "ascii": b"+/- >= cafe ? caf\xe9.png ?",
+        "iso8859-2": b"+/- >= caf\xe9 ? caf\xe9.png ?",
+        "gbk": "\xb1 \u2265 caf\xe9 \u4e2d".encode("gbk") + b" caf\xe9.png ?",
+        "utf-8": "\xb1 \u2265 caf\xe9 \u4e2d".encode() + b" caf\xe9.png ?",
+    }[encoding]
+    assert done.stdout.splitlines()[-1] == expected

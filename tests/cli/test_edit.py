@@ -109,7 +109,10 @@ def test_fills_share_no_noise_with_what_is_measured(ddpm, monkeypatch):
     [
         (("--mask", "middle"), "--mask must be one of center, left, right, top, bottom, border or a picture"),
         (("--mask", __file__), "cannot be read as a picture"),
-        (("--labels", "10"), "--labels must be from 0 to 9, got 10"),
+        (
+            ("--labels", "10"),
+            "or numbers from 0 to 9, got '10'; the classes are 0, 1,",
+        ),
         (("--out", "x.jpg"), "pictures are written as PNG, got a name in .jpg"),
         (("--fills", 0), "Invalid value for '--fills'"),
         (("--set", "sampler=dim"), "sampler: must be one of 'ddpm', 'ddim'"),

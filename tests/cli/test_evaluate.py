@@ -11,7 +11,7 @@ import torch
 from gencore import Key, data, metrics, ops
 from gencore.cli.evaluate import measure
 from gencore.cli.evaluate import rows as rows_of
-from gencore.models import GenerativeModel
+from gencore.models import GenerativeModel, ModelConfig
 from gencore.models.vae import VAE, VAEConfig
 
 
@@ -87,6 +87,7 @@ def test_what_the_classifier_says_of_samples_of_known_classes(monkeypatch):
 
         def __init__(self):
             super().__init__()
+            self.config = ModelConfig(image_shape=train.image_shape)
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def sample(self, n, key, labels=None):

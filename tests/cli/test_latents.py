@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
 
 from gencore.cli.latents import spherical
+from gencore.data import DatasetPlugin, ImageDataset
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,28 @@ def test_a_model_without_latents_is_refused(gencore, trained, command, message):
 def test_more_images_than_there_are_is_an_error(gencore, trained):
     result = gencore("reconstruct", trained / "toy", "-n", 41)
     assert (result.code, result.err) == (2, "gencore: data set bars has only 40 test images, asked for are 41\n")
+
+
+def test_defaults_fit_few_images(gencore, trained, tmp_path, monkeypatch):
+    few = ImageDataset("few", "test", torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
+    monkeypatch.setattr(sys.modules["gencore_toy"], "bars", DatasetPlugin("bars", lambda path, split: few))
+    for command, said in (("reconstruct", ""), ("interpolate", "1 interpolations"), ("traverse", "")):
+        result = gencore(command, trained / "toy", "--out", tmp_path / "a.png")
+        assert (result.code, result.err) == (0, "")
+        assert said in result.out
+    result = gencore("interpolate", trained / "toy", "--rows", 2)
+    assert (result.code, result.err) == (2, "gencore: data set few has only 3 test images, asked for are 4\n")
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_an_error_of_a_plugin_names_it(gencore, trained, tmp_path, monkeypatch, method):
+    def broken(self, tensor):
+        raise KeyError("x")
+
+    monkeypatch.setattr(sys.modules["gencore_toy"].Toy, method, broken)
+    result = gencore("reconstruct", trained / "toy", "--out", tmp_path / "a.png")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert f"of package gencore-toy 1.0 is broken: {method}(): KeyError: 'x'" in result.err
 
 
 def test_spherical():

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from gencore.cli import pictures
+from gencore.cli.common import UserError
 
 
 def test_images_stand_where_they_belong_and_are_enlarged():
@@ -29,15 +30,38 @@ def test_images_stand_where_they_belong_and_are_enlarged():
     assert (pixels[margin + side + gap :, margin + side + gap :] == 255).all()
 
 
-def test_colour_large_images_labels_and_what_is_not_finite():
+def test_colour_large_images_and_labels():
     images = torch.rand(4, 3, 100, 80)
-    images[0, 0, 0, 0] = float("nan")
     picture = pictures.grid(images, columns=2, row_labels=["one", "two"], rows_per_group=2)
     assert picture.width > 2 * 80 + 3 * pictures._GAP
     assert picture.height == 2 * pictures._MARGIN + 200 + pictures._GAP
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 2, 2), (1, 2, 2, 2), (1, 2, 2)])
+def test_opacity_lies_before_white():
+    for channels in (2, 4):
+        images = torch.zeros(1, channels, 60, 60)
+        images[:, -1] = 0.5
+        pixels = np.asarray(pictures.grid(images, columns=1))
+        assert abs(int(pixels[30, 30, 0]) - 127) <= 1
+        assert (pixels[30, 30] == pixels[30, 30, 0]).all()
+
+
+def test_many_channels_stand_side_by_side():
+    images = torch.arange(5.0).reshape(1, 5, 1, 1).expand(1, 5, 60, 60) / 4
+    picture = pictures.grid(images, columns=1)
+    assert picture.width == 2 * pictures._MARGIN + 5 * 60
+    middle = np.asarray(picture)[pictures._MARGIN + 30, pictures._MARGIN + 30 :: 60, 0][:5]
+    assert middle.tolist() == [0, 64, 128, 191, 255]
+
+
+def test_what_is_not_finite_is_refused():
+    images = torch.rand(4, 3, 8, 8)
+    images[1:3, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(UserError, match="2 of 4 images are not finite, and no picture is written"):
+        pictures.grid(images, columns=2)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 2, 2), (1, 0, 2, 2), (1, 2, 2)])
 def test_what_is_no_image_is_an_error(shape):
     with pytest.raises(ValueError, match="images must be"):
         pictures.grid(torch.zeros(shape), columns=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from gencore import Key, train
+from gencore.data import DatasetPlugin, ImageDataset
 from gencore.metrics import draw_samples
 
 
@@ -93,7 +95,14 @@ def test_labels(gencore, trained, tmp_path):
     assert gencore("sample", trained / "toy-sampler", "--labels", "0,7", "--out", tmp_path / "a").code == 0
     assert gencore("sample", trained / "toy-sampler", "--out", tmp_path / "b").code == 0
     assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
-    for labels, message in (("8", "from 0 to 7"), ("a,b", "takes classes such as 0,1,2")):
+    assert gencore("sample", trained / "toy-sampler", "--labels", "bar0, bar7", "--out", tmp_path / "c").code == 0
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
+    for labels, message in (
+        ("8", "numbers from 0 to 7, got '8'; the classes are bar0, bar1,"),
+        ("bar7,Bar9", "got 'Bar9'; did you mean bar"),
+        ("-1", "got '-1'"),
+        ("1,", "got ''"),
+    ):
         result = gencore("sample", trained / "toy-sampler", "--labels", labels)
         assert (result.code, message in result.err) == (2, True)
 
@@ -120,6 +129,85 @@ def test_no_picture_is_made_of_what_is_not_finite(gencore, trained, tmp_path, mo
     assert not (tmp_path / "a.png").exists()
 
 
+def test_single_files_and_one_array_hold_the_same_images(gencore, trained, tmp_path):
+    model, labels = train.load_model(trained / "toy-sampler"), torch.arange(20) % 8
+    expected = (draw_samples(model, Key(3), n=20, labels=labels) * 255).round().to(torch.uint8).numpy()
+    options = ("-n", 20, "--seed", 3, "--labels", "0,1,2,3,4,5,6,7", "--batch-size", 6)
+    files, array = tmp_path / "new" / "files", tmp_path / "array.npz"
+    result = gencore("sample", trained / "toy-sampler", *options, "--format", "png", "--out", files)
+    assert (result.code, result.out) == (0, f"{files}: 20 samples of toy-sampler on bars, step 30\n")
+    assert gencore("sample", trained / "toy-sampler", *options, "--format", "npz", "--out", array).code == 0
+    assert sorted(path.name for path in files.iterdir()) == [f"{i:06}.png" for i in range(20)]
+    assert os.listdir(files.parent) == ["files"]
+    for i in range(20):
+        picture = Image.open(files / f"{i:06}.png")
+        assert (picture.mode, np.asarray(picture).tolist()) == ("L", expected[i, 0].tolist())
+    with np.load(array) as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        assert np.array_equal(arrays["arr_0"], expected.transpose(0, 2, 3, 1))
+        assert np.array_equal(arrays["arr_1"], labels.numpy())
+    result = gencore("sample", trained / "toy-sampler", "-n", 1, "--format", "png", "--out", files)
+    assert (result.code, result.err) == (2, f"gencore: {files} is there and not empty; --out names another folder\n")
+    assert gencore("sample", trained / "toy", "-n", 3, "--format", "npz", "--out", array).code == 0
+    with np.load(array) as arrays:
+        assert (arrays.files, arrays["arr_0"].shape) == (["arr_0"], (3, 4, 4, 1))
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_what_fails_half_way_leaves_nothing(gencore, trained, tmp_path, monkeypatch, form):
+    toy = sys.modules["gencore_toy"].Toy
+
+    def broken(model, n, key, labels=None, real=toy.sample):
+        images = real(model, n, key, labels)
+        return images * math.nan if n == 1 else images
+
+    monkeypatch.setattr(toy, "sample", broken)
+    out = tmp_path / f"out{'.npz' if form == 'npz' else ''}"
+    result = gencore("sample", trained / "toy", "-n", 9, "--batch-size", 4, "--format", form, "--out", out)
+    assert (result.code, result.err) == (2, "gencore: 1 of 1 samples are not finite, and no picture is written\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_any_number_of_channels_are_drawn(gencore, tmp_path, monkeypatch, channels):
+    pixels = torch.arange(12 * channels * 16).remainder(256).reshape(12, channels, 4, 4).byte()
+    spectra = DatasetPlugin("bars", lambda path, split: ImageDataset("spectra", split, pixels))
+    monkeypatch.setattr(sys.modules["gencore_toy"], "bars", spectra)
+    assert gencore("train", "toy", "--data", "bars", "--steps", 1, "--out", tmp_path / "run").code == 0
+    for command in ("sample", "reconstruct", "interpolate", "traverse"):
+        result = gencore(command, tmp_path / "run")
+        assert (result.code, result.err) == (0, ""), command
+    result = gencore("sample", tmp_path / "run", "-n", 2, "--format", "png", "--out", tmp_path / "files")
+    if channels > 4:
+        assert (result.code, "--format png takes images of 1 to 4 channels" in result.err) == (2, True)
+    else:
+        assert Image.open(tmp_path / "files" / "000001.png").mode == {2: "LA", 4: "RGBA"}[channels]
+    assert gencore("sample", tmp_path / "run", "-n", 2, "--format", "npz").code == 0
+    assert np.load(tmp_path / "run" / "samples.npz")["arr_0"].shape == (2, 4, 4, channels)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: torch.zeros(n + 1, 1, 4, 4), r"it must return images of shape (3, 1, 4, 4), got (4, 1, 4, 4)"),
+        (lambda n: torch.zeros(n, 4, 4), r"it must return images of shape (3, 1, 4, 4), got (3, 4, 4)"),
+        (lambda n: torch.zeros(n, 1, 4, 4, dtype=torch.uint8), "of a floating dtype, got torch.uint8"),
+        (lambda n: None, "it must return a tensor, got NoneType"),
+        (lambda n: {}["x"], "KeyError: 'x'"),
+    ],
+)
+def test_a_wrong_sample_names_the_plugin(gencore, trained, tmp_path, monkeypatch, returned, message):
+    monkeypatch.setattr(sys.modules["gencore_toy"].Toy, "sample", lambda model, n, key, labels=None: returned(n))
+    result = gencore("sample", trained / "toy", "-n", 3, "--out", tmp_path / "a.png")
+    said = (
+        "gencore: model plugin 'toy' (gencore_toy:toy) of package gencore-toy 1.0 is broken: sample() of samples 0 to 2"
+    )
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert result.err.startswith(said)
+    assert message in result.err
+    assert not (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,7 +217,10 @@ def test_no_picture_is_made_of_what_is_not_finite(gencore, trained, tmp_path, mo
         (("RUN", "--seed", -1), "Invalid value for '--seed'"),
         (("RUN", "--out", "RUN"), "Is a directory"),
         (("RUN", "--out", ""), "Invalid value for '--out': must not be empty"),
-        (("RUN", "--out", "x.jpg"), "pictures are written as PNG, got a name in .jpg"),
+        (("RUN", "--out", "x.jpg"), "--out must end in .png with --format grid, got a name in .jpg"),
+        (("RUN", "--out", "x.png", "--format", "npz"), "--out must end in .npz with --format npz"),
+        (("RUN", "-n", 5000), "-n must be at most 4096 for a grid, got 5000; --format png or npz takes any number"),
+        (("RUN", "--format", "jpeg"), "Invalid value for '--format'"),
         (("",), "must not be empty"),
     ],
 )

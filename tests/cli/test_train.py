@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gencore import files
-from gencore.train import checkpoint
+from gencore.train import Trainer, checkpoint
 
 QUICK = ("--data", "bars", "--steps", 6, "--batch-size", 8)
 
@@ -88,7 +92,7 @@ def test_epochs(gencore, tmp_path):
                 "image_shape: comes from the data set and cannot be set",
                 "hiden: is not a setting; did you mean hidden?",
                 "lr: must be > 0, was -1.0",
-                "train.emma: is not a setting; did you mean ema?",
+                "train.emma: is not a setting; did you mean train.ema?",
                 "train.steps: must be >= 1, was 0",
             ],
         ),
@@ -147,16 +151,213 @@ def test_an_unwritable_folder_is_one_line(gencore, tmp_path):
     assert "Not a directory" in result.err
 
 
-def test_interrupting_says_how_to_go_on(toy_environment, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_the_step_and_says_how_to_go_on(gencore, tmp_path, monkeypatch, name):
+    number, out = getattr(signal, name), tmp_path / "my run"
+    one_step = Trainer.advance
+
+    def advance(self):
+        one_step(self)
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(Trainer, "advance", advance)
+    result = gencore("train", "toy", *QUICK, "--out", out)
+    assert result.code == 128 + number
+    line = f"gencore: interrupted at step 3, step 3 is saved; go on with: gencore train --out '{out}' --resume"
+    assert result.err == line + "\n"
+    assert handlers == {each: signal.getsignal(each) for each in handlers}
+    assert checkpoint.read(out).step == 3
+    monkeypatch.setattr(Trainer, "advance", one_step)
+    _, *arguments = shlex.split(line.partition("go on with: ")[2])
+    assert gencore(*arguments).code == 0
+    gencore("train", "toy", *QUICK, "--out", tmp_path / "whole")
+    for tensors in ("model", "optimizer"):
+        whole = checkpoint.read(tmp_path / "whole").tensors(tensors)
+        for key, tensor in checkpoint.read(out).tensors(tensors).items():
+            assert torch.equal(tensor, whole[key])
+
+
+def test_a_second_signal_ends_at_once(gencore, tmp_path, monkeypatch):
+    def advance(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(Trainer, "advance", advance)
+    result = gencore("train", "toy", *QUICK, "--out", tmp_path / "run")
+    assert result.code == 130
+    assert "interrupted at step 0, nothing is saved yet" in result.err
+
+
+def test_interrupting_a_real_process(toy_environment, tmp_path):
     command = [sys.executable, "-m", "gencore", "train", "toy", "--data", "bars", "--out", str(tmp_path / "run")]
     options = ["--steps", "1000000", "--set", "train.checkpoint_every=20", "--batch-size", "8"]
     process = subprocess.Popen([*command, *options], env=toy_environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "run").glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "go on with: gencore train --out" in err
-    assert "Traceback" not in err
+    assert process.returncode == 143
+    step = checkpoint.read(tmp_path / "run").step
+    assert err.startswith(f"gencore: interrupted at step {step}, step {step} is saved; go on with: gencore train --out")
     json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_it_says_that_it_trains_only_when_it_does(gencore, trained, tmp_path):
+    result = gencore("train", "toy", *QUICK, "--out", trained / "toy")
+    assert (result.code, result.out) == (2, "")
+    result = gencore("train", "--out", trained / "toy", "--resume", "--set", "hidden=99")
+    assert (result.code, result.out) == (2, "")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """``pictures(folder, seed)`` writes ten images of the classes cat and dog."""
+
+    def make(name, seed=0):
+        generator = np.random.default_rng(seed)
+        for i in range(10):
+            path = tmp_path / name / ("cat", "dog")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+        return tmp_path / name
+
+    return make
+
+
+def test_a_run_goes_on_where_its_images_were_moved_to(gencore, tmp_path, pictures):
+    out = tmp_path / "run"
+    assert gencore("train", "toy", "--data", f"images:{pictures('a')}", "--steps", 2, "--out", out).code == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    result = gencore("train", "--out", out, "--resume", "--steps", 3)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "if the images were moved, --data names their place" in result.err
+    result = gencore("train", "--out", out, "--resume", "--steps", 3, "--data", f"images:{tmp_path / 'b'}")
+    assert (result.code, result.err) == (0, "")
+    assert checkpoint.read(out).run.data == f"images:{tmp_path / 'b'}"
+    assert gencore("reconstruct", out).code == 0
+    assert gencore("train", "--out", out, "--resume", "--steps", 4).code == 0
+
+
+def test_a_run_does_not_go_on_with_other_images(gencore, tmp_path, pictures):
+    out, folder = tmp_path / "run", pictures("a")
+    assert gencore("train", "toy", "--data", f"images:{folder}", "--steps", 2, "--out", out).code == 0
+    run = (out / "run.json").read_bytes()
+    pictures("a", seed=1)
+    result = gencore("train", "--out", out, "--resume", "--steps", 4)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert f"the images of images:{folder} differ from those that the run was trained on" in result.err
+    pictures("a")
+    assert gencore("train", "--out", out, "--resume", "--steps", 4).code == 0
+    (folder / "cat").rename(folder / "zebra")
+    result = gencore("train", "--out", out, "--resume", "--steps", 5)
+    assert "class_names: the run has ['cat', 'dog'], data set" in result.err
+    assert "has ['dog', 'zebra']" in result.err
+    assert (out / "run.json").read_bytes() == run.replace(b'"steps": 2', b'"steps": 4')
+
+
+def test_a_run_begins_with_the_weights_of_another(gencore, trained, tmp_path):
+    out = tmp_path / "run"
+    result = gencore("train", "--from", trained / "toy", "--out", out, "--steps", 4, "--set", "lr=1e-5", "--seed", 9)
+    assert (result.code, result.err) == (0, "")
+    run, former = checkpoint.read(out).run, checkpoint.read(trained / "toy")
+    assert run.start == str(former.directory)
+    assert (run.config["lr"], run.config["hidden"], run.train["seed"]) == (1e-5, 16, 9)
+    assert (run.train["ema"], run.train["batch_size"]) == (None, 128)
+    # So small a learning rate leaves them where they were: at the average of the other run.
+    for name, tensor in checkpoint.read(out).tensors("model").items():
+        if "weight" in name:
+            torch.testing.assert_close(tensor, former.tensors("ema")[name], rtol=0, atol=1e-3)
+    assert gencore("train", "--out", out, "--resume", "--steps", 5).code == 0
+    assert checkpoint.read(out).run.start == run.start
+
+
+def test_a_run_that_was_killed_at_once_keeps_the_weights_that_it_began_with(gencore, trained, tmp_path, monkeypatch):
+    def advance(self):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "advance", advance)
+        assert gencore("train", "--from", trained / "toy", "--out", out, "--steps", 4).code == 130
+    former = checkpoint.read(trained / "toy").tensors("ema")
+    assert checkpoint.read(out).step == 0
+    for name, tensor in checkpoint.read(out).tensors("model").items():
+        assert torch.equal(tensor, former[name])
+    shutil.rmtree(out / "checkpoints")
+    result = gencore("train", "--out", out, "--resume")
+    assert (result.code, "begin it anew, without --resume" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("toy-sampler", "--from", "RUN"), "is of model toy, to be trained is toy-sampler"),
+        (("--from", "RUN", "--resume"), "--from begins a new run, --resume goes on with one; give one of them"),
+        (("--from", "RUN", "--set", "hidden=3"), "do not fit the model: encoder.0.weight of shape"),
+        (("--from", "nowhere"), "there is no folder nowhere"),
+    ],
+)
+def test_weights_to_begin_with_that_do_not_fit_are_one_line(gencore, trained, tmp_path, arguments, message):
+    arguments = [trained / "toy" if argument == "RUN" else argument for argument in arguments]
+    result = gencore("train", *arguments, "--out", tmp_path / "run")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert message in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("learning_rate=1", "optimizer.lr"),
+        ("lr=1", "optimizer.lr"),
+        ("train.lr=1", "optimizer.lr"),
+        ("batch_size=8", "train.batch_size"),
+        ("seed=1", "train.seed"),
+        ("optimizr.lr=1", "optimizer.lr"),
+        ("train.likelihood=gaussian", "likelihood"),
+        ("data.lr=1", None),
+    ],
+)
+def test_a_setting_of_another_group_is_named(gencore, tmp_path, setting, meant):
+    result = gencore("train", "vae", "--set", setting, "--out", tmp_path / "run")
+    name = setting.partition("=")[0]
+    told = f"is not a setting; did you mean {meant}?" if meant else "data set digits has no settings"
+    assert (result.code, result.err) == (2, f"gencore: {name}: {told}\n")
+
+
+def test_blanks_around_the_name_of_a_setting_mean_nothing(gencore, tmp_path):
+    assert gencore("train", "toy", *QUICK, "--set", " hidden =8", "--out", tmp_path / "run").code == 0
+    assert checkpoint.read_run(tmp_path / "run").config["hidden"] == 8
+
+
+@pytest.mark.parametrize("method", ["_critic_loss", "phases"])
+def test_an_error_of_a_plugin_names_it_and_the_step(gencore, tmp_path, monkeypatch, method):
+    def broken(self, *arguments):
+        raise KeyError("missing")
+
+    monkeypatch.setattr(sys.modules["gencore_toy"].Toy, method, broken)
+    result = gencore("train", "toy", *QUICK, "--out", tmp_path / "run")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "model plugin 'toy' (gencore_toy:toy) of package gencore-toy 1.0 is broken: " in result.err
+    assert "KeyError: 'missing'" in result.err
+    assert ("the loss of phase 'critic' at step 1" in result.err) == (method == "_critic_loss")
+
+
+def test_weights_that_are_not_finite_are_refused_by_every_command(gencore, tmp_path):
+    out = tmp_path / "run"
+    gencore("train", "toy", *QUICK, "--out", out)
+    saved = checkpoint.read(out)
+    tensors = {name: saved.tensors(name) for name in ("model", "optimizer")}
+    tensors["model"]["decoder.0.weight"][0] = float("nan")
+    shutil.rmtree(saved.directory)
+    checkpoint.save(out, saved.run, saved.step, tensors, saved.state, keep=1)
+    for command in ("sample", "evaluate", "reconstruct", "interpolate", "traverse"):
+        result = gencore(command, out)
+        assert (result.code, len(result.err.splitlines())) == (2, 1), command
+        assert "are of no use: decoder.0.weight is not finite" in result.err
+    for arguments in (("--out", out, "--resume", "--steps", 9), ("--from", out, "--out", tmp_path / "new")):
+        assert "decoder.0.weight is not finite" in gencore("train", *arguments).err

@@ -14,7 +14,7 @@ from gencore.metrics import (
     draw_samples,
     train_classifier,
 )
-from gencore.models import GenerativeModel
+from gencore.models import GenerativeModel, ModelConfig
 
 
 class Brightest(nn.Module):
@@ -40,6 +40,7 @@ class Sampler(GenerativeModel):
 
     def __init__(self, of):
         super().__init__()
+        self.config = ModelConfig(image_shape=tuple(images_of(0).shape[1:]))
         self.of = of
         self.sizes = []
 

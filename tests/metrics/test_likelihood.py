@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -45,14 +46,14 @@ def test_does_not_depend_on_the_batch_size():
     assert len(results) == 1
 
 
-def test_a_bar_is_shown_when_asked_for(capsys):
+def test_a_bar_is_shown_when_asked_for(capsys, monkeypatch):
     pytest.importorskip("tqdm")
     model = Known()
     plain = likelihood_bound(model, DATA, Key(3), batch_size=3)
     assert capsys.readouterr().err == ""
-    model.progress = True
-    assert likelihood_bound(model, DATA, Key(3), batch_size=3) == plain
-    assert "3/3" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert likelihood_bound(model, DATA, Key(3), batch_size=3, progress=True) == plain
+    assert "7/7" in capsys.readouterr().err
 
 
 def test_limit():

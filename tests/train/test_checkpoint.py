@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gencore import train
 from gencore.plugins import PluginError
 from gencore.train import CheckpointError, Run, checkpoint
 
-RUN = Run("toy", {"image_shape": [1, 4, 4]}, "bars", 60, {"seed": 0})
+RUN = Run("toy", {"image_shape": [1, 4, 4]}, "bars", {}, 60, ["a", "b"], "0" * 64, {"seed": 0})
 
 
 def save(directory: Path, step: int, keep: int = 2, **tensors: torch.Tensor) -> Path:
@@ -104,12 +105,12 @@ def test_damaged_weights_are_named(finished, damage):
 def test_damaged_json_is_named(finished):
     path = checkpoint.checkpoints(finished)[-1] / "checkpoint.json"
     text = path.read_text()
-    for damaged in ("", "{", "[]", "{}", text[:-20], text.replace('"step": 2', '"step": 3'), '{"format": 1}', "\x00"):
+    for damaged in ("", "{", "[]", "{}", text[:-20], text.replace('"step": 2', '"step": 3'), '{"format": 2}', "\x00"):
         path.write_text(damaged)
         with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged"):
             train.load_model(finished)
     for name in ("run.json",):
-        for damaged in ("", '{"format": 1, "run": {}}', '{"format": 1, "run": {"model": 3}}'):
+        for damaged in ("", '{"format": 2, "run": {}}', '{"format": 2, "run": {"model": 3}}'):
             (finished / name).write_text(damaged)
             with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
                 checkpoint.read_run(finished)
@@ -132,11 +133,12 @@ def test_a_run_may_be_called_like_a_checkpoint(trainer, tmp_path):
         checkpoint.read(tmp_path / "step-2")
 
 
-def test_a_newer_format_is_refused(finished):
+def test_another_format_is_refused(finished):
     path = checkpoint.checkpoints(finished)[-1] / "checkpoint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with pytest.raises(CheckpointError, match="by a newer gencore: it has format 2, this gencore reads up to 1"):
-        train.load_model(finished)
+    for number, age in ((3, "newer"), (1, "older")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": number}))
+        with pytest.raises(CheckpointError, match=f"an? {age} gencore: it has format {number}, this gencore reads 2"):
+            train.load_model(finished)
 
 
 def test_no_average_is_an_error_only_if_asked_for(trainer, tmp_path):
@@ -149,11 +151,11 @@ def test_no_average_is_an_error_only_if_asked_for(trainer, tmp_path):
 def test_a_model_that_is_not_installed_or_changed_is_an_error(finished, toy_environment):
     saved = checkpoint.read(finished)
     run = saved.run
-    unknown = Run("toyy", run.config, run.data, run.images, run.train)
+    unknown = replace(run, model="toyy")
     folder = checkpoint.save(finished, unknown, 3, {"model": saved.tensors("model")}, {}, keep=9)
     with pytest.raises(PluginError, match="'toyy'; did you mean toy"):
         train.load_model(folder)
-    changed = Run("toy", {**run.config, "colour": 1}, run.data, run.images, run.train)
+    changed = replace(run, config={**run.config, "colour": 1})
     folder = checkpoint.save(finished, changed, 4, {"model": saved.tensors("model")}, {}, keep=9)
     with pytest.raises(CheckpointError, match="of another version of toy: colour: is not a setting"):
         train.load_model(folder)
@@ -165,6 +167,7 @@ def test_weights_that_do_not_fit_are_named():
         ({"weight": torch.zeros(3, 2)}, "without bias"),
         ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "b": torch.zeros(3)}, "with b, which the model lacks"),
         ({"weight": torch.zeros(2, 3), "bias": torch.zeros(3)}, r"weight of shape \(2, 3\) for \(3, 2\)"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.tensor([0, torch.inf, 0])}, "bias is not finite"),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.fill_model(model, weights, Path("run"))

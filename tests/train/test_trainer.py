@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,30 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(trainer, tmp_path, stop_aft
     metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     assert without_time(metrics[0]) == without_time(metrics[1])
     assert [record["step"] for record in metrics[0]] == [3, 6, 9, 12]
+
+
+def test_checkpoints_by_time(trainer, tmp_path, monkeypatch):
+    saved, clock = [], itertools.count(step=20)
+    monkeypatch.setattr(train.trainer.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(Trainer, "_save", lambda self: saved.append(self.step))
+    trainer(tmp_path / "a", checkpoint_every=1000, checkpoint_minutes=2).fit()
+    trainer(tmp_path / "b", checkpoint_every=1000, checkpoint_minutes=None).fit()
+    assert saved[-2:] == [12, 12]
+    assert len(saved) > 4
+    assert len(set(np.diff(saved[:-2]))) == 1
+
+
+def test_training_state_of_other_shapes_is_refused(trainer, tmp_path):
+    trainer(tmp_path / "run", ema=0.9).fit()
+    saved = checkpoint.read(tmp_path / "run")
+    whole = {each: saved.tensors(each) for each in ("model", "ema", "optimizer")}
+    for file, name in (("optimizer", "critic/critic.weight/exp_avg"), ("ema", "critic.weight")):
+        tensors = {each: dict(named) for each, named in whole.items()}
+        tensors[file][name] = torch.zeros(1, 15)
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        checkpoint.save(tmp_path / "run", saved.run, saved.step, tensors, saved.state, keep=1)
+        with pytest.raises(CheckpointError, match=rf"{name} of shape \(1, 15\) for \(1, 16\)"):
+            trainer(tmp_path / "run", ema=0.9, steps=13).fit(resume=True)
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(trainer, tmp_path):

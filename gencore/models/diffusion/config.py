@@ -50,7 +50,14 @@ class Sampling(Config):
     )
 
     @classmethod
-    def from_strings(cls, settings: Mapping[str, str], base: Mapping[str, Any] | None = None) -> Sampling:
+    def from_strings(
+        cls,
+        settings: Mapping[str, str],
+        base: Mapping[str, Any] | None = None,
+        *,
+        prefix: str = "",
+        known: Iterable[str] | None = None,
+    ) -> Sampling:
         """:meth:`Config.from_strings`; another sampler leaves out what ``base`` says that only others use."""
         kept, sampler = dict(base or {}), settings.get("sampler")
         if sampler is not None:
@@ -58,7 +65,7 @@ class Sampling(Config):
             unused += ["resamples"] if sampler in _USES_EARLIER else []
             for name in unused:
                 kept.pop(name, None)
-        return super().from_strings(settings, kept)
+        return super().from_strings(settings, kept, prefix=prefix, known=known)
 
     def check(self) -> Iterable[str]:
         for name, only in _OF_ONE.items():
