@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
-from gencore.config import ConfigError, close_names
+from gencore.config import Config, ConfigError, close_names
 
 if TYPE_CHECKING:
     from gencore.data.base import DatasetPlugin
@@ -188,11 +188,8 @@ def _model_fault(entry: Entry, plugin: Any) -> str | None:
     config = plugin.config
     if not (isinstance(config, type) and issubclass(config, ModelConfig)):
         return f"its config must be a subclass of gencore.models.ModelConfig, but is {_kind_of(config)}"
-    if "__dataclass_params__" not in vars(config):
-        return f"its config {config.__name__} must be decorated with @dataclass(frozen=True)"
-    required = [f.name for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]
-    if required:
-        return f"every setting of its config must have a default, but {', '.join(required)} has none"
+    if fault := _config_fault("config", config):
+        return fault
     if not callable(plugin.build):
         return f"its build must be callable, but is {_kind_of(plugin.build)}"
     return None
@@ -207,6 +204,20 @@ def _dataset_fault(entry: Entry, plugin: Any) -> str | None:
         return f"its entry point is called {entry.name!r}, but the plugin calls itself {plugin.name!r}"
     if not callable(plugin.load):
         return f"its load must be callable, but is {_kind_of(plugin.load)}"
+    settings = plugin.settings
+    if settings is None:
+        return None
+    if not (isinstance(settings, type) and issubclass(settings, Config)):
+        return f"its settings must be None or a subclass of gencore.config.Config, but are {_kind_of(settings)}"
+    return _config_fault("settings", settings)
+
+
+def _config_fault(what: str, config: type[Config]) -> str | None:
+    if "__dataclass_params__" not in vars(config):
+        return f"its {what} {config.__name__} must be decorated with @dataclass(frozen=True)"
+    required = [f.name for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]
+    if required:
+        return f"every setting of its {what} must have a default, but {', '.join(required)} has none"
     return None
 
 

@@ -1,5 +1,23 @@
 """Data sets: real images as uint8 in memory, named ``name`` or ``name:path``."""
 
-from gencore.data.base import DataError, DatasetPlugin, ImageDataset, Split, load
+from gencore.data.base import (
+    DataError,
+    DatasetPlugin,
+    ImageDataset,
+    MissingSplitError,
+    Split,
+    check,
+    load,
+    settings_type,
+)
 
-__all__ = ["DataError", "DatasetPlugin", "ImageDataset", "Split", "load"]
+__all__ = [
+    "DataError",
+    "DatasetPlugin",
+    "ImageDataset",
+    "MissingSplitError",
+    "Split",
+    "check",
+    "load",
+    "settings_type",
+]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gencore import plugins
+from gencore.config import Config, ConfigError
 from gencore.models.base import Batch
 
 Split = Literal["train", "test"]
@@ -19,9 +23,16 @@ Split = Literal["train", "test"]
 # Images are kept in memory; beyond this many bytes of pixels a loader should refuse rather than swap.
 MAX_BYTES = 32 << 30
 
+# Pixels are hashed in pieces of about this many bytes.
+_PIECE = 1 << 24
+
 
 class DataError(ValueError):
     """A data set cannot be read: the message names the file (or the option) and what is wrong with it."""
+
+
+class MissingSplitError(DataError):
+    """A data set has no images for the split that was asked for; its other split may be read."""
 
 
 class ImageDataset:
@@ -33,6 +44,7 @@ class ImageDataset:
         images: (N, C, H, W) uint8.
         labels: (N,) int64 in [0, len(class_names)), or None.
         class_names: the name of every class; empty without labels.
+        notes: what a user should know of how the files were read, a line each: what was left out, what was skipped.
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -46,6 +58,7 @@ class ImageDataset:
         images: Tensor,
         labels: Tensor | None = None,
         class_names: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ):
         check_split(split)
         if images.dtype != torch.uint8:
@@ -68,6 +81,7 @@ class ImageDataset:
         self.images = images
         self.labels = labels
         self.class_names = tuple(class_names)
+        self.notes = tuple(notes)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,6 +93,20 @@ class ImageDataset:
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the pixels, the labels and the class names, in their order; not of the name or the files.
+
+        Computed when it is first asked for, from the tensors as they are then.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([list(self.images.shape), self.labels is not None, self.class_names]).encode())
+        if self.labels is not None:
+            digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
+        for images in self.images.split(max(1, _PIECE // self.images[0].numel())):
+            digest.update(images.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,47 +131,114 @@ class DatasetPlugin:
     """What an entry point of the group ``gencore.datasets`` names: how a data set is called and read.
 
     ``load(path, split)`` gets the path of ``name:path``, or None when there was none; with ``needs_path`` there always
-    is one. It must return the same images in the same order every time, and raise :class:`DataError` for what is wrong
-    with the files.
+    is one. A plugin with ``settings``, a frozen :class:`gencore.config.Config` whose every field has a default, is
+    called as ``load(path, split, settings)``, with an instance of it.
+
+    ``load`` must return the same images in the same order every time. It raises :class:`MissingSplitError` where there
+    are no images for the split, and :class:`DataError` for whatever else is wrong with the files.
     """
 
     name: str
-    load: Callable[[Any, Split], ImageDataset]  # Any: Path | None, or Path with needs_path
+    load: Callable[..., ImageDataset]
     needs_path: bool = False
     summary: str = ""
+    settings: type[Config] | None = None
 
 
-def load(spec: str, split: Split) -> ImageDataset:
-    """The data set that ``spec`` names, ``name`` or ``name:path``.
+def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> ImageDataset:
+    """The data set that ``spec`` names, ``name`` or ``name:path``, read with the plugin's ``settings``.
 
     Raises:
         PluginError: no such data set, or its plugin is broken.
+        ConfigError: settings that the data set does not have, or wrong values; every fault begins with ``data.``.
+        MissingSplitError: there are no images for this split.
         DataError: the files are missing or wrong, or the data set needs a path and got none.
     """
-    if not isinstance(spec, str):
-        raise TypeError(f"spec must be a string, name or name:path, got {type(spec).__name__}")
     check_split(split)
-    name, colon, path = spec.partition(":")
-    plugin = plugins.load_dataset(name)
-    if colon and not path:
-        raise DataError(f"the path after {name}: must not be empty")
+    plugin, path = _named(spec)
+    arguments: list[Any] = [_path(path) if path else None, split]
     if plugin.needs_path and not path:
-        raise DataError(f"data set {name} needs a path: {name}:PATH")
+        raise DataError(f"data set {plugin.name} needs a path: {plugin.name}:PATH")
+    config = _configured(plugin, {} if settings is None else settings)
     try:
-        dataset = plugin.load(Path(path).expanduser() if path else None, split)
-    except DataError:
+        dataset = plugin.load(*arguments) if config is None else plugin.load(*arguments, config)
+    except (DataError, ConfigError, MemoryError):
         raise
     except OSError as error:
-        where = error.filename or path or name
-        raise DataError(f"data set {name}: cannot read {where}: {error.strerror or error}") from error
+        where = error.filename or path or plugin.name
+        raise DataError(f"data set {plugin.name}: cannot read {where}: {error.strerror or error}") from error
     except (Exception, SystemExit) as error:
-        raise plugins.broken("dataset", name, plugins.reason(error)) from error
+        raise plugins.broken("dataset", plugin.name, plugins.reason(error)) from error
     if not isinstance(dataset, ImageDataset):
-        raise plugins.broken("dataset", name, f"load must return an ImageDataset, got {type(dataset).__name__}")
+        what = f"load must return an ImageDataset, got {type(dataset).__name__}"
+        raise plugins.broken("dataset", plugin.name, what)
     return dataset
+
+
+def check(spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Reads every split but ``"train"``, so that its faults are known before a training begins; returns its notes.
+
+    A split without images is no fault: it is one for what needs that split.
+
+    Raises:
+        PluginError, ConfigError, DataError: as :func:`load`.
+    """
+    notes: list[str] = []
+    for split in typing.get_args(Split):
+        if split != "train":
+            try:
+                notes += load(spec, split, settings).notes
+            except MissingSplitError:
+                continue
+    return tuple(notes)
+
+
+def settings_type(spec: str) -> type[Config] | None:
+    """The settings of the data set that ``spec`` names, or None if it has none; no file is read.
+
+    Raises:
+        PluginError: no such data set, or its plugin is broken.
+        DataError: the path of ``name:path`` is empty.
+    """
+    return _named(spec)[0].settings
 
 
 def check_split(split: str) -> None:
     """Raises ValueError unless ``split`` is ``"train"`` or ``"test"``."""
     if split not in typing.get_args(Split):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+
+
+def _named(spec: str) -> tuple[DatasetPlugin, str]:
+    if not isinstance(spec, str):
+        raise TypeError(f"spec must be a string, name or name:path, got {type(spec).__name__}")
+    name, colon, path = spec.partition(":")
+    plugin = plugins.load_dataset(name)
+    if colon and not path:
+        raise DataError(f"the path after {name}: must not be empty")
+    return plugin, path
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise DataError(f"a path cannot hold a zero byte, got {text!r}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text}: {error}") from error
+
+
+def _configured(plugin: DatasetPlugin, settings: Mapping[str, Any]) -> Config | None:
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings must be a mapping of names to values, got {type(settings).__name__}")
+    title = f"data set {plugin.name}"
+    if plugin.settings is None:
+        if settings:
+            raise ConfigError(title, [f"data.{name}: is not a setting; {title} has none" for name in settings])
+        return None
+    try:
+        return plugin.settings.from_dict(settings)
+    except ConfigError as error:
+        raise ConfigError(title, [f"data.{fault}" for fault in error.faults]) from error
+    except (Exception, SystemExit) as error:
+        raise plugins.broken("dataset", plugin.name, plugins.reason(error)) from error

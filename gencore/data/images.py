@@ -6,264 +6,204 @@ Layouts, with any one folder around all of it::
     train/cat/1.png ... test/cat/7.png ...     classes and splits as the folders say
     1.png 2.png                                no classes (also below train/ and test/, or all in one folder)
 
-Where there is no ``test`` beside ``train``, ``val``, ``valid`` or ``validation`` is the test split; beside ``test``
-they are left out. Any other folder beside ``train`` is refused: it might be a class or a split.
+Splits are called train or training, test or testing, and val, valid, validation or dev, in any case. Where there is no
+test split beside train, validation is; beside test it is left out. Any other folder beside train is refused: it might
+be a class or a split. Folders inside a class belong to it.
 
-Every image must have the same size. If all are gray the data set has one channel, else three. An archive is read in
-place, never extracted. The split of a layout without train and test goes by a hash of the file names, so it does not
-depend on the order of the file system, nor on where the folder lies.
+Every image must have the same size, or is given it by the setting ``size``. If all are gray the data set has one
+channel, else three. An archive is read in place, never extracted. The split of a layout without train and test goes by
+a hash of the file names, so it does not depend on the order of the file system, nor on where the folder lies.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, Split
+from gencore.config import Config, field
+from gencore.data._layout import Item, Layout, laid_out
+from gencore.data._pixels import BadImageError, Header, decoded, header, reason_of
+from gencore.data._sources import Source, counted, listed, opened
+from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-
-# An archive's member beyond these is no picture of a data set but an attack or an accident.
-_MAX_FILE_BYTES = 256 << 20
-_MAX_RATIO = 1000
-_MAX_PIXELS = 1 << 26
-
-# What may stand beside the folder "train"; the first that is there is the test split.
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
-
-_GRAY_MODES = ("1", "L", "LA")
-_COLOR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "RGBX", "La", "RGBa")
+_Read = TypeVar("_Read")
 
 
-class _Source(NamedTuple):
-    """Where images are read from: the names of its files, and how to read one."""
+@dataclass(frozen=True)
+class ImageSettings(Config):
+    """How images are read."""
 
-    where: Path
-    names: list[PurePosixPath]
-    read: Callable[[PurePosixPath], bytes]
-
-
-class _Item(NamedTuple):
-    name: PurePosixPath
-    class_name: str | None
+    size: int | None = field(
+        None, ge=1, le=8192, doc="resize the shorter side to this and crop the middle, so that images may have any size"
+    )
+    skip_bad: bool = field(False, doc="leave out images that cannot be read, and say how many")
 
 
-def load_images(path: Path, split: Split, *, labelled: bool = True) -> ImageDataset:
+class _Survey(NamedTuple):
+    """What is known before anything is decoded: of both splits, so that they agree whichever is loaded."""
+
+    layout: Layout
+    headers: dict[str, Header]
+    bad: dict[str, str]
+
+
+def load_images(
+    path: Path, split: Split, settings: ImageSettings | None = None, *, labelled: bool = True
+) -> ImageDataset:
     """The images of a folder or zip archive.
 
     Args:
         path: the folder or the archive.
         split: ``"train"`` or ``"test"``.
+        settings: a common size, and whether images that cannot be read are left out.
         labelled: whether folders are classes; if not, all images are one data set without labels.
 
     Raises:
-        DataError: nothing to read, two sizes of image, a file that is no image; the message names the files.
+        MissingSplitError: no image is of this split.
+        DataError: nothing to read, two sizes of image, files that are no images; the message names the files.
     """
     try:
         import PIL  # noqa: F401
     except ImportError as error:
         raise DataError("data set images needs Pillow: pip install 'gencore[train]'") from error
-    if path.is_dir():
-        return _load(_folder(path), split, labelled)
-    if not path.exists():
-        raise DataError(f"data set images: {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"data set images: {path} is neither a folder nor a zip archive")
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise DataError(f"data set images: {path} is a damaged zip archive: {error}") from error
-    with archive:
-        return _load(_archive(path, archive), split, labelled)
+    # Pillow warns of large images and odd metadata; what matters of it is an error here.
+    with warnings.catch_warnings(), opened(path) as source:
+        warnings.simplefilter("ignore")
+        return _load(source, split, settings or ImageSettings(), labelled)
 
 
-def _load(source: _Source, split: Split, labelled: bool) -> ImageDataset:
-    splits = _splits(source, _without_wrapper(source))
-    items = splits[split]
+def _load(source: Source, split: Split, settings: ImageSettings, labelled: bool) -> ImageDataset:
+    survey = _surveyed(source)
+    if survey.bad and not settings.skip_bad:
+        raise _refusal(source, survey, survey.bad, checked=())
+    items = survey.layout.splits[split]
     if not items:
-        raise DataError(f"data set images: {source.where} holds no images to {split} with")
-    class_names = sorted({item.class_name for both in splits.values() for item in both if item.class_name is not None})
-    # The size and the number of channels are those of all images, so that both splits agree whichever is loaded.
-    everything = [item.name for both in splits.values() for item in both]
-    height, width, channels = _common_shape(source, everything)
-    if len(items) * channels * height * width > MAX_BYTES:
-        raise DataError(
-            f"data set images: {len(items)} images of {height}x{width} need {len(items) * channels * height * width} "
-            f"bytes; images are kept in memory, at most {MAX_BYTES} bytes of them"
+        raise source.error(f" holds no images to {split} with", MissingSplitError)
+    width, height, channels = _common_shape(source, survey, settings.size)
+    bad = {item.name: survey.bad[item.name] for item in items if item.name in survey.bad}
+    readable = [item for item in items if item.name not in bad]
+    size = len(readable) * channels * height * width
+    if size > MAX_BYTES:
+        raise source.error(
+            f": {len(readable)} images of {width}x{height} need {size} bytes; images are kept in memory, at most "
+            f"{MAX_BYTES} bytes of them"
         )
-    pixels = np.empty((len(items), channels, height, width), dtype=np.uint8)
-    for row, item in zip(pixels, items, strict=True):
-        with _opened(source, item.name) as image:
-            array = np.asarray(_converted(image, channels))
-            row[...] = array[None] if channels == 1 else array.transpose(2, 0, 1)
-    labels = None
-    if labelled and len(class_names) > 1:
-        index = {name: i for i, name in enumerate(class_names)}
-        labels = torch.tensor([index[item.class_name] for item in items if item.class_name is not None])
-    name = source.where.stem
-    return ImageDataset(name, split, torch.from_numpy(pixels), labels, class_names if labels is not None else ())
-
-
-def _folder(path: Path) -> _Source:
-    names, seen = [], set()
-    for parent, folders, files in os.walk(path, followlinks=True):
-        # A link to a folder above would be walked for ever.
-        if os.path.realpath(parent) in seen:
-            folders.clear()
+    pixels = np.empty((len(readable), channels, height, width), dtype=np.uint8)
+    kept: list[Item] = []
+    for item in readable:
+        image = _attempt(source, item.name, lambda stream, name: decoded(stream, name, channels, settings.size), bad)
+        if image is None:
             continue
-        seen.add(os.path.realpath(parent))
-        relative = PurePosixPath(Path(parent).relative_to(path).as_posix())
-        names += [relative / name for name in files]
-
-    def read(name: PurePosixPath) -> bytes:
-        return (path / name).read_bytes()
-
-    return _Source(path, _pictures(names), read)
-
-
-def _archive(path: Path, archive: zipfile.ZipFile) -> _Source:
-    members = {PurePosixPath(info.filename): info for info in archive.infolist() if not info.is_dir()}
-
-    def read(name: PurePosixPath) -> bytes:
-        info = members[name]
-        if info.file_size > _MAX_FILE_BYTES or info.file_size > _MAX_RATIO * max(info.compress_size, 1024):
-            raise DataError(
-                f"{path}: {name} claims to unpack {info.compress_size} bytes to {info.file_size}; no image is like that"
-            )
-        try:
-            return archive.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            # RuntimeError: the member is encrypted.
-            raise DataError(f"{path}: cannot unpack {name}: {error}") from error
-
-    return _Source(path, _pictures(list(members)), read)
+        if image.shape == pixels.shape[1:]:
+            pixels[len(kept)] = image
+            kept.append(item)
+        else:
+            bad[item.name] = f"{image.shape[2]}x{image.shape[1]} once decoded, not {width}x{height}"
+    if bad and not settings.skip_bad:
+        raise _refusal(source, survey, bad, checked=[item.name for item in readable])
+    class_names = survey.layout.class_names if labelled and len(survey.layout.class_names) > 1 else []
+    _refuse_lost_classes(source, survey, split, kept, class_names)
+    labels = None
+    if class_names:
+        index = {name: i for i, name in enumerate(class_names)}
+        labels = torch.tensor([index[item.class_name] for item in kept if item.class_name is not None])
+    notes = list(survey.layout.notes)
+    if bad:
+        notes.append(f"skipped {counted(len(bad), 'image')} to {split} with that cannot be read: {listed(bad)}")
+    if settings.size is not None:
+        sizes = {item.name: survey.headers[item.name] for item in kept}
+        small = {name: f"{h.width}x{h.height}" for name, h in sizes.items() if min(h.width, h.height) < settings.size}
+        if small:
+            number = counted(len(small), "image")
+            notes.append(f"enlarged {number} to {split} with that were smaller than {width}x{height}: {listed(small)}")
+    return ImageDataset(source.where.stem, split, torch.from_numpy(pixels[: len(kept)]), labels, class_names, notes)
 
 
-def _pictures(names: list[PurePosixPath]) -> list[PurePosixPath]:
-    """The image files, without what file managers leave behind (hidden files, ``__MACOSX``), in one order."""
-    return sorted(
-        name
-        for name in names
-        if name.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+# The survey is that of both splits, and reading one after the other needs it twice.
+@functools.lru_cache(maxsize=1)
+def _surveyed(source: Source) -> _Survey:
+    layout = laid_out(source)
+    headers: dict[str, Header] = {}
+    bad: dict[str, str] = {}
+    for name in _names(layout):
+        if name in source.faults:
+            bad[name] = source.faults[name]
+        elif (found := _attempt(source, name, header, bad)) is not None:
+            headers[name] = found
+    return _Survey(layout, headers, bad)
+
+
+def _names(layout: Layout) -> list[str]:
+    return [item.name for items in layout.splits.values() for item in items]
+
+
+def _attempt(source: Source, name: str, read: Callable[[IO[bytes], str], _Read], bad: dict[str, str]) -> _Read | None:
+    """What ``read`` makes of the file, or None and the reason in ``bad``."""
+    try:
+        with source.open(name) as stream:
+            return read(stream, name)
+    except BadImageError as error:
+        bad[name] = str(error)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # The system's errors, and those of damaged archives, which are of many kinds.
+        bad[name] = reason_of(error)
+    return None
+
+
+def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[int, int, int]:
+    """Width, height and channels of all images."""
+    if not survey.headers:
+        raise source.error(f": none of {counted(len(survey.bad), 'image')} can be read: {listed(survey.bad)}")
+    channels = 1 if all(found.gray for found in survey.headers.values()) else 3
+    if size is not None:
+        return size, size, channels
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for name, found in survey.headers.items():
+        sizes.setdefault((found.width, found.height), []).append(name)
+    if len(sizes) > 1:
+        common = sorted(sizes.items(), key=lambda pair: -len(pair[1]))
+        examples = {names[0]: f"{width}x{height}, as {len(names)}" for (width, height), names in common}
+        raise source.error(
+            f": all images must have one size, but there are {len(sizes)} (width x height): {listed(examples)}; "
+            "--set data.size=64 takes images of any size, resizes and crops them"
+        )
+    (width, height) = next(iter(sizes))
+    return width, height, channels
+
+
+def _refusal(source: Source, survey: _Survey, bad: dict[str, str], checked: Iterable[str]) -> DataError:
+    """The error that names all images of both splits that cannot be read, given those that are known."""
+    bad, passed = dict(bad), set(checked)
+    names = _names(survey.layout)
+    for name in names:
+        if name not in bad and name not in passed and name not in survey.bad:
+            _attempt(source, name, lambda stream, name: decoded(stream, name, 3, None), bad)
+    ordered = {name: bad[name] for name in names if name in bad}
+    return source.error(
+        f": {len(bad)} of {counted(len(names), 'image')} cannot be read: {listed(ordered)}; "
+        "--set data.skip_bad=true leaves them out"
     )
 
 
-def _without_wrapper(source: _Source) -> dict[PurePosixPath, tuple[str, ...]]:
-    """Every image's path parts below the one folder, if any, that holds all classes or splits."""
-    if not source.names:
-        raise DataError(f"data set images: {source.where} holds no images ({', '.join(SUFFIXES)})")
-    parts = {name: name.parts for name in source.names}
-    while len({part[0] for part in parts.values()}) == 1 and min(map(len, parts.values())) > 2:
-        parts = {name: part[1:] for name, part in parts.items()}
-    return parts
-
-
-def _splits(source: _Source, parts: dict[PurePosixPath, tuple[str, ...]]) -> dict[Split, list[_Item]]:
-    test_folder = _test_folder(source, {part[0] if len(part) > 1 else "" for part in parts.values()})
-    if test_folder is not None:
-        found: dict[Split, list[_Item]] = {}
-        halves: dict[Split, str] = {"train": "train", "test": test_folder}
-        for half, folder in halves.items():
-            inside = {name: part[1:] for name, part in parts.items() if part[0] == folder}
-            found[half] = _classed(source, inside)
-        flat = [folder for half, folder in halves.items() if found[half][0].class_name is None]
-        if len(flat) == 1:
-            raise DataError(f"data set images: {source.where} has class folders in one split, but not in {flat[0]}")
-        return found
-    by_class: dict[str | None, list[_Item]] = {}
-    for item in _classed(source, parts):
-        by_class.setdefault(item.class_name, []).append(item)
-    train, test = [], []
-    for members in by_class.values():
-        hashed = sorted(members, key=lambda item: hashlib.blake2b("/".join(parts[item.name]).encode()).digest())
-        count = max(1, round(len(hashed) / 10)) if len(hashed) > 1 else 0
-        test += sorted(hashed[:count])
-        train += sorted(hashed[count:])
-    return {"train": train, "test": test}
-
-
-def _test_folder(source: _Source, tops: set[str]) -> str | None:
-    """The folder of the test images, given those at the top; None if these are classes ("" is an image's own place)."""
-    if "train" not in tops or "" in tops:
-        return None
-    others = sorted(tops - {"train", *_TEST_FOLDERS})
-    if others:
-        raise DataError(
-            f"data set images: {source.where} has folders beside train that may be classes or splits: "
-            f"{', '.join(others)}; beside train there may be {', '.join(_TEST_FOLDERS)}"
-        )
-    return next((folder for folder in _TEST_FOLDERS if folder in tops), None)
-
-
-def _classed(source: _Source, parts: dict[PurePosixPath, tuple[str, ...]]) -> list[_Item]:
-    flat = [name for name, part in parts.items() if len(part) == 1]
-    if flat and len(flat) < len(parts):
-        raise DataError(f"data set images: {source.where}: {flat[0]} lies beside the class folders, not in one of them")
-    return [_Item(name, None if flat else part[0]) for name, part in parts.items()]
-
-
-def _common_shape(source: _Source, names: list[PurePosixPath]) -> tuple[int, int, int]:
-    """Height, width and channels of all images, from their headers."""
-    size: tuple[int, int] | None = None
-    channels = 1
-    for name in names:
-        with _opened(source, name) as image:
-            if image.mode not in _GRAY_MODES + _COLOR_MODES:
-                raise DataError(f"{source.where}: {name} has mode {image.mode}, which is not 8 bits per channel")
-            if size is None:
-                size, first = image.size, name
-            elif image.size != size:
-                raise DataError(
-                    f"{source.where}: all images must have one size, but {first} is {size[0]}x{size[1]} and {name} is "
-                    f"{image.size[0]}x{image.size[1]} (width x height)"
-                )
-            if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"{source.where}: {name} has {image.width}x{image.height} pixels, over {_MAX_PIXELS}")
-            if image.mode not in _GRAY_MODES:
-                channels = 3
-    assert size is not None  # names is never empty
-    return size[1], size[0], channels
-
-
-@contextmanager
-def _opened(source: _Source, name: PurePosixPath) -> Iterator[Image.Image]:
-    """The image, not yet decoded; whatever goes wrong with it in the body is a DataError that names it."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(source.read(name))) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        raise DataError(f"{source.where}: {name} is not an image, or is damaged") from error
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow raises a SyntaxError for a broken PNG.
-        raise DataError(f"{source.where}: cannot read {name}: {error}") from error
-
-
-def _converted(image: Image.Image, channels: int) -> Image.Image:
-    """The picture in 8-bit gray or RGB; transparent parts are laid on white."""
-    from PIL import Image
-
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+def _refuse_lost_classes(
+    source: Source, survey: _Survey, split: Split, kept: list[Item], class_names: list[str]
+) -> None:
+    """A class of which nothing can be read is not skipped; one that only the test split has lost is still known."""
+    had = {item.class_name for item in survey.layout.splits[split]}
+    others = set() if split == "train" else {item.class_name for item in survey.layout.splits["train"]}
+    lost = [n for n in class_names if n in had - others - {item.class_name for item in kept}]
+    if lost or not kept:
+        of = f" of {', '.join(lost)}" if lost else ""
+        raise source.error(f": no image{of} to {split} with can be read")
 
 
 plugin = DatasetPlugin(
@@ -271,4 +211,5 @@ plugin = DatasetPlugin(
     load=load_images,
     needs_path=True,
     summary="a folder or zip archive of images, class per folder: images:PATH",
+    settings=ImageSettings,
 )

@@ -16,13 +16,17 @@ from typing import IO
 import numpy as np
 import torch
 
-from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, Split
+from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
 
 ENVIRONMENT_VARIABLE = "GENCORE_DATA"
 
 _PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
+
+# Where torchvision puts the files of the data sets of this format, below its root.
+_OWN = "MNIST/raw"
+_OTHERS = "*/raw"
 _PIECE = 1 << 20
 
 
@@ -30,11 +34,13 @@ def load_mnist(path: Path | None, split: Split) -> ImageDataset:
     """The 60000 training or 10000 test images (1, 28, 28) with the classes 0 to 9.
 
     Args:
-        path: the folder of ``train-images-idx3-ubyte`` and its siblings, with or without ``.gz``; without a path, the
-            folder ``mnist`` in the folder that the environment variable GENCORE_DATA names.
+        path: the folder of ``train-images-idx3-ubyte`` and its siblings, with or without ``.gz``, or torchvision's root
+            of it: the files may lie in ``raw`` or ``MNIST/raw`` below, or in ``NAME/raw`` if there is one such folder.
+            Without a path, the folder ``mnist`` in the folder that the environment variable GENCORE_DATA names.
         split: ``"train"`` or ``"test"`` (the files called ``t10k``).
 
     Raises:
+        MissingSplitError: there are no files of this split.
         DataError: a file is missing, damaged or of another format; the message names it.
     """
     if path is None:
@@ -44,8 +50,12 @@ def load_mnist(path: Path | None, split: Split) -> ImageDataset:
         path = Path(root) / "mnist"
     if not path.is_dir():
         raise DataError(f"data set mnist: {path} is not a folder")
-    image_file = _find(path, f"{_PREFIX[split]}-images", 3)
-    label_file = _find(path, f"{_PREFIX[split]}-labels", 1)
+    folder = _folder(path)
+    image_file, label_file = _file(folder, split, "images", 3), _file(folder, split, "labels", 1)
+    if image_file is None or label_file is None:
+        names = _names(split, "labels", 1) if image_file else _names(split, "images", 3)
+        kind = MissingSplitError if image_file is label_file else DataError
+        raise kind(f"data set mnist: {folder} holds no {names[0]} (nor {', '.join(names[1:])})")
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(images) != len(labels):
         raise DataError(f"{image_file} holds {len(images)} images, but {label_file} holds {len(labels)} labels")
@@ -59,7 +69,8 @@ def load_mnist(path: Path | None, split: Split) -> ImageDataset:
         )
     names = [str(digit) for digit in range(_CLASSES)]
     label_tensor = torch.from_numpy(labels.astype(np.int64))
-    return ImageDataset("mnist", split, torch.from_numpy(images).unsqueeze(1), label_tensor, names)
+    notes = [] if folder == path else [f"read from {folder}"]
+    return ImageDataset("mnist", split, torch.from_numpy(images).unsqueeze(1), label_tensor, names, notes)
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
@@ -114,12 +125,34 @@ def _times(shape: Sequence[int]) -> str:
     return " x ".join(str(length) for length in shape)
 
 
-def _find(folder: Path, stem: str, dims: int) -> Path:
-    names = [f"{stem}{dot}idx{dims}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"data set mnist: {folder} holds no {names[0]} (nor {', '.join(names[1:])})")
+def _folder(path: Path) -> Path:
+    """The folder of the files: ``path``, or where torchvision puts them below it."""
+    for folder in (path, path / "raw", path / _OWN):
+        if _holds_any(folder):
+            return folder
+    others = [folder for folder in sorted(path.glob(_OTHERS)) if _holds_any(folder)]
+    if len(others) > 1:
+        raise DataError(f"data set mnist: {path} holds several data sets, name one: {', '.join(map(str, others))}")
+    if not others:
+        names = ", ".join([*_names("train", "images", 3), *_names("test", "images", 3)])
+        raise DataError(
+            f"data set mnist: {path} holds none of {names}, and nor does {path / 'raw'}, {path / _OWN} or another "
+            f"{path / _OTHERS}"
+        )
+    return others[0]
+
+
+def _holds_any(folder: Path) -> bool:
+    splits: tuple[Split, ...] = ("train", "test")
+    return any(_file(folder, split, *what) for split in splits for what in (("images", 3), ("labels", 1)))
+
+
+def _file(folder: Path, split: Split, what: str, dims: int) -> Path | None:
+    return next((folder / name for name in _names(split, what, dims) if (folder / name).is_file()), None)
+
+
+def _names(split: Split, what: str, dims: int) -> list[str]:
+    return [f"{_PREFIX[split]}-{what}{dot}idx{dims}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
 
 
 plugin = DatasetPlugin(
