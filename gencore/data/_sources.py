@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import posixpath
 import stat
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from gencore.data._formats import is_image, shown, suffix
 from gencore.data.base import DataError
@@ -28,7 +29,9 @@ _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informat
 _MAX_VISITS = 100
 
 # Messages name so many files; the others are counted.
-_NAMED = 10
+NAMED = 10
+
+_BUFFER = 1 << 16
 
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1
 
@@ -39,7 +42,7 @@ class Source:
 
     Attributes:
         where: the folder or the archive.
-        state: a hash of the names, sizes and times of all images.
+        state: a hash of the names, sizes and times of all images, and of what else is listed here.
         names: the images, relative to ``where``, with ``/``, in the order of their parts.
         faults: those of them that cannot be opened, and why.
         left_out: the number of other files, by kind.
@@ -126,6 +129,8 @@ class _Listing:
 
     def source(self, where: Path, opener: Callable[[str], IO[bytes]]) -> Source:
         names = sorted(self.names, key=lambda name: name.split("/"))
+        others = (sorted(self.faults.items()), sorted(self.left_out.items()), sorted(self.folders), self.notes)
+        self.state.update(repr(others).encode())
         state = self.state.hexdigest()
         source = Source(where, state, names, self.faults, self.left_out, self.folders, self.notes, opener)
         if self.closed:
@@ -232,7 +237,12 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
         listing.left_out["hidden"] = len(hidden)
     if twice:
         listing.notes.append(f"took the later of two in the archive for {counted(len(twice), 'name')}: {listed(twice)}")
-    return listing.source(where, lambda name: archive.open(members[name]))
+
+    def opener(name: str) -> IO[bytes]:
+        # Headers are read a few bytes at a time, for which the archive's own reader is slow.
+        return io.BufferedReader(cast("io.RawIOBase", archive.open(members[name])), _BUFFER)
+
+    return listing.source(where, opener)
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:
@@ -261,6 +271,6 @@ def counted(number: int, noun: str) -> str:
 
 def listed(reasons: Mapping[str, str]) -> str:
     """The first names, each with its reason if it has one, and how many more there are."""
-    named = [shown(name) + (f" ({reasons[name]})" if reasons[name] else "") for name in list(reasons)[:_NAMED]]
+    named = [shown(name) + (f" ({reasons[name]})" if reasons[name] else "") for name in list(reasons)[:NAMED]]
     more = len(reasons) - len(named)
     return ", ".join(named) + (f" and {more} more" if more else "")

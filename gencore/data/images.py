@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from gencore.config import Config, field
+from gencore.data._formats import shown
 from gencore.data._layout import Item, Layout, laid_out
 from gencore.data._pixels import BadImageError, Header, decoded, header, reason_of
-from gencore.data._sources import Source, counted, listed, opened
+from gencore.data._sources import NAMED, Source, counted, listed, opened
 from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
 
 _Read = TypeVar("_Read")
@@ -171,10 +172,11 @@ def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[in
         sizes.setdefault((found.width, found.height), []).append(name)
     if len(sizes) > 1:
         common = sorted(sizes.items(), key=lambda pair: -len(pair[1]))
-        examples = {names[0]: f"{width}x{height}, as {len(names)}" for (width, height), names in common}
+        said = [f"{len(n)} {'is' if len(n) == 1 else 'are'} {w}x{h} ({shown(n[0])})" for (w, h), n in common[:NAMED]]
+        more = f" and {counted(len(sizes) - NAMED, 'other size')}" if len(sizes) > NAMED else ""
         raise source.error(
-            f": all images must have one size, but there are {len(sizes)} (width x height): {listed(examples)}; "
-            "--set data.size=64 takes images of any size, resizes and crops them"
+            f": all images must have one size (width x height), but {', '.join(said)}{more}; "
+            "--set data.size=64 takes images of any size: it resizes and crops them"
         )
     (width, height) = next(iter(sizes))
     return width, height, channels

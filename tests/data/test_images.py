@@ -1,234 +1,148 @@
-import io
 import os
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from data.pictures import decoded, encoded, png, write_folder
 from PIL import Image
 
-from gencore.data import DataError, load
-from gencore.data.images import load_images, plugin
+from gencore import data
+from gencore.config import ConfigError
+from gencore.data import DataError, _pixels
+from gencore.data import images as module
+from gencore.data.images import ImageSettings, load_images
 
-RNG = np.random.default_rng(0)
-
-
-def png(mode="RGB", size=(4, 3), value=None):
-    channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}[mode]
-    pixels = RNG.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    if value is not None:
-        pixels[:] = value
-    stream = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels, mode).save(stream, "PNG")
-    return stream.getvalue()
+SKIP = ImageSettings(skip_bad=True)
+CUT = encoded(Image.effect_noise((4, 3), 99))[:-30]
 
 
-@pytest.fixture(params=["folder", "zip"])
-def make(request, tmp_path):
-    """Writes the files {name: bytes} as a folder or as an archive."""
-
-    def make(files):
-        if request.param == "zip":
-            path = tmp_path / "pictures.zip"
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, content in files.items():
-                    archive.writestr(name, content)
-            return path
-        path = tmp_path / "pictures"
-        for name, content in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
-        return path
-
-    return make
+@pytest.fixture
+def broken(make):
+    """Two of eight images of train are bad, one of them only once it is decoded; and one of test."""
+    files = {
+        f"{split}/{name}/{i}.png": png() for split in ("train", "test") for name in ("ape", "cat") for i in range(4)
+    }
+    bad = {"train/ape/0.png": b"text", "train/cat/3.png": CUT, "test/cat/1.png": CUT}
+    return make({**files, **bad})
 
 
-def decoded(content):
-    return torch.from_numpy(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).copy()).permute(2, 0, 1)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_all_bad_files_of_both_splits_are_listed(broken, split):
+    with pytest.raises(DataError) as info:
+        load_images(broken, split)
+    said = str(info.value)
+    assert "3 of 16 images cannot be read: " in said
+    assert "train/ape/0.png (no image" in said
+    assert said.index("train/ape/0.png (") < said.index("train/cat/3.png (") < said.index("test/cat/1.png (")
+    assert said.endswith("; --set data.skip_bad=true leaves them out")
 
 
-def test_train_and_test_folders(make):
-    files = {f"{split}/{name}/{i}.png": png() for split in ("train", "test") for name in ("cat", "ape") for i in "01"}
-    data = load_images(make(files), "test")
-    assert data.class_names == ("ape", "cat")
-    assert data.image_shape == (3, 3, 4)
-    assert data.labels.tolist() == [0, 0, 1, 1]
-    expected = [files[f"test/{name}/{i}.png"] for name in ("ape", "cat") for i in "01"]
-    assert torch.equal(data.images, torch.stack([decoded(content) for content in expected]))
-    assert data.name == "pictures"
+def test_bad_files_are_skipped_and_counted(broken):
+    train, test = load_images(broken, "train", SKIP), load_images(broken, "test", SKIP)
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1])
+    assert train.class_names == test.class_names == ("ape", "cat")
+    assert "skipped 2 images to train with that cannot be read: train/ape/0.png (no" in train.notes[0]
+    assert "skipped 1 image to test with that cannot be read: test/cat/1.png (" in test.notes[0]
 
 
-@pytest.mark.parametrize("wrapper", ["", "top/", "top/deeper/"])
-def test_split_is_disjoint_stratified_and_stable(make, wrapper):
-    files = {f"{wrapper}{name}/{i:02}.png": png("L") for name in ("a", "b") for i in range(20)}
-    path = make(files)
-    train, test = load_images(path, "train"), load_images(path, "test")
-    assert train.labels.bincount().tolist() == [18, 18]
-    assert test.labels.bincount().tolist() == [2, 2]
-    assert train.image_shape == (1, 3, 4)
-    both = {image.numpy().tobytes() for data in (train, test) for image in data.images}
-    assert len(both) == 40
-    # The same files, whatever lies around them and wherever.
-    names = {name for name, content in files.items()
-             if any(torch.equal(decoded(content)[:1], image) for image in test.images)}  # fmt: skip
-    assert names == {f"{wrapper}{name}" for name in ("a/04.png", "a/14.png", "b/03.png", "b/10.png")}
+def test_what_is_skipped_changes_no_split(make):
+    files = {f"{i}.png": png() for i in range(30)}
+    whole = {split: load_images(make(files), split).images for split in ("train", "test")}
+    path = make({**files, "7.png": CUT, "8.png": b""})
+    for split, images in whole.items():
+        left = {image.numpy().tobytes() for image in load_images(path, split, SKIP).images}
+        lost = {decoded(files[name]).numpy().tobytes() for name in ("7.png", "8.png")}
+        assert left == {image.numpy().tobytes() for image in images} - lost
 
 
-def test_classes_are_those_of_both_splits(make):
-    data = load_images(make({"train/b/1.png": png(), "test/a/1.png": png(), "test/b/1.png": png()}), "train")
-    assert data.class_names == ("a", "b")
-    assert data.labels.tolist() == [1]
-
-
-@pytest.mark.parametrize("prefix", ["", "one folder/"])
-def test_flat_images_have_no_classes(make, prefix):
-    data = load_images(make({f"{prefix}{i}.png": png() for i in range(10)}), "train")
-    assert (len(data), data.num_classes, data.labels) == (9, 0, None)
-
-
-def test_flat_splits(make):
-    path = make({"train/1.png": png(), "train/2.png": png(), "test/1.png": png()})
-    assert len(load_images(path, "train")) == 2
-    assert load_images(path, "test").labels is None
-
-
-@pytest.mark.parametrize("wrapper", ["", "imagenet/"])
-@pytest.mark.parametrize("folder", ["val", "valid", "validation"])
-def test_validation_images_are_the_test_split_where_there_is_no_other(make, wrapper, folder):
-    files = {f"{wrapper}{split}/{name}/1.png": png() for split in ("train", folder) for name in ("cat", "ape")}
-    data = load_images(make(files), "test")
-    assert data.class_names == ("ape", "cat")
-    expected = [files[f"{wrapper}{folder}/{name}/1.png"] for name in ("ape", "cat")]
-    assert torch.equal(data.images, torch.stack([decoded(content) for content in expected]))
-
-
-def test_validation_images_beside_a_test_split_are_left_out(make):
-    files = {f"{split}/{name}/1.png": png() for split in ("train", "val", "test") for name in ("cat", "ape")}
-    path = make(files)
-    assert len(load_images(path, "train")) == 2
-    expected = [files[f"test/{name}/1.png"] for name in ("ape", "cat")]
-    assert torch.equal(load_images(path, "test").images, torch.stack([decoded(content) for content in expected]))
-
-
-def test_labels_can_be_left_out(make):
-    path = make({f"{name}/{i}.png": png() for name in "ab" for i in range(3)})
-    assert plugin.load(path, "train").num_classes == 2
-    data = load_images(path, "train", labelled=False)
-    assert (len(data), data.labels, data.num_classes) == (4, None, 0)
-
-
-def test_other_files_are_passed_over(make):
-    files = {"a/1.png": png(), "b/1.PNG": png(), "a/.2.png": b"", "__MACOSX/a/1.png": b"", "notes.txt": b"", "a/x": b""}
-    path = make(files)
-    assert len(load_images(path, "train")) == 2
-
-
-def test_gray_among_color_and_across_splits(make):
-    gray = png("L")
-    path = make({"train/a/1.png": gray, "train/b/1.png": gray, "test/a/1.png": png("RGB")})
-    data = load_images(path, "train")
-    assert data.image_shape == (3, 3, 4)
-    assert torch.equal(data.images[0], decoded(gray))
-
-
-def test_transparency_is_laid_on_white(make):
-    path = make({"a.png": png("RGBA", value=(10, 20, 30, 0)), "b.png": png("RGBA", value=(10, 20, 30, 255))})
-    images = torch.cat([load_images(path, split).images for split in ("train", "test")])
-    assert {tuple(image[:, 0, 0].tolist()) for image in images} == {(255, 255, 255), (10, 20, 30)}
-
-
-def sixteen_bits():
-    stream = io.BytesIO()
-    Image.fromarray(np.full((3, 4), 40000, dtype=np.uint16)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-BROKEN = bytearray(png(size=(40, 30)))
-BROKEN[len(BROKEN) // 2] ^= 0xFF
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (
-            {"a/1.png": png(), "a/2.png": png(size=(5, 3)), "b/1.png": png()},
-            "all images must have one size, but a/1.png is 4x3 and a/2.png is 5x3",
-        ),
-        ({"a/1.png": png(), "a/2.png": b"GIF89 no", "b/1.png": png()}, "a/2.png is not an image, or is damaged"),
-        ({f"{i}.png": png(size=(40, 30))[:2000] for i in "12"}, "cannot read [12].png: .*truncated"),
-        ({"1.png": bytes(BROKEN), "2.png": bytes(BROKEN)}, "cannot read [12].png: "),
-        ({"1.png": sixteen_bits()}, "1.png has mode I;16, which is not 8 bits per channel"),
-        ({"notes.txt": b"x"}, "holds no images"),
-        ({"1.png": png(), "a/1.png": png()}, "1.png lies beside the class folders"),
-        ({"train/a/1.png": png(), "train/b/1.png": png(), "test/1.png": png()}, "one split, but not in test"),
-        ({"train/a/1.png": png(), "train/b/1.png": png(), "val/1.png": png()}, "one split, but not in val"),
-        (
-            {"train/a/1.png": png(), "test/a/1.png": png(), "extra/a/1.png": png(), "cat/1.png": png()},
-            "folders beside train that may be classes or splits: cat, extra; beside train there may be test, val",
-        ),
-    ],
-)
-def test_faults_name_the_file(make, files, message):
-    path = make(files)
-    with pytest.raises(DataError, match=message) as info:
-        load_images(path, "train")
-    assert str(path) in str(info.value)
-
-
-def test_one_image_has_no_test_split(make):
-    with pytest.raises(DataError, match="holds no images to test with"):
-        load_images(make({"1.png": png()}), "test")
-
-
-def test_other_paths(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        load_images(tmp_path / "nowhere", "train")
-    (tmp_path / "file").write_bytes(b"hello")
-    with pytest.raises(DataError, match="file is neither a folder nor a zip archive"):
-        load_images(tmp_path / "file", "train")
-    with pytest.raises(DataError, match="needs a path"):
-        load("images", "train")
-
-
-def test_archive_that_unpacks_too_large(tmp_path):
-    path = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        archive.writestr("a/1.png", bytes(300 << 20))
-    with pytest.raises(DataError, match=r"a/1.png claims to unpack \d+ bytes to 314572800"):
+def test_many_bad_files_are_counted(make):
+    path = make({f"{i:02}.png": b"text" if i else png() for i in range(40)})
+    with pytest.raises(DataError, match=r"39 of 40 images .*: 01.png \(no .*, 10.png \([^()]*\) and 29 more; --set"):
         load_images(path, "train")
 
 
-def test_damaged_archive_is_named(tmp_path):
-    path = tmp_path / "bad.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/1.png", png())
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"PK\x01\x02", b"PK\x00\x00"))
-    with pytest.raises(DataError, match=r"bad.zip is a damaged zip archive: "):
+@pytest.mark.parametrize("content", [b"text", CUT], ids=["header", "pixels"])
+def test_a_class_that_would_be_lost_is_named(make, content):
+    path = make({f"{name}/{i}.png": png() if name == "cat" else content for name in ("cat", "dog") for i in range(4)})
+    with pytest.raises(DataError, match=": no image of dog to train with can be read"):
+        load_images(path, "train", SKIP)
+    assert set(load_images(path, "test", SKIP).labels.tolist()) == {0}  # a class that is known all the same
+
+
+def test_nothing_that_can_be_read_is_an_error(make):
+    with pytest.raises(DataError, match=": none of 2 images can be read: "):
+        load_images(make({"1.png": b"text", "2.png": b"text"}), "train", SKIP)
+    with pytest.raises(DataError, match=": no image to train with can be read"):
+        load_images(make({"1.png": CUT, "2.png": CUT}), "train", SKIP)
+
+
+def test_sizes_that_differ_are_listed(make):
+    sizes = [(4, 3), (5, 3), (4, 3), (3, 4)]
+    path = make({f"train/{i}.png": png(size=size) for i, size in enumerate(sizes)} | {"test/1.png": png(size=(9, 9))})
+    with pytest.raises(DataError) as info:
         load_images(path, "train")
+    assert str(info.value).endswith(
+        ": all images must have one size (width x height), but 2 are 4x3 (train/0.png), 1 is 5x3 (train/1.png), "
+        "1 is 3x4 (train/3.png), 1 is 9x9 (test/1.png); --set data.size=64 takes images of any size: it resizes and crops them"
+    )
+    images = load_images(path, "train", ImageSettings(size=4))
+    assert images.image_shape == load_images(path, "test", ImageSettings(size=4)).image_shape == (3, 4, 4)
+    assert images.notes == (
+        "enlarged 4 images to train with that were smaller than 4x4: train/0.png (4x3), train/1.png (5x3), train/2.png "
+        "(4x3), train/3.png (3x4)",
+    )
 
 
-def test_damaged_archive_member_is_named(tmp_path):
-    path = tmp_path / "bad.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/1.png", png(size=(40, 30)))
-        archive.writestr("b/1.png", png(size=(40, 30)))
-    content = bytearray(path.read_bytes())
-    content[200] ^= 0xFF
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot unpack a/1.png: Bad CRC"):
-        load_images(path, "train")
+def test_settings_by_the_name_of_the_data_set(broken):
+    spec = f"images:{broken}"
+    assert data.settings_type(spec) is ImageSettings
+    assert len(data.load(spec, "train", {"skip_bad": True, "size": 2})) == 6
+    assert "skipped 1 image to test with" in data.check(spec, {"skip_bad": True, "size": 2})[0]
+    with pytest.raises(DataError, match="3 of 16 images cannot be read"):
+        data.check(spec)
+    with pytest.raises(ConfigError) as info:
+        data.load(spec, "train", {"size": 0, "skip_bad": "maybe", "crop": 3})
+    assert [fault.split(": ")[0] for fault in info.value.faults] == ["data.crop", "data.size", "data.skip_bad"]
 
 
-def test_links_to_folders_are_followed_but_not_for_ever(tmp_path):
-    (tmp_path / "store/cats").mkdir(parents=True)
-    (tmp_path / "store/cats/1.png").write_bytes(png())
-    (tmp_path / "data/dogs").mkdir(parents=True)
-    (tmp_path / "data/dogs/1.png").write_bytes(png())
-    (tmp_path / "data/cats").symlink_to(tmp_path / "store/cats")
-    (tmp_path / "data/dogs/loop").symlink_to(tmp_path / "data")
-    assert load_images(tmp_path / "data", "train").class_names == ("cats", "dogs")
+def test_headers_are_read_once_for_both_splits_and_pixels_once_each(make, monkeypatch):
+    path = make({f"{i:02}.png": png() for i in range(20)})
+    read = []
+    for name in ("header", "decoded"):
+        function = getattr(_pixels, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, function=function: read.append(name) or function(*a))
+    data.load(f"images:{path}", "train")
+    data.check(f"images:{path}")
+    assert (read.count("header"), read.count("decoded")) == (20, 20)
+
+
+def test_what_changed_is_read_anew(tmp_path):
+    write_folder(tmp_path, {"1.png": png(), "2.png": b"text"})
+    with pytest.raises(DataError, match=r"1 of 2 images cannot be read"):
+        load_images(tmp_path, "train")
+    write_folder(tmp_path, {"2.png": png()})
+    assert len(load_images(tmp_path, "train")) == 1
+    write_folder(tmp_path, {"3.png": png(), "4.txt": b""})
+    images = load_images(tmp_path, "train")
+    assert (len(images), len(images.notes)) == (2, 1)
+
+
+def test_the_fingerprint_is_that_of_the_content(make, tmp_path):
+    files = {f"{name}/{i}.png": png() for name in ("cat", "dog") for i in range(3)}
+    mark = load_images(make(files), "train").fingerprint
+    assert load_images(write_folder(tmp_path / "moved", files), "train").fingerprint == mark
+    renamed = {name.replace("dog", "fox"): content for name, content in files.items()}
+    assert load_images(write_folder(tmp_path / "renamed", renamed), "train").fingerprint != mark
+
+
+def test_too_little_memory_is_no_fault_of_a_file(make, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "decoded", full)
+    path = make({"1.png": png(), "2.png": png()})
+    with pytest.raises(MemoryError):
+        data.load(f"images:{path}", "train", {"skip_bad": True})
 
 
 @pytest.mark.skipif("GENCORE_DATA" not in os.environ, reason="GENCORE_DATA is not set: no CIFAR-10 archive")
@@ -236,6 +150,7 @@ def test_a_real_archive():
     path = Path(os.environ["GENCORE_DATA"]) / "cifar10" / "cifar10-imagefolder.zip"
     if not path.is_file():
         pytest.skip("GENCORE_DATA holds no cifar10/cifar10-imagefolder.zip")
-    data = load_images(path, "test")
-    assert data.image_shape == (3, 32, 32)
-    assert data.labels.bincount().tolist() == [500] * 10
+    images = load_images(path, "test")
+    assert images.image_shape == (3, 32, 32)
+    assert images.labels.bincount().tolist() == [500] * 10
+    assert torch.equal(images.images[0], images[0][0].mul(255).round().byte())

@@ -1,0 +1,165 @@
+import pytest
+import torch
+from data.pictures import decoded, png, write_folder
+
+from gencore.data import DataError, MissingSplitError
+from gencore.data.images import load_images
+
+SPLITS = {"train": "cat", "test": "dog"}
+
+
+def set_of(train, test, inside=("cat/", "dog/"), count=2):
+    """Files of two splits: the pixels of train are all 10, those of test all 200."""
+    return {
+        f"{folder}/{kind}{i}.png": png(value=value)
+        for folder, value in ((train, 10), (test, 200))
+        for kind in inside
+        for i in range(count)
+    }
+
+
+def values(path, split):
+    data = load_images(path, split)
+    return sorted(set(data.images.flatten().tolist())), len(data)
+
+
+def test_train_and_test_folders(make):
+    files = {f"{split}/{name}/{i}.png": png() for split in ("train", "test") for name in ("cat", "ape") for i in "01"}
+    data = load_images(make(files), "test")
+    assert data.class_names == ("ape", "cat")
+    assert data.image_shape == (3, 3, 4)
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    expected = [files[f"test/{name}/{i}.png"] for name in ("ape", "cat") for i in "01"]
+    assert torch.equal(data.images, torch.stack([decoded(content) for content in expected]))
+    assert data.name == "pictures"
+    assert data.notes == ()
+
+
+@pytest.mark.parametrize("wrapper", ["", "top/", "top/deeper/"])
+def test_split_is_disjoint_stratified_and_stable(make, wrapper):
+    files = {f"{wrapper}{name}/{i:02}.png": png("L") for name in ("a", "b") for i in range(20)}
+    path = make(files)
+    train, test = load_images(path, "train"), load_images(path, "test")
+    assert train.labels.bincount().tolist() == [18, 18]
+    assert test.labels.bincount().tolist() == [2, 2]
+    assert train.image_shape == (1, 3, 4)
+    both = {image.numpy().tobytes() for data in (train, test) for image in data.images}
+    assert len(both) == 40
+    # The same files, whatever lies around them and wherever.
+    names = {name for name, content in files.items()
+             if any(torch.equal(decoded(content)[:1], image) for image in test.images)}  # fmt: skip
+    assert names == {f"{wrapper}{name}" for name in ("a/04.png", "a/14.png", "b/03.png", "b/10.png")}
+
+
+def test_classes_are_those_of_both_splits(make):
+    data = load_images(make({"train/b/1.png": png(), "test/a/1.png": png(), "test/b/1.png": png()}), "train")
+    assert data.class_names == ("a", "b")
+    assert data.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("prefix", ["", "one folder/"])
+def test_flat_images_have_no_classes(make, prefix):
+    data = load_images(make({f"{prefix}{i}.png": png() for i in range(10)}), "train")
+    assert (len(data), data.num_classes, data.labels) == (9, 0, None)
+
+
+@pytest.mark.parametrize("inside", [("cat/", "dog/"), ("",)])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "test"),
+        ("Training", "Testing"),
+        ("TRAIN", "TEST"),
+        ("training", "val"),
+        ("Train", "Val"),
+        ("train", "valid"),
+        ("train", "Validation"),
+        ("data/train", "data/dev"),
+    ],
+)
+def test_names_of_splits(make, train, test, inside):
+    path = make(set_of(train, test, inside))
+    count = 2 * len(inside)
+    assert (values(path, "train"), values(path, "test")) == (([10], count), ([200], count))
+    assert load_images(path, "train").class_names == (("cat", "dog") if len(inside) == 2 else ())
+
+
+def test_validation_beside_test_is_left_out_and_said(make):
+    files = {**set_of("train", "test"), "Val/cat/1.png": png(value=90)}
+    path = make(files)
+    assert (values(path, "train"), values(path, "test")) == (([10], 4), ([200], 4))
+    assert load_images(path, "train").notes == ("left out Val, 1 image: test is the test split",)
+
+
+def test_folders_inside_a_class_belong_to_it(make):
+    data = load_images(
+        make({f"{name}/{i}.png": png() for name in ("cat/small", "cat/large/old", "dog") for i in "123"}), "train"
+    )
+    assert data.labels.bincount().tolist() == [5, 2]
+
+
+def test_labels_can_be_left_out(make):
+    path = make({f"{name}/{i}.png": png() for name in "ab" for i in range(3)})
+    assert load_images(path, "train").num_classes == 2
+    data = load_images(path, "train", labelled=False)
+    assert (len(data), data.labels, data.num_classes) == (4, None, 0)
+
+
+def test_folders_without_an_image_are_named(make):
+    path = make(
+        {"cat/1.png": png(), "cat/2.png": png(), "dog/1.heic": b"x", "dog/old/2.heic": b"x", "list/a.TXT": b"x"}
+    )
+    assert load_images(path, "train").notes == (
+        "left out 3 files not called like an image: .heic 2, .txt 1",
+        "found no image in 2 folders: dog, list",
+    )
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    path = write_folder(tmp_path, {"cat/1.png": png(), "cat/2.png": png(), "dog/": b""})
+    assert load_images(path, "train").notes == ("found no image in 1 folder: dog",)
+
+
+def test_classes_that_differ_in_case_alone_are_said(make):
+    data = load_images(make({f"{name}/{i}.png": png() for name in ("Cat", "cat", "dog") for i in "12"}), "train")
+    assert data.class_names == ("Cat", "cat", "dog")
+    assert data.notes == ("classes differ in upper and lower case alone: Cat and cat",)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["notes.txt"], "holds no images; left out 1 file not called like an image: .txt 1"),
+        (["1.png", "2.png", "a/1.png"], "2 images beside the class folders, in none of them: 1.png, 2.png"),
+        (["train/a/1.png", "train/b/1.png", "test/1.png"], "has class folders in one split, but not in test"),
+        (["train/a/1.png", "train/b/1.png", "VAL/1.png"], "has class folders in one split, but not in VAL"),
+        (
+            ["train/a/1.png", "test/a/1.png", "extra/a/1.png", "cat/1.png"],
+            "folders beside train that may be classes or splits: cat, extra; beside it there may be test, testing, val",
+        ),
+        (["train/1.png", "Training/1.png", "test/1.png"], "folders that mean the same split: Training, train"),
+        (["train/1.png", "val/1.png", "valid/1.png"], "folders that mean the same split: val, valid"),
+        (["test/1.png", "val/1.png"], "has the folders test, val, but none that is called train"),
+        (["train2017/1.png", "val2017/1.png"], "folders that look like splits: train2017, val2017; call them train"),
+        (["trainA/1.png", "trainB/1.png", "testA/1.png"], "folders that look like splits: trainA, trainB, testA;"),
+        (["cat/train/1.png", "dog/test/1.png"], "folders inside other folders that look like splits: train, test;"),
+    ],
+)  # fmt: skip
+def test_folders_that_do_not_fit_together(make, names, message):
+    path = make({name: png() for name in names})
+    for split in SPLITS:
+        with pytest.raises(DataError, match=message) as info:
+            load_images(path, split)
+        assert str(path) in str(info.value)
+
+
+def test_classes_that_begin_like_splits_are_classes(make):
+    names = ("trainer", "tests", "valley", "train")
+    assert load_images(make({f"{n}/{i}.png": png() for n in names[:3] for i in "12"}), "train").num_classes == 3
+
+
+def test_one_image_has_no_test_split(make):
+    path = make({"1.png": png()})
+    assert len(load_images(path, "train")) == 1
+    with pytest.raises(MissingSplitError, match="holds no images to test with"):
+        load_images(path, "test")
