@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from gencore.data._formats import shown
-from gencore.data._sources import Source, counted, listed
+from gencore.data._sources import NAMED, Source, counted, listed
 from gencore.data.base import Split
 
 # What a folder of a split is called, in any case.
@@ -50,8 +50,10 @@ def laid_out(source: Source) -> Layout:
     """
     notes = list(source.notes)
     if source.left_out:
-        kinds = ", ".join(f"{shown(kind)} {count}" for kind, count in source.left_out.most_common())
-        notes.append(f"left out {counted(source.left_out.total(), 'file')} not called like an image: {kinds}")
+        kinds = [f"{shown(kind)} {count}" for kind, count in source.left_out.most_common()]
+        more = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
+        number = counted(source.left_out.total(), "file")
+        notes.append(f"left out {number} not called like an image: {', '.join(kinds[:NAMED])}{more}")
     if not source.names:
         raise source.error(" holds no images" + "".join(f"; {note}" for note in notes))
     notes += _without_images(source)

@@ -31,6 +31,9 @@ _MAX_VISITS = 100
 # Messages name so many files; the others are counted.
 NAMED = 10
 
+# What follows the last dot of a name and is longer is no suffix.
+_LONGEST_SUFFIX = 12
+
 _BUFFER = 1 << 16
 
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1
@@ -125,7 +128,8 @@ class _Listing:
 
     def leave(self, name: str) -> None:
         """A file that is no image."""
-        self.left_out[suffix(name) or "no suffix"] += 1
+        end = suffix(name)
+        self.left_out[end if 1 < len(end) <= _LONGEST_SUFFIX else "others"] += 1
 
     def source(self, where: Path, opener: Callable[[str], IO[bytes]]) -> Source:
         names = sorted(self.names, key=lambda name: name.split("/"))

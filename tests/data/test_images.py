@@ -83,7 +83,8 @@ def test_sizes_that_differ_are_listed(make):
         load_images(path, "train")
     assert str(info.value).endswith(
         ": all images must have one size (width x height), but 2 are 4x3 (train/0.png), 1 is 5x3 (train/1.png), "
-        "1 is 3x4 (train/3.png), 1 is 9x9 (test/1.png); --set data.size=64 takes images of any size: it resizes and crops them"
+        "1 is 3x4 (train/3.png), 1 is 9x9 (test/1.png); "
+        "--set data.size=64 takes images of any size: it resizes and crops them"
     )
     images = load_images(path, "train", ImageSettings(size=4))
     assert images.image_shape == load_images(path, "test", ImageSettings(size=4)).image_shape == (3, 4, 4)

@@ -32,7 +32,7 @@ def test_other_files_are_left_out_and_counted(make):
     assert len(data.notes) == 1
     what, _, kinds = data.notes[0].partition(": ")
     assert what == "left out 8 files not called like an image"
-    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "hidden 3", "no suffix 1"]
+    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "hidden 3", "others 1"]
 
 
 def test_other_paths(tmp_path):

@@ -1,0 +1,142 @@
+"""Folders and archives as they come: the right pixels, or one line that names the file."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from data.pictures import encoded, write_archive, write_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gencore.data import DataError, ImageDataset, MissingSplitError
+from gencore.data._formats import shown
+from gencore.data.images import ImageSettings, load_images
+
+# Lossless, so that an image of one gray is known by it.
+KINDS = [
+    *(("PNG", mode, ".png") for mode in ("L", "LA", "RGB", "RGBA", "P", "I;16")),
+    *(("TIFF", mode, ".TIF") for mode in ("L", "RGB", "I;16", "I")),
+    *(("GIF", "P", ".gif"), ("BMP", "RGB", ".bmp"), ("BMP", "L", ".jpg"), ("PPM", "L", ".pgm"), ("TGA", "RGB", ".tga")),
+    *(("PCX", "L", ".pcx"), ("SGI", "RGB", ".rgb"), ("JPEG2000", "L", ".jp2"), ("PNG", "L", ".jfif")),
+]
+ODD = "aZ0 .\\\n\t\r'\"%*?:é漢\u202e\U0001f600\x7f\x01"
+LAYOUTS = [
+    ("{i}",),
+    ("cat/{i}", "dog/{i}"),
+    ("data/cat/{i}", "data/dog/deep/{i}"),
+    ("train/{i}", "test/{i}"),
+    ("Training/cat/{i}", "Training/dog/{i}", "VAL/cat/{i}", "VAL/dog/{i}"),
+]
+
+
+class File(NamedTuple):
+    content: bytes
+    suffix: str
+    good: bool
+
+
+def of_one_gray(value: int, kind: tuple[str, str, str], size: tuple[int, int]) -> bytes:
+    format, mode, _ = kind
+    image = Image.new("L", size, value)
+    if mode.startswith("I"):
+        wide = np.full(size[::-1], value * 257, np.uint16 if mode == "I;16" else np.int32)
+        return encoded(Image.fromarray(wide), format)
+    return encoded(image.convert(mode), format)
+
+
+@st.composite
+def files(draw: st.DrawFn, value: int, size: tuple[int, int]) -> File:
+    kind = draw(st.sampled_from(KINDS))
+    content = of_one_gray(value, kind, size)
+    damage = draw(st.sampled_from(("none", "none", "none", "cut", "bits", "noise")))
+    if damage == "cut":
+        content = content[: draw(st.integers(0, len(content) - 1))]
+    elif damage == "bits":
+        changed = bytearray(content)
+        for at in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+            changed[at] ^= draw(st.integers(1, 255))
+        content = bytes(changed)
+    elif damage == "noise":
+        content = draw(st.binary(max_size=40))
+    return File(content, kind[2], damage == "none")
+
+
+@st.composite
+def sets(draw: st.DrawFn) -> tuple[dict[str, File], bool]:
+    """Files by name, and whether as an archive."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    archive = draw(st.booleans())
+    # In an archive a backslash parts folders; and a name that is no UTF-8 cannot be written.
+    odd = ODD.replace("\\", "") if archive else ODD + "\udcff"
+    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    found = {}
+    for i in range(draw(st.integers(2, 12))):
+        name = layout[i % len(layout)].format(i=f"{i}{draw(st.text(odd, max_size=4))}")
+        file = draw(files(10 * i + 5, size))
+        found[name + file.suffix] = file
+    return found, archive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow fewer names")
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(sets(), st.booleans(), st.sampled_from((None, 4)))
+def test_right_pixels_or_an_error_that_names_the_file(given_files, skip, size):
+    found, archive = given_files
+    with tempfile.TemporaryDirectory() as folder:
+        write = write_archive if archive else write_folder
+        path = write(Path(folder) / "set", {name: file.content for name, file in found.items()})
+        check(path, found, ImageSettings(skip_bad=skip, size=size))
+
+
+def check(path: Path, found: dict[str, File], chosen: ImageSettings) -> None:
+    good = {10 * i + 5 for i, file in enumerate(found.values()) if file.good}
+    damaged = [name for name, file in found.items() if not file.good]
+    seen: list[int] = []
+    for split in ("train", "test"):
+        try:
+            images = load_images(path, split, chosen)
+        except MissingSplitError:
+            continue
+        except DataError as error:
+            said = str(error)
+            break
+        for image in images.images:
+            values = set(image.flatten().tolist())
+            assert len(values) == 1 or damaged  # what is damaged may be decoded all the same
+            seen += values if len(values) == 1 else ()
+    else:
+        assert good <= set(seen)
+        return
+    assert shown(said) == said
+    named = any(shown(name) in said for name in damaged)
+    # A damaged header may say another size; and with what is skipped, all images of a split or a class may be gone.
+    assert named or (damaged and "one size" in said) or (damaged and chosen.skip_bad and "can be read" in said), said
+
+
+CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(CHANGES, st.booleans())
+def test_a_damaged_archive_is_read_or_named(changes, skip):
+    with tempfile.TemporaryDirectory() as folder:
+        images = {f"{name}/{i}.png": of_one_gray(9, KINDS[0], (4, 3)) for name in ("cat", "dog") for i in range(2)}
+        path = write_archive(Path(folder) / "set.zip", images)
+        content = bytearray(path.read_bytes())
+        for place, change in changes:
+            content[int(place * len(content))] ^= change
+        path.write_bytes(content)
+        for split in ("train", "test"):
+            said = str(path)
+            try:
+                assert isinstance(load_images(path, split, ImageSettings(skip_bad=skip)), ImageDataset)
+            except DataError as error:
+                said = str(error)
+            assert str(path) in said
+            assert "\n" not in said
