@@ -51,9 +51,9 @@ def laid_out(source: Source) -> Layout:
     notes = list(source.notes)
     if source.left_out:
         kinds = [f"{shown(kind)} {count}" for kind, count in source.left_out.most_common()]
-        more = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
+        others = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
         number = counted(source.left_out.total(), "file")
-        notes.append(f"left out {number} not called like an image: {', '.join(kinds[:NAMED])}{more}")
+        notes.append(f"left out {number} not called like an image: {', '.join(kinds[:NAMED])}{others}")
     if not source.names:
         raise source.error(" holds no images" + "".join(f"; {note}" for note in notes))
     notes += _without_images(source)

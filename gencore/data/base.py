@@ -178,7 +178,7 @@ def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> 
 def check(spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Reads every split but ``"train"``, so that its faults are known before a training begins; returns its notes.
 
-    A split without images is no fault: it is one for what needs that split.
+    A split without images is a note: it is a fault for what needs that split only.
 
     Raises:
         PluginError, ConfigError, DataError: as :func:`load`.
@@ -188,8 +188,8 @@ def check(spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ..
         if split != "train":
             try:
                 notes += load(spec, split, settings).notes
-            except MissingSplitError:
-                continue
+            except MissingSplitError as error:
+                notes.append(str(error))
     return tuple(notes)
 
 

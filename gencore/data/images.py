@@ -67,7 +67,7 @@ def load_images(
         labelled: whether folders are classes; if not, all images are one data set without labels.
 
     Raises:
-        MissingSplitError: no image is of this split.
+        MissingSplitError: no image is of this split, or none that can be read.
         DataError: nothing to read, two sizes of image, files that are no images; the message names the files.
     """
     try:
@@ -83,34 +83,20 @@ def load_images(
 def _load(source: Source, split: Split, settings: ImageSettings, labelled: bool) -> ImageDataset:
     survey = _surveyed(source)
     if survey.bad and not settings.skip_bad:
-        raise _refusal(source, survey, survey.bad, checked=())
+        raise _refusal(source, survey, survey.bad, decoded_already=())
     items = survey.layout.splits[split]
     if not items:
         raise source.error(f" holds no images to {split} with", MissingSplitError)
-    width, height, channels = _common_shape(source, survey, settings.size)
-    bad = {item.name: survey.bad[item.name] for item in items if item.name in survey.bad}
-    readable = [item for item in items if item.name not in bad]
-    size = len(readable) * channels * height * width
-    if size > MAX_BYTES:
-        raise source.error(
-            f": {len(readable)} images of {width}x{height} need {size} bytes; images are kept in memory, at most "
-            f"{MAX_BYTES} bytes of them"
-        )
-    pixels = np.empty((len(readable), channels, height, width), dtype=np.uint8)
-    kept: list[Item] = []
-    for item in readable:
-        image = _attempt(source, item.name, lambda stream, name: decoded(stream, name, channels, settings.size), bad)
-        if image is None:
-            continue
-        if image.shape == pixels.shape[1:]:
-            pixels[len(kept)] = image
-            kept.append(item)
-        else:
-            bad[item.name] = f"{image.shape[2]}x{image.shape[1]} once decoded, not {width}x{height}"
+    shape = _common_shape(source, survey, settings.size)
+    readable = [item for item in items if item.name not in survey.bad]
+    pixels, kept, bad = _decoded(source, readable, shape, settings.size)
     if bad and not settings.skip_bad:
-        raise _refusal(source, survey, bad, checked=[item.name for item in readable])
+        raise _refusal(source, survey, bad, decoded_already=[item.name for item in readable])
+    bad = {**{item.name: survey.bad[item.name] for item in items if item.name in survey.bad}, **bad}
     class_names = survey.layout.class_names if labelled and len(survey.layout.class_names) > 1 else []
-    _refuse_lost_classes(source, survey, split, kept, class_names)
+    if lost := _lost(survey, split, kept, class_names):
+        kind = DataError if kept else MissingSplitError
+        raise source.error(f": {lost} to {split} with can be read: {listed(bad)}", kind)
     labels = None
     if class_names:
         index = {name: i for i, name in enumerate(class_names)}
@@ -119,12 +105,38 @@ def _load(source: Source, split: Split, settings: ImageSettings, labelled: bool)
     if bad:
         notes.append(f"skipped {counted(len(bad), 'image')} to {split} with that cannot be read: {listed(bad)}")
     if settings.size is not None:
-        sizes = {item.name: survey.headers[item.name] for item in kept}
-        small = {name: f"{h.width}x{h.height}" for name, h in sizes.items() if min(h.width, h.height) < settings.size}
+        headers = {item.name: survey.headers[item.name] for item in kept}
+        small = {n: f"{h.width}x{h.height}" for n, h in headers.items() if min(h.width, h.height) < settings.size}
         if small:
-            number = counted(len(small), "image")
-            notes.append(f"enlarged {number} to {split} with that were smaller than {width}x{height}: {listed(small)}")
-    return ImageDataset(source.where.stem, split, torch.from_numpy(pixels[: len(kept)]), labels, class_names, notes)
+            below = f"smaller than {settings.size}x{settings.size}"
+            notes.append(f"enlarged {counted(len(small), 'image')} to {split} with that were {below}: {listed(small)}")
+    return ImageDataset(source.where.stem, split, torch.from_numpy(pixels), labels, class_names, notes)
+
+
+def _decoded(
+    source: Source, items: list[Item], shape: tuple[int, int, int], size: int | None
+) -> tuple[np.ndarray, list[Item], dict[str, str]]:
+    """The pixels of those of the items that can be decoded, these items, and why the others cannot."""
+    channels, height, width = shape
+    bytes_needed = len(items) * channels * height * width
+    if bytes_needed > MAX_BYTES:
+        raise source.error(
+            f": {len(items)} images of {width}x{height} need {bytes_needed} bytes; images are kept in memory, at most "
+            f"{MAX_BYTES} bytes of them"
+        )
+    pixels = np.empty((len(items), *shape), dtype=np.uint8)
+    kept: list[Item] = []
+    bad: dict[str, str] = {}
+    for item in items:
+        image = _attempt(source, item.name, lambda stream, name: decoded(stream, name, channels, size), bad)
+        if image is None:
+            continue
+        if image.shape == shape:
+            pixels[len(kept)] = image
+            kept.append(item)
+        else:
+            bad[item.name] = f"{image.shape[2]}x{image.shape[1]} once decoded, not {width}x{height}"
+    return pixels[: len(kept)], kept, bad
 
 
 # The survey is that of both splits, and reading one after the other needs it twice.
@@ -161,12 +173,12 @@ def _attempt(source: Source, name: str, read: Callable[[IO[bytes], str], _Read],
 
 
 def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[int, int, int]:
-    """Width, height and channels of all images."""
+    """Channels, height and width of all images."""
     if not survey.headers:
         raise source.error(f": none of {counted(len(survey.bad), 'image')} can be read: {listed(survey.bad)}")
     channels = 1 if all(found.gray for found in survey.headers.values()) else 3
     if size is not None:
-        return size, size, channels
+        return channels, size, size
     sizes: dict[tuple[int, int], list[str]] = {}
     for name, found in survey.headers.items():
         sizes.setdefault((found.width, found.height), []).append(name)
@@ -179,12 +191,12 @@ def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[in
             "--set data.size=64 takes images of any size: it resizes and crops them"
         )
     (width, height) = next(iter(sizes))
-    return width, height, channels
+    return channels, height, width
 
 
-def _refusal(source: Source, survey: _Survey, bad: dict[str, str], checked: Iterable[str]) -> DataError:
+def _refusal(source: Source, survey: _Survey, bad: dict[str, str], decoded_already: Iterable[str]) -> DataError:
     """The error that names all images of both splits that cannot be read, given those that are known."""
-    bad, passed = dict(bad), set(checked)
+    bad, passed = dict(bad), set(decoded_already)
     names = _names(survey.layout)
     for name in names:
         if name not in bad and name not in passed and name not in survey.bad:
@@ -196,16 +208,14 @@ def _refusal(source: Source, survey: _Survey, bad: dict[str, str], checked: Iter
     )
 
 
-def _refuse_lost_classes(
-    source: Source, survey: _Survey, split: Split, kept: list[Item], class_names: list[str]
-) -> None:
-    """A class of which nothing can be read is not skipped; one that only the test split has lost is still known."""
+def _lost(survey: _Survey, split: Split, kept: list[Item], class_names: list[str]) -> str | None:
+    """What nothing is left of: the split, or a class of it that no other split has either."""
+    if not kept:
+        return "no image"
     had = {item.class_name for item in survey.layout.splits[split]}
     others = set() if split == "train" else {item.class_name for item in survey.layout.splits["train"]}
-    lost = [n for n in class_names if n in had - others - {item.class_name for item in kept}]
-    if lost or not kept:
-        of = f" of {', '.join(lost)}" if lost else ""
-        raise source.error(f": no image{of} to {split} with can be read")
+    lost = [name for name in class_names if name in had - others - {item.class_name for item in kept}]
+    return f"no image of {', '.join(lost)}" if lost else None
 
 
 plugin = DatasetPlugin(
