@@ -145,6 +145,13 @@ def test_settings_without_default_are_refused(install):
         plugins.load_model("bad")
 
 
+NEEDS_SIZE = """
+from gencore.config import Config, field
+@dataclass(frozen=True)
+class NeedsSize(Config):
+    size: int = field(ge=1)
+"""
+
 BUILT = """
 import torch
 from gencore.config import ConfigError
@@ -239,6 +246,22 @@ def test_a_configuration_that_build_refuses_is_no_broken_plugin(install):
         ("plugin = {}", "it must be a gencore.data.DatasetPlugin, but is of type dict"),
         (GOOD + "plugin = data", "its entry point is called 'bad', but the plugin calls itself 'rings'"),
         (GOOD + "plugin = DatasetPlugin('bad', 'folder')", "its load must be callable, but is of type str"),
+        (
+            GOOD + "plugin = DatasetPlugin('bad', print, settings={'size': 3})",
+            "its settings must be None or a subclass of gencore.config.Config, but are of type dict",
+        ),
+        (
+            GOOD + "plugin = DatasetPlugin('bad', print, settings=int)",
+            "its settings must be None or a subclass of gencore.config.Config, but are the class int",
+        ),
+        (
+            GOOD + "plugin = DatasetPlugin('bad', print, settings=Undecorated)",
+            r"its settings Undecorated must be decorated with @dataclass\(frozen=True\)",
+        ),
+        (
+            GOOD + NEEDS_SIZE + "plugin = DatasetPlugin('bad', print, settings=NeedsSize)",
+            "every setting of its settings must have a default, but size has none",
+        ),
     ],
 )
 def test_broken_dataset(install, source, cause):

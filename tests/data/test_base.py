@@ -1,38 +1,40 @@
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from gencore import plugins
-from gencore.data import DataError, DatasetPlugin, ImageDataset, load
+from gencore import data, plugins
+from gencore.config import Config, ConfigError, field
+from gencore.data import DataError, DatasetPlugin, ImageDataset, MissingSplitError, load
 
 PIXELS = torch.arange(5 * 2 * 3, dtype=torch.uint8).reshape(5, 1, 2, 3)
 LABELS = torch.tensor([0, 1, 1, 0, 1])
 
 
 def test_batch_and_items():
-    data = ImageDataset("toy", "train", PIXELS, LABELS, ("a", "b"))
-    batch = data.batch(torch.tensor([4, 0, 4]))
+    images = ImageDataset("toy", "train", PIXELS, LABELS, ("a", "b"))
+    batch = images.batch(torch.tensor([4, 0, 4]))
     assert batch.images.dtype == torch.float32
     assert torch.equal(batch.images, PIXELS[[4, 0, 4]].float() / 255)
     assert batch.labels.tolist() == [1, 0, 1]
-    assert (data.image_shape, data.num_classes, len(data)) == ((1, 2, 3), 2, 5)
-    image, label = data[1]
+    assert (images.image_shape, images.num_classes, len(images)) == ((1, 2, 3), 2, 5)
+    image, label = images[1]
     assert torch.equal(image, PIXELS[1].float() / 255)
     assert label == 1
-    assert repr(data) == "<toy train: 5 images 1x2x3, 2 classes>"
+    assert repr(images) == "<toy train: 5 images 1x2x3, 2 classes>"
 
 
 def test_without_labels():
-    data = ImageDataset("toy", "test", PIXELS)
-    assert data.batch(torch.tensor([1])).labels is None
-    assert data.num_classes == 0
-    assert data[0][1] is None
+    images = ImageDataset("toy", "test", PIXELS)
+    assert images.batch(torch.tensor([1])).labels is None
+    assert images.num_classes == 0
+    assert images[0][1] is None
 
 
 def test_pixels_span_zero_to_one():
-    data = ImageDataset("toy", "test", torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2))
-    assert data.batch(torch.tensor([0])).images.flatten().tolist() == [0.0, 1.0]
+    images = ImageDataset("toy", "test", torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2))
+    assert images.batch(torch.tensor([0])).images.flatten().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -96,3 +98,110 @@ def test_operating_system_errors_name_the_file(offer, tmp_path):
     with pytest.raises(DataError, match=r"data set toy: cannot read .*nowhere/a: No such file") as info:
         load(f"toy:{tmp_path}/nowhere", "train")
     assert isinstance(info.value.__cause__, FileNotFoundError)
+
+
+@dataclass(frozen=True)
+class ToySettings(Config):
+    bright: int = field(1, ge=0, le=5)
+    dark: bool = False
+
+
+def configured(path, split, settings):
+    if split == "test":
+        raise MissingSplitError("toy has no test split")
+    return ImageDataset("toy", split, PIXELS * settings.bright, notes=["read"])
+
+
+def test_settings_are_passed_and_checked(offer):
+    offer(DatasetPlugin("toy", configured, settings=ToySettings))
+    assert torch.equal(load("toy", "train").images, PIXELS)
+    assert torch.equal(load("toy:path", "train", {"bright": 3}).images, PIXELS * 3)
+    assert data.settings_type("toy:path") is ToySettings
+    with pytest.raises(ConfigError, match="data set toy has 3 faults") as info:
+        load("toy", "train", {"bright": 9, "dark": 3, "drak": True})
+    assert info.value.faults == [
+        "data.drak: is not a setting; did you mean dark?",
+        "data.bright: must be <= 5, was 9",
+        "data.dark: must be true or false, was 3",
+    ]
+    with pytest.raises(TypeError, match="settings must be a mapping of names to values, got list"):
+        load("toy", "train", [])
+
+
+def test_a_data_set_without_settings_refuses_them(offer):
+    offer(DatasetPlugin("toy", lambda path, split: ImageDataset("toy", split, PIXELS)))
+    assert data.settings_type("toy") is None
+    assert len(load("toy", "train", {})) == 5
+    with pytest.raises(ConfigError) as info:
+        load("toy", "train", {"size": 3, "crop": 1})
+    assert info.value.faults == [f"data.{name}: is not a setting; data set toy has none" for name in ("size", "crop")]
+
+
+def test_check_reads_every_other_split(offer):
+    seen = []
+
+    def read(path, split):
+        seen.append(split)
+        return ImageDataset("toy", split, PIXELS, notes=[f"{split} is odd"])
+
+    offer(DatasetPlugin("toy", read))
+    assert data.check("toy") == ("test is odd",)
+    assert seen == ["test"]
+
+
+def test_check_passes_over_a_missing_split_but_over_no_fault(offer):
+    offer(DatasetPlugin("toy", configured, settings=ToySettings))
+    assert data.check("toy", {"bright": 2}) == ("toy has no test split",)
+    with pytest.raises(MissingSplitError, match="toy has no test split"):
+        load("toy", "test")
+
+    def damaged(path, split):
+        raise DataError("x.png is damaged")
+
+    offer(DatasetPlugin("toy", damaged))
+    with pytest.raises(DataError, match=r"x.png is damaged"):
+        data.check("toy")
+
+
+def test_the_fingerprint_is_of_pixels_labels_and_class_names():
+    def mark(images=PIXELS, labels=LABELS, names=("a", "b"), name="toy", split="train"):
+        return ImageDataset(name, split, images, labels, names).fingerprint
+
+    assert mark() == mark(name="other", split="test")
+    assert mark() == mark(PIXELS.transpose(2, 3).contiguous().transpose(2, 3))
+    changed = PIXELS.clone()
+    changed[4, 0, 1, 2] += 1
+    others = [
+        mark(changed),
+        mark(PIXELS.reshape(5, 1, 3, 2)),
+        mark(PIXELS.flip(0), LABELS),
+        mark(labels=LABELS.flip(0)),
+        mark(names=("a", "c")),
+        mark(names=("b", "a")),
+        mark(names=("a", "b", "c")),
+        mark(names=("\udce9", "b")),
+        mark(labels=None, names=()),
+    ]
+    assert len({mark(), *others}) == 10
+
+
+def test_the_fingerprint_does_not_depend_on_the_pieces(monkeypatch):
+    whole = ImageDataset("toy", "train", PIXELS).fingerprint
+    monkeypatch.setattr(data.base, "_PIECE", 7)
+    assert ImageDataset("toy", "train", PIXELS).fingerprint == whole
+
+
+def test_too_little_memory_is_no_fault_of_the_plugin(offer):
+    def full(path, split):
+        raise MemoryError
+
+    offer(DatasetPlugin("toy", full))
+    with pytest.raises(MemoryError):
+        load("toy", "train")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nobody_of_this_name/x"])
+def test_paths_that_cannot_be(offer, path):
+    offer(DatasetPlugin("toy", lambda path, split: (path / "x").read_bytes()))
+    with pytest.raises(DataError, match=r"zero byte|nobody_of_this_name"):
+        load(f"toy:{path}", "train")

@@ -1,12 +1,13 @@
 import gzip
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gencore.data import DataError
+from gencore.data import DataError, MissingSplitError
 from gencore.data.mnist import load_mnist, read_idx
 
 RNG = np.random.default_rng(0)
@@ -106,8 +107,41 @@ def test_counts_and_labels_must_fit(folder):
 
 def test_missing_file(folder):
     (folder / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match="holds no train-labels-idx1-ubyte "):
+    with pytest.raises(DataError, match="holds no train-labels-idx1-ubyte ") as info:
         load_mnist(folder, "train")
+    assert not isinstance(info.value, MissingSplitError)
+    (folder / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(MissingSplitError, match="holds no train-images-idx3-ubyte "):
+        load_mnist(folder, "train")
+    assert len(load_mnist(folder, "test")) == 7
+
+
+def moved(folder, root, *places):
+    for place in places:
+        shutil.copytree(folder, root / place)
+    return root
+
+
+@pytest.mark.parametrize("place", ["raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw"])
+def test_the_layout_of_torchvision(tmp_path_factory, folder, place):
+    root = moved(folder, tmp_path_factory.mktemp("root"), place)
+    data = load_mnist(root, "train")
+    assert np.array_equal(data.images.squeeze(1).numpy(), IMAGES)
+    assert data.notes == (f"read from {root / place}",)
+    assert load_mnist(root / place, "test").notes == ()
+
+
+def test_several_data_sets_below_one_root(tmp_path_factory, folder):
+    root = moved(folder, tmp_path_factory.mktemp("root"), "FashionMNIST/raw", "KMNIST/raw")
+    with pytest.raises(DataError, match=r"several data sets, name one: \S*/FashionMNIST/raw, \S*/KMNIST/raw"):
+        load_mnist(root, "train")
+    moved(folder, root, "MNIST/raw")
+    assert load_mnist(root, "train").notes == (f"read from {root / 'MNIST/raw'}",)
+
+
+def test_a_folder_without_files_says_where_it_looked(tmp_path):
+    with pytest.raises(DataError, match=r"holds none of .*t10k-images-idx3-ubyte.* nor does \S*/raw, \S*/MNIST/raw or"):
+        load_mnist(tmp_path, "train")
 
 
 def test_read_idx_of_one_dimension(folder):
