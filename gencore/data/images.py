@@ -110,7 +110,8 @@ def _load(source: Source, split: Split, settings: ImageSettings, labelled: bool)
         if small:
             below = f"smaller than {settings.size}x{settings.size}"
             notes.append(f"enlarged {counted(len(small), 'image')} to {split} with that were {below}: {listed(small)}")
-    return ImageDataset(source.where.stem, split, torch.from_numpy(pixels), labels, class_names, notes)
+    name = shown(source.where.absolute().stem)
+    return ImageDataset(name, split, torch.from_numpy(pixels), labels, class_names, notes)
 
 
 def _decoded(
