@@ -14,7 +14,7 @@ import typer
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import bench, edit, evaluate, info, latents, list_plugins, profile, quickstart, sample, train
-from gencore.cli.common import UserError
+from gencore.cli.common import UserError, begin
 from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.plugins import PluginError
@@ -86,6 +86,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every fault that is the user's or the system's becomes a line on stderr and exit code 2."""
     global _traceback
     _traceback = False
+    begin()
     try:
         with raised_signals() as raised, enough_memory("this command"):
             code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)

@@ -21,9 +21,17 @@ from gencore.noise import Key
 from gencore.train.checkpoint import Checkpoint, Run, read, restore_model
 from gencore.train.trainer import choose_device
 
+# The notes that this command has shown.
+_said: set[str] = set()
+
 
 class UserError(Exception):
     """A mistake of the user's that no library knows as one; its message is the line that is shown."""
+
+
+def begin() -> None:
+    """Forgets what an earlier command of this process did."""
+    _said.clear()
 
 
 def folder_or_file(text: str | Path) -> Path:
@@ -178,9 +186,16 @@ def read_images(name: str, split: Split, settings: dict[str, Any]) -> ImageDatas
         if path and not Path(path).exists():
             raise DataError(f"{error}; if the images were moved, --data names their place") from error
         raise
-    for note in images.notes:
-        print(f"gencore: {note}", file=sys.stderr)
+    say(images.notes)
     return images
+
+
+def say(notes: Iterable[str]) -> None:
+    """Shows what a data set has to say of its files, each note once."""
+    for note in notes:
+        if note not in _said:
+            _said.add(note)
+            print(f"gencore: {' '.join(note.split())}", file=sys.stderr)
 
 
 def data_settings(saved: Run | None, name: str | None, settings: dict[str, str]) -> dict[str, Any]:
@@ -195,7 +210,7 @@ def data_settings(saved: Run | None, name: str | None, settings: dict[str, str])
     same = saved is not None and spec.partition(":")[0] == saved.data.partition(":")[0]
     kind = data.settings_type(spec)
     if kind is None:
-        faults = [f"data.{key}: data set {spec.partition(':')[0]} has no settings" for key in settings]
+        faults = [f"data.{key}: is not a setting; data set {spec.partition(':')[0]} has none" for key in settings]
     else:
         faults = []
         found = collect(kind, settings, saved.data_settings if saved and same else {}, "data.", faults)

@@ -23,6 +23,7 @@ from gencore.cli.common import (
     model_names,
     parsed_settings,
     read_images,
+    say,
 )
 from gencore.config import ConfigError
 from gencore.train import TrainConfig, Trainer
@@ -83,7 +84,7 @@ def command(
     saved = read_run(out) if resume and there else None
     trainer = trainer_of(saved, model, data_name, parsed, out, device, None if start is None else read(start))
     # A damaged file is to be found now, and not when the model is trained and measured.
-    data.check(trainer.run.data, trainer.run.data_settings)
+    say(data.check(trainer.run.data, trainer.run.data_settings))
     run(trainer, resume)
 
 

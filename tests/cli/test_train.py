@@ -259,6 +259,45 @@ def test_a_run_does_not_go_on_with_other_images(gencore, tmp_path, pictures):
     assert (out / "run.json").read_bytes() == run.replace(b'"steps": 2', b'"steps": 4')
 
 
+def test_settings_of_the_data_set_are_kept(gencore, tmp_path, pictures):
+    out, folder = tmp_path / "run", pictures("a")
+    Image.fromarray(np.zeros((20, 30), dtype=np.uint8)).save(folder / "dog" / "large.png")
+    (folder / "cat" / "bad.png").write_text("no image")
+    (folder / "readme.txt").write_text("")
+    settings = ("--set", "data.size=4", "--set", "data.skip_bad=true")
+    result = gencore("train", "toy", "--data", f"images:{folder}", "--steps", 2, "--out", out, *settings[:2])
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "bad.png" in result.err
+    result = gencore("train", "toy", "--data", f"images:{folder}", "--steps", 2, "--out", out, *settings)
+    assert result.code == 0
+    # What is true of both splits is said once.
+    assert result.err.count("left out 1 file") == 1
+    assert result.err.count("bad.png") == 1
+    run = checkpoint.read(out).run
+    assert (run.data_settings, run.config["image_shape"]) == ({"size": 4, "skip_bad": True}, [1, 4, 4])
+    assert gencore("train", "--out", out, "--resume", "--steps", 3).code == 0
+    for command in ("reconstruct", "evaluate"):
+        assert gencore(command, out).code == 0
+    result = gencore("evaluate", out, "--set", "data.size=5")
+    assert (result.code, "the model makes images of 1x4x4" in result.err) == (2, True)
+    result = gencore("train", "--out", out, "--resume", "--steps", 4, "--set", "data.size=5")
+    assert (result.code, "differ from those that the run was trained on" in result.err) == (2, True)
+
+
+def test_a_damaged_test_image_is_found_before_training(gencore, tmp_path, pictures):
+    (pictures("a")).rename(tmp_path / "train")
+    pictures("b", seed=1).rename(tmp_path / "test")
+    bad = tmp_path / "test" / "cat" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:-30])
+    out = tmp_path / "run"
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / split).rename(tmp_path / "data" / split)
+    result = gencore("train", "toy", "--data", f"images:{tmp_path / 'data'}", "--steps", 2, "--out", out)
+    assert (result.code, result.out, "test/cat/0.png" in result.err) == (2, "", True)
+    assert not out.exists()
+
+
 def test_a_run_begins_with_the_weights_of_another(gencore, trained, tmp_path):
     out = tmp_path / "run"
     result = gencore("train", "--from", trained / "toy", "--out", out, "--steps", 4, "--set", "lr=1e-5", "--seed", 9)
@@ -325,7 +364,7 @@ def test_weights_to_begin_with_that_do_not_fit_are_one_line(gencore, trained, tm
 def test_a_setting_of_another_group_is_named(gencore, tmp_path, setting, meant):
     result = gencore("train", "vae", "--set", setting, "--out", tmp_path / "run")
     name = setting.partition("=")[0]
-    told = f"is not a setting; did you mean {meant}?" if meant else "data set digits has no settings"
+    told = f"is not a setting; did you mean {meant}?" if meant else "is not a setting; data set digits has none"
     assert (result.code, result.err) == (2, f"gencore: {name}: {told}\n")
 
 
