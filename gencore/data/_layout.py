@@ -97,7 +97,8 @@ def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, lis
     for same in (train, test, validation):
         if len(same) > 1:
             raise source.error(f" has folders that mean the same split: {', '.join(map(shown, same))}")
-    _refuse_what_looks_like_splits(source, tops, parts)
+    if not train:
+        _refuse_what_looks_like_splits(source, tops, {part[1] for part in parts.values() if len(part) > 2})
     if not train or any(len(part) == 1 for part in parts.values()):
         return None, []
     others = [shown(top) for top in tops if top not in train + test + validation]
@@ -116,19 +117,17 @@ def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, lis
     return {"train": train[0], "test": (test or validation)[0]}, notes
 
 
-def _refuse_what_looks_like_splits(source: Source, tops: list[str], parts: _Parts) -> None:
+def _refuse_what_looks_like_splits(source: Source, tops: list[str], inner: Iterable[str]) -> None:
     """Test images are not to be trained on because of how their folder is called or where it lies."""
-    exact = [top for top in tops if top.casefold() in _TRAIN + _TEST + _VAL]
-    if len(tops) > 1 and exact == tops and not any(top.casefold() in _TRAIN for top in tops):
+    if len(tops) > 1 and all(top.casefold() in _TEST + _VAL for top in tops):
         raise source.error(f" has the folders {', '.join(map(shown, tops))}, but none that is called train")
-    inner = sorted({part[1] for part in parts.values() if len(part) > 2 and part[0] not in exact})
-    for folders, what in ((tops, ""), (inner, " inside other folders")):
-        like_train = [folder for folder in folders if _LIKE_TRAIN.match(folder)]
-        like_test = [folder for folder in folders if _LIKE_TEST.match(folder)]
-        if like_train and like_test and (folders is inner or {*like_train, *like_test} - set(exact)):
-            names = ", ".join(shown(folder) for folder in like_train + like_test)
+    for folders, where in ((tops, ""), (sorted(inner), " inside other folders")):
+        like_train = [shown(folder) for folder in folders if _LIKE_TRAIN.match(folder)]
+        like_test = [shown(folder) for folder in folders if _LIKE_TEST.match(folder)]
+        if like_train and like_test:
             raise source.error(
-                f" has folders{what} that look like splits: {names}; call them train and test, with the classes in them"
+                f" has folders{where} that look like splits: {', '.join(like_train + like_test)}; call them train and "
+                "test, with the classes in them"
             )
 
 
