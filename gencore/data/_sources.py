@@ -129,7 +129,8 @@ class _Listing:
     def leave(self, name: str) -> None:
         """A file that is no image."""
         end = suffix(name)
-        self.left_out[end if 1 < len(end) <= _LONGEST_SUFFIX else "others"] += 1
+        kind = "no suffix" if len(end) < 2 else end if len(end) <= _LONGEST_SUFFIX else "others"
+        self.left_out[kind] += 1
 
     def source(self, where: Path, opener: Callable[[str], IO[bytes]]) -> Source:
         names = sorted(self.names, key=lambda name: name.split("/"))

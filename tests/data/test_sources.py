@@ -26,13 +26,14 @@ def test_other_files_are_left_out_and_counted(make):
     others = (
         *("a/.2.png", ".cache/1.png", ".cache/a/2.png", "__MACOSX/a/1.png"),
         *("notes.txt", "a/x", "b/Thumbs.db", "b/desktop.ini", "b/more.TXT"),
+        "b/a sentence. And one more",
     )
     data = load_images(make({"a/1.png": png(), "b/1.PNG": png(), **dict.fromkeys(others, b"")}), "train")
     assert len(data) == 2
     assert len(data.notes) == 1
     what, _, kinds = data.notes[0].partition(": ")
-    assert what == "left out 8 files not called like an image"
-    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "hidden 3", "others 1"]
+    assert what == "left out 9 files not called like an image"
+    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "hidden 3", "no suffix 1", "others 1"]
 
 
 def test_other_paths(tmp_path):
