@@ -7,11 +7,17 @@ link, the file behind it is the target.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+# The descriptors of stdout and stderr.
+_OUTPUTS = (1, 2)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -26,13 +32,16 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames within ``path`` durable, where the system can (a directory cannot be opened on Windows)."""
-    with contextlib.suppress(PermissionError):
+    """Makes renames within ``path`` durable, where the system can: not on Windows, and not on every network."""
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:
@@ -58,8 +67,8 @@ def writing(path: Path | str) -> Iterator[BinaryIO]:
         OSError: as :func:`write_atomically`; it names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         stream = _opened_through(path)
         if stream is not None:
             with stream:
@@ -68,7 +77,7 @@ def writing(path: Path | str) -> Iterator[BinaryIO]:
         # A link stays where it is.
         target = Path(os.path.realpath(path))
         # A long name is cut, so that this one is not too long.
-        temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -81,9 +90,50 @@ def writing(path: Path | str) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     sync_directory(target.parent)
+
+
+def check_writable(path: Path | str) -> None:
+    """Raises what :func:`writing` would, as far as can be told without opening ``path``: before long work, not after.
+
+    Raises:
+        OSError: ``path`` is a folder or a socket, or nothing can be written there; it names ``path``.
+    """
+    path = Path(path)
+    with _named(path):
+        if any(is_output_stream(path, descriptor) for descriptor in _OUTPUTS):
+            return
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None and stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if mode is not None and stat.S_ISSOCK(mode):
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        place = Path(os.path.realpath(path))
+        if mode is None or stat.S_ISREG(mode):
+            # A file is replaced, so its folder counts, or the first that is there of those to be made.
+            place = next(parent for parent in place.parents if os.path.lexists(parent))
+            if not place.is_dir():
+                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Lets an ``OSError`` that names no file, or a temporary one beside ``path``, name ``path``."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        # Not the error of a stdout whose reader has gone, which ends a program in silence.
+        raise OSError(errno.EIO, "whoever read it has gone", str(path)) from error
+    except OSError as error:
+        name = error.filename
+        if error.errno is None or not (name is None or str(name).endswith(".tmp")):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def is_output_stream(path: Path, descriptor: int) -> bool:
@@ -94,19 +144,29 @@ def is_output_stream(path: Path, descriptor: int) -> bool:
         return False
 
 
+class _Through(io.FileIO):
+    """A file that is written from where it stands, also if others write to its end."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        raise io.UnsupportedOperation("it is written through")
+
+
 def _opened_through(path: Path) -> BinaryIO | None:
     """A file for what is written to and not replaced: a device, a pipe, an output of this process. None for others."""
-    for descriptor in (1, 2):
+    for descriptor in _OUTPUTS:
         # To open it anew would cut off what the shell or an earlier process wrote.
         if is_output_stream(path, descriptor):
-            return open(os.dup(descriptor), "wb")
+            return io.BufferedWriter(_Through(os.dup(descriptor), "wb"))
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return None
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
-    return open(path, "wb")
+    return io.BufferedWriter(_Through(path, "wb"))
 
 
 @contextlib.contextmanager

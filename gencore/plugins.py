@@ -96,7 +96,7 @@ def build_model(plugin: ModelPlugin, config: ModelConfig) -> GenerativeModel:
         raise broken("model", plugin.name, reason(error)) from error
     if fault:
         raise broken("model", plugin.name, fault) from TypeError(fault)
-    model.plugin = plugin.name
+    model.plugin_name = plugin.name
     return model
 
 
@@ -111,16 +111,16 @@ def broken(kind: Kind, name: str, what: str) -> PluginError:
 def blamed(name: str, what: str, *allowed: type[Exception]) -> Iterator[None]:
     """Turns an error in the body into one that names the model plugin ``name``, its package, and ``what`` failed.
 
-    What is no fault of the plugin's stays what it is: a wrong configuration, a value that is not finite, short memory.
-    So does what is ``allowed``, and any error of a model that no plugin built, whose ``name`` is empty.
+    What is ``allowed`` stays what it is, as do short memory, an error that names a plugin already, and any error of a
+    model that no plugin built, whose ``name`` is empty.
 
     Raises:
         PluginError: from the error, which keeps its traceback.
     """
     try:
         yield
-    except Exception as error:
-        if not name or isinstance(error, (PluginError, ConfigError, FloatingPointError, MemoryError, *allowed)):
+    except (Exception, SystemExit) as error:
+        if not name or isinstance(error, (PluginError, MemoryError, *allowed)):
             raise
         raise broken("model", name, f"{what}: {reason(error)}") from error
 

@@ -30,9 +30,14 @@ class Progress:
         self._first, self._figures = done, ""
         self._started = self._told = time.monotonic()
         self._bar: Any = None
-        if shown and sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
+        # A notebook is no terminal, and tqdm has a bar of its own for it.
+        if shown and ("ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())):
+            try:
+                from tqdm.auto import tqdm
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    'a progress bar needs the package tqdm: pip install tqdm, or "gencore[train]"', name="tqdm"
+                ) from error
             self._bar = tqdm(total=total, initial=done, desc=name, unit=unit)
 
     def figures(self, values: Mapping[str, float]) -> None:

@@ -142,3 +142,39 @@ def test_pieces_are_one_file_or_none(tmp_path):
         file.write(b"n")
         file.write(b"ew")
     assert path.read_text() == "new"
+
+
+def test_a_reader_that_goes_away_is_told(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: os.close(os.open(fifo, os.O_RDONLY)))
+    reader.start()
+    with pytest.raises(OSError, match="whoever read it has gone") as caught:
+        files.write_atomically(fifo, bytes(1 << 20))
+    reader.join(timeout=60)
+    assert caught.value.filename == str(fifo)
+    assert not isinstance(caught.value, BrokenPipeError)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "target")
+    os.mkfifo(tmp_path / "fifo")
+    for good in ("file", "link", "fifo", "new/deep/file"):
+        files.check_writable(tmp_path / good)
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "link"]
+    for bad, error in ((tmp_path, IsADirectoryError), (tmp_path / "file" / "x", NotADirectoryError)):
+        with pytest.raises(error) as caught:
+            files.check_writable(bad)
+        assert caught.value.filename == str(bad)
+
+
+def test_errors_of_other_files_are_theirs(tmp_path):
+    def fail() -> None:
+        with files.writing(tmp_path / "a"):
+            (tmp_path / "missing" / "b").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        fail()
+    assert caught.value.filename == str(tmp_path / "missing" / "b")
+    assert os.listdir(tmp_path) == []

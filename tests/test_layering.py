@@ -31,7 +31,7 @@ LEVELS = (
     ("ops",),
     ("backends",),
     ("_cpu", "_cuda"),
-    ("schedule", "noise", "config", "files", "progress"),
+    ("schedule", "noise", "config", "files", "progress", "text"),
 )
 # What is used by a few only, however low it lies.
 USERS = {

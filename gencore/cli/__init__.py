@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake of the user or a refusal of the system, said on stderr; 130: interrupted (143 by SIGTERM, 129
     by SIGHUP).
     """
+    # A stream that was closed before is None.
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # Whatever a terminal can show, or a file name holds, a message is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-_SUBSTITUTES = {"±": "+/-", "×": "x", "–": "-", "—": "-", "…": "...", "≥": ">=", "≤": "<="}
+_SUBSTITUTES = {"µ": "u", "½": "1/2", "±": "+/-", "×": "x", "–": "-", "—": "-", "…": "...", "≥": ">=", "≤": "<="}
 
 
 def _approximated(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -46,8 +49,10 @@ def _approximated(error: UnicodeError) -> tuple[str | bytes, int]:
     character = error.object[error.start]
     if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
         return character.encode("ascii", "surrogateescape"), error.start + 1
-    plain = _SUBSTITUTES.get(character) or unicodedata.normalize("NFKD", character)
-    return plain.encode("ascii", "ignore").decode() or "?", error.start + 1
+    # An accent is taken away, a character that stands for several is not spelled out.
+    spelled = unicodedata.normalize("NFKD", character)
+    base = spelled[0] if spelled[0].isascii() and all(map(unicodedata.combining, spelled[1:])) else "?"
+    return _SUBSTITUTES.get(character, base), error.start + 1
 
 
 codecs.register_error(_approximated.__name__, _approximated)

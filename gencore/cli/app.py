@@ -14,7 +14,7 @@ import typer
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import bench, edit, evaluate, info, latents, list_plugins, profile, quickstart, sample, train
-from gencore.cli.common import UserError, begin
+from gencore.cli.common import UserError, begin, one_line
 from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.plugins import PluginError
@@ -107,7 +107,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except FloatingPointError as error:
         # A model that was asked to look (``check_finite``) says at which step.
-        return _refuse(str(error))
+        return _refuse(str(error) or type(error).__name__)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror or error}")
@@ -124,5 +124,5 @@ def _refuse(*faults: str) -> int:
         traceback.print_exc()
     for fault in faults:
         # One fault is one line, whatever a file name or a foreign message brings along.
-        print(f"gencore: {' '.join(fault.split())}", file=sys.stderr)
+        print(f"gencore: {one_line(fault)}", file=sys.stderr)
     return 2

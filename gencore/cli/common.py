@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TextIO
 
 import torch
 import typer
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from gencore import data, ops, plugins
 from gencore.config import Config, ConfigError, close_names
-from gencore.data import DataError, ImageDataset, Split
-from gencore.files import is_output_stream
+from gencore.data import DataError, ImageDataset, MissingSplitError, Split
+from gencore.files import check_writable, is_output_stream
 from gencore.models.base import GenerativeModel, ModelConfig
 from gencore.noise import Key
+from gencore.text import counted, shown
 from gencore.train.checkpoint import Checkpoint, Run, read, restore_model
 from gencore.train.trainer import choose_device
 
+# So many names are listed in a message, of more the first ones.
+MANY = 20
 # The notes that this command has shown.
 _said: set[str] = set()
 
@@ -61,12 +65,16 @@ UseEma = Annotated[
 DataName = Annotated[
     str | None, typer.Option("--data", metavar="NAME[:PATH]", help="Images.  [default: what the run was trained on]")
 ]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="data.NAME=VALUE", help="How to read the images, such as data.size=64; repeatable."),
+]
 SamplingSettings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="How to sample, such as sampler=ddim or steps=50; repeatable, see gencore list.",
+        help="How to sample, such as sampler=ddim or steps=50, or data.NAME; repeatable, see gencore list.",
     ),
 ]
 Labels = Annotated[
@@ -106,16 +114,45 @@ def load(directory: Path, ema: bool | None, device: DeviceName, settings: list[s
     checkpoint = read(directory)
     model = restore_model(checkpoint, ema=ema, device=str(choose_device(device)))
     set_sampling(model, checkpoint.run.model, settings or [])
-    model.progress = sys.stderr.isatty()
+    model.progress = True
     if checkpoint.directory == directory and directory.resolve().parent.name == "checkpoints":
         # A checkpoint is removed when newer ones come; what belongs to the run is to stay.
         directory = directory.resolve().parents[1]
     return Loaded(model, checkpoint, directory)
 
 
+def beside(path: Path) -> TextIO:
+    """Where to print what is not to get into ``path``: stderr if that is stdout itself, else stdout."""
+    return sys.stderr if is_output_stream(path, 1) else sys.stdout
+
+
 def report(path: Path, text: str) -> None:
-    """Prints what was written where; on stderr if ``path`` is stdout itself."""
-    print(f"{path}: {text}", file=sys.stderr if is_output_stream(path, 1) else sys.stdout)
+    """Prints what was written where."""
+    print(one_line(f"{path}: {text}"), file=beside(path))
+
+
+def check_output(path: Path, is_folder: bool = False) -> None:
+    """Refuses a place where nothing can be written, before the work is done that would be lost.
+
+    Args:
+        is_folder: whether files are to be written into it, which it must not hold yet.
+    """
+    try:
+        if not is_folder:
+            check_writable(path)
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"{path} is no folder; choose one with --out")
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"folder {path} is not empty; choose another one with --out")
+        else:
+            check_writable(path / "0")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another place with --out") from error
+
+
+def one_line(text: str) -> str:
+    """The text in one line, what a terminal would act on escaped."""
+    return shown(re.sub(r"\s*\n\s*", " ", text.strip()))
 
 
 def set_sampling(model: GenerativeModel, name: str, settings: list[str]) -> None:
@@ -141,36 +178,64 @@ def chosen_classes(text: str, n: int, loaded: Loaded) -> Tensor:
         raise UserError(f"--labels: model {loaded.checkpoint.run.model} samples without classes")
     if num_classes == 0:
         raise UserError("--labels: the model was trained on images without classes")
-    names = loaded.checkpoint.run.class_names
-    classes = [_class_of(part.strip(), names, num_classes) for part in text.split(",")]
+    classes = _classes_of(text, loaded.checkpoint.run.class_names, num_classes)
     return torch.tensor(classes).repeat(-(-n // len(classes)))[:n]
 
 
-def _class_of(text: str, names: list[str], num_classes: int) -> int:
-    """The class that ``text`` names, or numbers if no class has that name."""
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < num_classes:
-        return int(text)
-    close = [] if text.isdecimal() else close_names(text, names)
-    hint = f"; did you mean {' or '.join(close)}?" if close else f"; the classes are {shortened(names)}"
-    raise UserError(f"--labels takes names of classes, or numbers from 0 to {num_classes - 1}, got {text!r}{hint}")
+def _classes_of(text: str, names: list[str], num_classes: int) -> list[int]:
+    """The classes of a list with commas between names or numbers; a name may hold commas itself."""
+    parts, classes, first = text.split(","), [], 0
+    while first < len(parts):
+        # The longest name that is spelled from here on.
+        spelled = [(end, ",".join(parts[first:end])) for end in range(len(parts), first, -1)]
+        spelled += [(end, name.strip()) for end, name in spelled]
+        end, name = next(((end, name) for end, name in spelled if name in names), (first + 1, parts[first].strip()))
+        classes.append(_class_of(name, names, num_classes))
+        first = end
+    return classes
 
 
-def shortened(names: Iterable[str], most: int = 20) -> str:
-    """The names with commas between, of many the first ones and their number."""
-    names = list(names)
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _class_of(name: str, names: list[str], num_classes: int) -> int:
+    if name in names:
+        return names.index(name)
+    # Where a class is called by a number, numbers are names.
+    numbers = not any(other.isdecimal() for other in names)
+    if numbers and name.isdecimal() and len(name) < 10 and int(name) < num_classes:
+        return int(name)
+    close = [] if name.isdecimal() else close_names(name, names)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the classes are {shortened(names)}"
+    what = f"names of classes or numbers from 0 to {num_classes - 1}" if numbers else "names of classes"
+    raise UserError(f"--labels takes {what}, got {name!r}; {hint}")
 
 
-def load_images(loaded: Loaded, name: str | None, split: Split, settings: dict[str, str] | None = None) -> ImageDataset:
+def shortened(names: Sequence[str]) -> str:
+    """The names with commas between; of many the first ones and their number."""
+    more = f", ... ({len(names)} in all)" if len(names) > MANY else ""
+    return ", ".join(map(repr, names[:MANY])) + more
+
+
+def load_images(
+    loaded: Loaded,
+    name: str | None,
+    split: Split,
+    settings: dict[str, str] | None = None,
+    *,
+    or_train: bool = False,
+) -> ImageDataset:
     """The images that the model was trained on, or others of the same shape.
 
-    The settings of the data set are those of the training where it is of the same kind, with ``settings`` changed.
+    The settings of the data set are those of the training where it is of the same kind, with ``settings`` changed. With
+    ``or_train``, training images stand in for a split that has none.
     """
     run = loaded.checkpoint.run
-    images = read_images(run.data if name is None else name, split, data_settings(run, name, settings or {}))
+    of_data, name = data_settings(run, name, settings or {}), name or run.data
+    try:
+        images = read_images(name, split, of_data)
+    except MissingSplitError as error:
+        if not or_train:
+            raise
+        say([f"{error}; training images are shown"])
+        images = read_images(name, "train", of_data)
     if images.image_shape != loaded.config.image_shape:
         ours, theirs = ("x".join(map(str, shape)) for shape in (loaded.config.image_shape, images.image_shape))
         raise UserError(f"the model makes images of {ours}, data set {images.name} has images of {theirs}")
@@ -184,7 +249,7 @@ def read_images(name: str, split: Split, settings: dict[str, Any]) -> ImageDatas
     except DataError as error:
         path = name.partition(":")[2]
         if path and not Path(path).exists():
-            raise DataError(f"{error}; if the images were moved, --data names their place") from error
+            raise DataError(f"{error}; if you moved the images, give their new place with --data") from error
         raise
     say(images.notes)
     return images
@@ -195,13 +260,18 @@ def say(notes: Iterable[str]) -> None:
     for note in notes:
         if note not in _said:
             _said.add(note)
-            print(f"gencore: {' '.join(note.split())}", file=sys.stderr)
+            print(f"gencore: {one_line(note)}", file=sys.stderr)
 
 
-def data_settings(saved: Run | None, name: str | None, settings: dict[str, str]) -> dict[str, Any]:
+def data_settings(
+    saved: Run | None, name: str | None, settings: dict[str, str], others: Iterable[str] = ()
+) -> dict[str, Any]:
     """The settings of the data set ``name`` (default: that of the run), as ``--set data.NAME=VALUE`` changes them.
 
     They begin with those of the run, if the data set is of the same kind.
+
+    Args:
+        others: faults found before, to be told with those found here, if there are any.
 
     Raises:
         ConfigError: with every fault, named as on the command line.
@@ -215,7 +285,7 @@ def data_settings(saved: Run | None, name: str | None, settings: dict[str, str])
         faults = []
         found = collect(kind, settings, saved.data_settings if saved and same else {}, "data.", faults)
     if faults:
-        raise ConfigError("data", faults)
+        raise ConfigError("data", [*others, *faults])
     return {} if kind is None else found.to_dict()
 
 
@@ -244,7 +314,8 @@ def collect(
 def chosen_images(images: ImageDataset, n: int, seed: int, *, at_most: bool = False) -> Tensor:
     """``n`` of the images, chosen by the seed; with ``at_most``, all if there are less."""
     if n > len(images) and not at_most:
-        raise UserError(f"data set {images.name} has only {len(images)} {images.split} images, asked for are {n}")
+        there = counted(len(images), f"{images.split} image")
+        raise UserError(f"data set {images.name} has {there}; {n} were requested")
     return first_in_random_order(images, n, Key(seed))
 
 
@@ -291,6 +362,14 @@ def apart(settings: list[str] | None) -> tuple[list[str], dict[str, str]]:
     """``--set`` options of a trained model apart: those of how it samples, and those of the data set (``data.``)."""
     of_data = parsed_settings(settings or []).data
     return [setting for setting in settings or [] if not setting.strip().startswith("data.")], of_data
+
+
+def only_data(settings: list[str] | None) -> dict[str, str]:
+    """``--set`` options of a command that takes those of the data set alone."""
+    others, of_data = apart(settings)
+    if others:
+        raise UserError(f"--set {others[0].partition('=')[0]}: this command takes settings of the data set, data.NAME")
+    return of_data
 
 
 def parsed_settings(settings: list[str]) -> Settings:

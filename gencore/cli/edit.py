@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from gencore import plugins
@@ -24,6 +24,7 @@ from gencore.cli.common import (
     UserError,
     apart,
     check_guidance,
+    check_output,
     chosen_classes,
     chosen_images,
     load,
@@ -31,7 +32,10 @@ from gencore.cli.common import (
     picture_file,
     report,
 )
-from gencore.models.base import Edits, GenerativeModel
+from gencore.config import ConfigError
+from gencore.data import DataError
+from gencore.data.images import read_image
+from gencore.models.base import Edits, GenerativeModel, checked_images
 from gencore.noise import Key
 
 MASKS = ("center", "left", "right", "top", "bottom", "border")
@@ -71,11 +75,13 @@ def command(
     loaded = load(directory, ema, device, sampling)
     if not isinstance(loaded.model, Edits):
         raise UserError(f"model {loaded.checkpoint.run.model} cannot edit images")
+    path = out or loaded.directory / "edits.png"
+    check_output(path)
     known = known_pixels(mask, loaded.config.image_shape)
-    images = chosen_images(load_images(loaded, data_name, "test", of_data), n or _IMAGES, seed, at_most=n is None)
+    dataset = load_images(loaded, data_name, "test", of_data, or_train=True)
+    images = chosen_images(dataset, n or _IMAGES, seed, at_most=n is None)
     classes = None if labels is None else chosen_classes(labels, len(images), loaded)
     loaded.model.check_finite = True
-    path = out or loaded.directory / "edits.png"
     pictures.save(edit_picture(loaded.model, images, known, fills, Key(seed), batch_size, classes), path)
     report(path, f"{len(images)} test images with a part filled in {fills} times, {loaded.title}")
 
@@ -129,8 +135,9 @@ def edited(
     for first in range(0, len(images), batch_size):
         some = images[first : first + batch_size].to(model.device)
         chosen = None if labels is None else labels[first : first + batch_size].to(model.device)
-        with plugins.blamed(model.plugin, "edit()"):
-            parts.append(model.edit(some, known.to(model.device), key.samples(first), chosen).cpu())
+        with plugins.blamed(model.plugin_name, "edit()", ConfigError, FloatingPointError):
+            filled = model.edit(some, known.to(model.device), key.samples(first), chosen)
+            parts.append(checked_images(filled, len(some), model.config))
     return torch.cat(parts)
 
 
@@ -139,11 +146,10 @@ def _white(path: Path, height: int, width: int) -> Tensor:
     if not path.is_file():
         raise UserError(f"--mask must be one of {', '.join(MASKS)} or a picture, and there is no file {path}")
     try:
-        with Image.open(path) as picture:
-            if picture.size != (width, height):
-                theirs, ours = "x".join(map(str, picture.size)), f"{width}x{height}"
-                raise UserError(f"--mask {path} has {theirs} pixels, the model's images have {ours} (width x height)")
-            gray = picture.convert("L")
-            return torch.tensor(list(gray.tobytes()), dtype=torch.uint8).reshape(height, width) >= 128
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--mask {path} cannot be read as a picture: {error}") from error
+        gray = read_image(path)
+    except DataError as error:
+        raise UserError(f"--mask {error}") from error
+    if gray.shape[1:] != (height, width):
+        theirs, ours = f"{gray.shape[2]}x{gray.shape[1]}", f"{width}x{height}"
+        raise UserError(f"--mask {path} has {theirs} pixels, the model's images have {ours} (width x height)")
+    return gray[0] >= 128

@@ -24,6 +24,8 @@ from gencore.cli.common import (
     UseEma,
     UserError,
     apart,
+    beside,
+    check_output,
     first_in_random_order,
     folder_or_file,
     load,
@@ -58,12 +60,17 @@ def command(
     """Measure the likelihood bound on test images and what a classifier says of samples, whichever can be measured."""
     sampling, of_data = apart(settings)
     loaded = load(directory, ema, device, sampling)
+    path = out or loaded.directory / "evaluation.json"
+    check_output(path)
     test = load_images(loaded, data_name, "test", of_data)
     differ = _differing_classes(loaded, test)
     classifier = train = None
     if test.num_classes > 0:
         train = load_images(loaded, data_name, "train", of_data)
-        classifier = metrics.train_classifier(train, test, seed=seed)
+        try:
+            classifier = metrics.train_classifier(train, test, seed=seed)
+        except ValueError as error:
+            raise UserError(f"data set {test.name}: {error}") from error
     found = measure(
         loaded.model,
         test,
@@ -88,14 +95,10 @@ def command(
         **({} if loaded.model.sampling is None else {"sampling": loaded.model.sampling.to_dict()}),
         **found,
     }
-    path = out or loaded.directory / "evaluation.json"
     write_atomically(path, json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
-    print(loaded.title)
-    for name, value in rows(found):
-        print(f"  {name:<{_WIDTH}}{value}")
-    if differ:
-        print(f"  {'with classes':<{_WIDTH}}left out: {differ}")
-    print(path)
+    lines = rows(found) + ([("with classes", f"left out: {differ}")] if differ else [])
+    said = [loaded.title, *(f"  {name:<{_WIDTH}}{value}" for name, value in lines), str(path)]
+    print(*said, sep="\n", file=beside(path))
 
 
 def _differing_classes(loaded: Loaded, test: ImageDataset) -> str:
@@ -152,7 +155,7 @@ def measure(
                 )
             except ValueError as error:
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
-                raise UserError(str(error)) from error
+                raise UserError(f"model {model.plugin_name or type(model).__name__}: {error}") from error
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
     if classifier is not None:
         images = test.batch(torch.arange(len(test))).images

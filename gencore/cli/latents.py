@@ -14,19 +14,22 @@ from gencore import ops, plugins
 from gencore.cli import pictures
 from gencore.cli.common import (
     DataName,
+    DataSettings,
     DeviceOption,
     RunFolder,
     Seed,
     UseEma,
     UserError,
+    check_output,
     chosen_images,
     load,
     load_images,
+    only_data,
     picture_file,
     report,
 )
 from gencore.data import ImageDataset
-from gencore.models.base import Autoencodes, GenerativeModel, HasLatents
+from gencore.models.base import Autoencodes, GenerativeModel, HasLatents, checked_images
 from gencore.noise import Key
 
 Out = Annotated[
@@ -47,13 +50,15 @@ def reconstruct(
     seed: Seed = 0,
     out: Out = None,
     data_name: DataName = None,
+    settings: DataSettings = None,
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Draw test images above their reconstructions by the model (of the mean of their code)."""
     loaded = load(directory, ema, device)
-    images = load_images(loaded, data_name, "test")
     path = out or loaded.directory / "reconstructions.png"
+    check_output(path)
+    images = load_images(loaded, data_name, "test", only_data(settings), or_train=True)
     pictures.save(reconstruction_picture(loaded.model, images, n, seed), path)
     report(path, f"test images and their reconstructions, {loaded.title}")
 
@@ -67,15 +72,19 @@ def interpolate(
     seed: Seed = 0,
     out: Out = None,
     data_name: DataName = None,
+    settings: DataSettings = None,
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Draw images between pairs of test images, or between pairs of samples if the model has no encoder."""
     loaded = load(directory, ema, device)
     path = out or loaded.directory / "interpolations.png"
+    check_output(path)
     if isinstance(loaded.model, Autoencodes):
-        images = load_images(loaded, data_name, "test")
-        rows = min(_PAIRS, max(1, len(images) // 2)) if rows is None else rows
+        images = load_images(loaded, data_name, "test", only_data(settings), or_train=True)
+        if len(images) < 2:
+            raise UserError(f"an interpolation needs 2 {images.split} images; data set {images.name} has 1")
+        rows = min(_PAIRS, len(images) // 2) if rows is None else rows
         codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], "test images"
     else:
         rows = rows or _PAIRS
@@ -92,13 +101,17 @@ def traverse(
     seed: Seed = 0,
     out: Out = None,
     data_name: DataName = None,
+    settings: DataSettings = None,
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Draw what each dimension of the code does, the most informative first if the model has an encoder."""
     loaded = load(directory, ema, device)
-    images = load_images(loaded, data_name, "test") if isinstance(loaded.model, Autoencodes) else None
     path = out or loaded.directory / "traversal.png"
+    check_output(path)
+    images = None
+    if isinstance(loaded.model, Autoencodes):
+        images = load_images(loaded, data_name, "test", only_data(settings), or_train=True)
     pictures.save(traversal_picture(loaded.model, images, rows, columns, seed), path)
     report(path, f"dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
 
@@ -171,13 +184,18 @@ def _latent_shape(model: GenerativeModel) -> tuple[int, ...]:
 def _encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(model, Autoencodes):
         raise UserError("this model has no encoder, so it cannot reconstruct images")
-    with plugins.blamed(model.plugin, "encode()"):
-        return model.encode(images.to(model.device))
+    with plugins.blamed(model.plugin_name, "encode()"):
+        mean, logvar = model.encode(images.to(model.device))
+        shape = (len(images), *model.latent_shape)
+        if mean.shape != shape or logvar.shape != shape:
+            shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
+            raise ValueError(f"it must return two tensors of shape {shape}, got {shapes}")
+    return mean, logvar
 
 
 @torch.no_grad()
 def _decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
     if not isinstance(model, HasLatents):
         raise UserError("this model has no latent code")
-    with plugins.blamed(model.plugin, "decode()"):
-        return model.decode(codes)
+    with plugins.blamed(model.plugin_name, "decode()"):
+        return checked_images(model.decode(codes), len(codes), model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from gencore.cli.common import (
     UseEma,
     UserError,
     check_guidance,
+    check_output,
     chosen_classes,
     folder_or_file,
     load,
@@ -40,6 +40,7 @@ from gencore.noise import Key
 # More are no picture that anybody could look at.
 _MOST_IN_GRID = 4096
 _SUFFIXES = {"grid": ("", ".png"), "npz": ("", ".npz")}
+_DEFAULTS = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}
 
 
 def command(
@@ -71,43 +72,39 @@ def command(
         raise UserError(f"-n must be at most {_MOST_IN_GRID} for a grid, got {n}; --format png or npz takes any number")
     if out is not None and form in _SUFFIXES and out.suffix.lower() not in _SUFFIXES[form]:
         raise UserError(f"--out must end in {_SUFFIXES[form][1]} with --format {form}, got a name in {out.suffix}")
+    if any(setting.strip().startswith("data.") for setting in settings or []):
+        raise UserError("--set data.NAME: sample reads no data set")
     check_guidance(settings, labels)
     loaded = load(directory, ema, device, settings)
+    if form == "png" and loaded.config.image_shape[0] not in pictures.MODES:
+        channels = loaded.config.image_shape[0]
+        raise UserError(f"--format png takes images of 1 to 4 channels, the model's have {channels}; npz takes them")
     classes = None if labels is None else chosen_classes(labels, n, loaded)
     loaded.model.check_finite = True
+    path = out or loaded.directory / _DEFAULTS[form]
+    check_output(path, form == "png")
     batches = _batches(loaded, n, seed, batch_size, classes)
     if form == "grid":
-        path = out or loaded.directory / "samples.png"
         pictures.save(pictures.grid(torch.cat(list(batches)), columns=math.ceil(math.sqrt(n))), path)
     elif form == "png":
-        path = out or loaded.directory / "samples"
-        _write_files(path, batches, n, loaded.config.image_shape)
+        _write_files(path, batches, n)
     else:
-        path = out or loaded.directory / "samples.npz"
         _write_array(path, batches, n, loaded.config.image_shape, classes)
     report(path, f"{n:,} samples of {loaded.title}")
 
 
 def _batches(loaded: Loaded, n: int, seed: int, batch_size: int, classes: Tensor | None) -> Iterator[Tensor]:
-    """The samples, batch by batch; how far they are is said of them all, or of the only batch by the model."""
     model = loaded.model
-    model.progress &= n <= batch_size
     for images in metrics.sample_batches(model, Key(seed), n=n, batch_size=batch_size, labels=classes, progress=True):
         pictures.check_finite(images, "samples")
         yield images
 
 
-def _write_files(path: Path, batches: Iterator[Tensor], n: int, shape: tuple[int, int, int]) -> None:
-    """A folder with a PNG for each image, called by its number; the whole folder or nothing."""
-    if shape[0] not in pictures.MODES:
-        raise UserError(f"--format png takes images of 1 to 4 channels, the model's have {shape[0]}; npz takes them")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} is a file, and the samples are files in a folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is there and not empty; --out names another folder")
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
+def _write_files(path: Path, batches: Iterator[Tensor], n: int) -> None:
+    """A PNG for each image, called by its number, in a folder that is new or empty; all of them or none."""
+    new = not path.exists()
     digits = max(6, len(str(n - 1)))
+    temporary = path / f".{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:
         number = 0
@@ -115,12 +112,12 @@ def _write_files(path: Path, batches: Iterator[Tensor], n: int, shape: tuple[int
             for image in pictures.pixels(images):
                 pictures.picture(image).save(temporary / f"{number:0{digits}}.png")
                 number += 1
-        with contextlib.suppress(FileNotFoundError):
-            path.rmdir()
-        temporary.rename(path)
+        for file in sorted(temporary.iterdir()):
+            file.rename(path / file.name)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(path if new else temporary, ignore_errors=True)
         raise
+    temporary.rmdir()
 
 
 def _write_array(

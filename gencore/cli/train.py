@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,15 +106,14 @@ def run(trainer: Trainer, resume: bool = False) -> None:
     try:
         trainer.fit(resume=resume, begin=begin)
     except KeyboardInterrupt as error:
-        saved = _saved_step(trainer.out)
-        kept = f"step {saved} is saved" if saved else "nothing is saved yet"
+        saved = checkpoints(trainer.out)
+        kept = f"step {_saved_step(trainer.out)} is saved" if saved else "nothing is saved yet"
+        how = f"go on with: gencore train --out {shlex.quote(str(trainer.out))} --resume"
+        if trainer.run.start and not saved:
+            how = "begin it anew"
         # Whoever closed the terminal reads nothing.
         with contextlib.suppress(OSError):
-            typer.echo(
-                f"gencore: interrupted at step {trainer.step}, {kept}; go on with: "
-                f"gencore train --out {shlex.quote(str(trainer.out))} --resume",
-                err=True,
-            )
+            print(f"gencore: interrupted at step {trainer.step}, {kept}; {how}", file=sys.stderr)
         raise typer.Exit(exit_code(error)) from None
     if not begun:
         print(f"{trainer.out}: already at step {trainer.step:,}")
@@ -149,24 +149,25 @@ def trainer_of(
             raise UserError(f"give the model to train, one of {', '.join(model_names())}")
         model = former.model
     if start is not None and start.run.model != model:
-        raise UserError(f"--from: {start.directory} is of model {start.run.model}, to be trained is {model}")
+        raise UserError(f"--from: {start.directory} holds model {start.run.model}, but MODEL is {model}")
     plugin = plugins.load_model(model)
     name = absolute_data_name(data_name) if data_name is not None else former.data if former else DEFAULT_DATA
-    of_data = data_settings(former, name, settings.data)
+    known = [*plugin.config.offered(), *(f"train.{key}" for key in TrainConfig.offered())]
+    if (kind := data.settings_type(name)) is not None:
+        known += [f"data.{key}" for key in kind.offered()]
+    of_trainer, trainer_faults = settings.train, list[str]()
+    if saved and "epochs" in of_trainer and "steps" not in of_trainer:
+        of_trainer = {**of_trainer, "steps": "none"}
+    train_config = collect(TrainConfig, of_trainer, saved.train if saved else {}, "train.", trainer_faults, known)
+    of_data = data_settings(former, name, settings.data, trainer_faults)
     images = read_images(name, "train", of_data)
     shape: dict[str, Any] = {"image_shape": list(images.image_shape), "num_classes": images.num_classes}
     faults = [f"{key}: comes from the data set and cannot be set" for key in shape if key in settings.model]
     # A resumed run keeps its settings; the trainer refuses those asked for anew that are not the run's.
     base = {**(former.config if former and former.model == model else {}), **shape}
     of_model = {key: value for key, value in settings.model.items() if key not in shape}
-    known = [*plugin.config.offered(), *(f"train.{key}" for key in TrainConfig.offered())]
-    if (kind := data.settings_type(name)) is not None:
-        known += [f"data.{key}" for key in kind.offered()]
     config = collect(plugin.config, of_model, base, "", faults, known)
-    of_trainer = settings.train
-    if saved and "epochs" in of_trainer and "steps" not in of_trainer:
-        of_trainer = {**of_trainer, "steps": "none"}
-    train_config = collect(TrainConfig, of_trainer, saved.train if saved else {}, "train.", faults, known)
+    faults += trainer_faults
     if faults:
         raise ConfigError(plugin.name, faults)
     return Trainer(

@@ -26,6 +26,7 @@ from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gencore.config import Config, field
 from gencore.data._formats import shown
@@ -217,6 +218,23 @@ def _lost(survey: _Survey, split: Split, kept: list[Item], class_names: list[str
     others = set() if split == "train" else {item.class_name for item in survey.layout.splits["train"]}
     lost = [name for name in class_names if name in had - others - {item.class_name for item in kept}]
     return f"no image of {', '.join(lost)}" if lost else None
+
+
+def read_image(path: Path) -> Tensor:
+    """One picture in gray, (1, height, width) uint8, read as those of a data set are.
+
+    Raises:
+        DataError: it is no picture that can be read; the message names it.
+        OSError: it cannot be opened.
+    """
+    try:
+        with open(path, "rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header(stream, path.name)
+            stream.seek(0)
+            return torch.from_numpy(decoded(stream, path.name, 1, None).copy())
+    except BadImageError as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
 
 
 plugin = DatasetPlugin(

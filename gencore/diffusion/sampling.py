@@ -13,6 +13,7 @@ from torch import Tensor
 from gencore import ops
 from gencore.diffusion.sampler import Sampler, check_number
 from gencore.noise import Key
+from gencore.progress import Progress
 
 Model = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
 Classifier = Callable[[Tensor, Tensor], Tensor]
@@ -77,7 +78,7 @@ def sample(
         memory_format: of the state, which the network is given and should answer in: nothing is copied between two
             calls then. By default that of ``known`` or ``start``, else contiguous; ``torch.channels_last`` for a
             network in that format.
-        progress: show a progress bar, which needs tqdm.
+        progress: show on stderr how far it is: a bar on a terminal, which needs tqdm; elsewhere a line at times.
         callback: called as ``callback(call, t, x, x0)`` after each step, with the new state and the prediction of x0
             that led to it; both are written over later.
         return_trajectory: return all states instead of the last one.
@@ -94,7 +95,7 @@ def sample(
     Raises:
         TypeError, ValueError: an argument, or what the model gives, is not as above; the message says which.
         FloatingPointError: ``check_finite`` found a value that is not finite; the message names the call and the time.
-        ModuleNotFoundError: ``progress`` without tqdm.
+        ModuleNotFoundError: ``progress`` on a terminal without tqdm.
 
     >>> from gencore import Key
     >>> from gencore.diffusion import ddim, linear
@@ -356,13 +357,8 @@ def _like(
     return value.detach().to(dtype)
 
 
-def _progress(calls: int, shown: bool) -> Iterator[int] | range:
-    if not shown:
-        return range(calls)
-    try:
-        from tqdm.auto import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'progress needs the package tqdm: pip install tqdm, or "gencore[train]"', name="tqdm"
-        ) from error
-    return iter(tqdm(range(calls), desc="sampling", unit="call"))
+def _progress(calls: int, shown: bool) -> Iterator[int]:
+    with Progress(calls, name="sampling", unit="call", shown=shown) as progress:
+        for call in range(calls):
+            yield call
+            progress.update()

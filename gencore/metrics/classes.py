@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencore import ops, plugins
+from gencore.config import ConfigError
 from gencore.data import ImageDataset
-from gencore.models.base import GenerativeModel
+from gencore.models.base import GenerativeModel, checked_images
 from gencore.models.modes import evaluating
 from gencore.noise import Key
 from gencore.progress import Progress
@@ -194,27 +194,25 @@ def sample_batches(
         raise ValueError(f"labels must be of shape ({n},), got {tuple(labels.shape)}")
 
     def batches() -> Iterator[Tensor]:
-        with Progress(n, name="sampling", unit="image", shown=progress and n > batch_size) as shown:
-            for first in range(0, n, batch_size):
-                count = min(batch_size, n - first)
-                chosen = None if labels is None else labels[first : first + count].to(model.device)
-                what = f"sample() of samples {first} to {first + count - 1}"
-                with torch.no_grad(), evaluating(model), plugins.blamed(model.plugin, what):
-                    images = model.sample(count, key.samples(first), chosen)
-                    _check_images(images, (count, *model.config.image_shape))
-                yield images.cpu()
-                shown.update(count)
+        several = n > batch_size
+        # Of one batch the model says how far it is, of several this does.
+        of_model, model.progress = model.progress, progress and not several
+        try:
+            with Progress(n, name="sampling", unit="image", shown=progress and several) as shown:
+                for first in range(0, n, batch_size):
+                    count = min(batch_size, n - first)
+                    chosen = None if labels is None else labels[first : first + count].to(model.device)
+                    what = f"sample() of samples {first} to {first + count - 1}"
+                    # By these a model refuses settings of sampling, and says where it met what is not finite.
+                    allowed = (ConfigError, FloatingPointError)
+                    with torch.no_grad(), evaluating(model), plugins.blamed(model.plugin_name, what, *allowed):
+                        images = checked_images(model.sample(count, key.samples(first), chosen), count, model.config)
+                    yield images
+                    shown.update(count)
+        finally:
+            model.progress = of_model
 
     return batches()
-
-
-def _check_images(images: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"it must return a tensor, got {type(images).__name__}")
-    if images.shape != shape:
-        raise ValueError(f"it must return images of shape {shape}, got {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise TypeError(f"it must return images of a floating dtype, got {images.dtype}")
 
 
 class _MLP(nn.Module):

@@ -74,7 +74,7 @@ def likelihood_bound(
             indices = torch.arange(first, min(first + batch_size, count))
             images = data.batch(indices).images.to(model.device)
             # By a ValueError a model refuses images that it gives no likelihood to.
-            with plugins.blamed(model.plugin, "log_likelihood_bound()", ValueError):
+            with plugins.blamed(model.plugin_name, "log_likelihood_bound()", ValueError):
                 bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
             shown.update(len(indices))
     error = bounds.std().item() / math.sqrt(count) if count > 1 else math.nan

@@ -70,6 +70,10 @@ class Phase:
     optimizer: Adam = dataclasses.field(default_factory=Adam)
     repeats: int = 1
 
+    def __post_init__(self) -> None:
+        # Of a generator, such as ``model.parameters()``, nothing would be left for the second who looks.
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+
 
 class GenerativeModel(nn.Module):
     """Base class of every model: an ``nn.Module`` that describes its training and can sample.
@@ -81,7 +85,7 @@ class GenerativeModel(nn.Module):
 
     config: ModelConfig
     # The name of the plugin that built it, which errors name; empty for a model that was built by itself.
-    plugin: str = ""
+    plugin_name: str = ""
     # Whether ``sample`` takes labels.
     conditional: bool = False
     # How ``sample`` works, for a model that offers a choice: a Config whose every field has a default. Another of its
@@ -105,6 +109,24 @@ class GenerativeModel(nn.Module):
     def device(self) -> torch.device:
         """Where the model's parameters live."""
         return next(self.parameters()).device
+
+
+def checked_images(images: Any, count: int, config: ModelConfig) -> Tensor:
+    """What a model returned as ``count`` images, float32 on the CPU.
+
+    Raises:
+        TypeError: it is no tensor of a floating dtype.
+        ValueError: it has another shape.
+    """
+    if not isinstance(images, Tensor) or images.layout is not torch.strided or images.is_nested:
+        kind = type(images).__name__ if not isinstance(images, Tensor) else "one of another layout"
+        raise TypeError(f"it must return a dense tensor, got {kind}")
+    shape = (count, *config.image_shape)
+    if images.shape != shape:
+        raise ValueError(f"it must return images of shape {shape}, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"it must return images of a floating dtype, got {images.dtype}")
+    return images.detach().float().cpu()
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from gencore.config import ConfigError
 from gencore.files import sync_directory, write_atomically, write_synced
@@ -78,9 +78,15 @@ class Run:
         ours, theirs = asdict(self), asdict(other)
         faults = []
         if self.fingerprint != other.fingerprint:
-            for name in ("images", "class_names"):
-                if ours[name] != theirs[name]:
-                    faults.append(f"{name}: the run has {ours[name]!r}, data set {other.data} has {theirs[name]!r}")
+            if self.images != other.images:
+                faults.append(f"images: the run has {self.images}, data set {other.data} has {other.images}")
+            if self.class_names != other.class_names:
+                lost, new = (
+                    [name for name in a if name not in b]
+                    for a, b in ((self.class_names, other.class_names), (other.class_names, self.class_names))
+                )
+                which = f"lacks {_first(lost)}" if lost else f"has {_first(new)} too" if new else "has another order"
+                faults.append(f"classes: data set {other.data} {which}")
             faults = faults or [f"data: the images of {other.data} differ from those that the run was trained on"]
         pairs = [("model", self.model, other.model)]
         if self.model == other.model:
@@ -278,10 +284,23 @@ def fill_model(model: GenerativeModel, weights: Mapping[str, Tensor], directory:
         CheckpointError: names or shapes differ (the first of each kind is named), or a weight is not finite.
     """
     check_fit(model.state_dict(), weights, directory)
-    for name, _ in model.named_parameters():
-        if not bool(weights[name].isfinite().all()):
-            raise CheckpointError(f"the weights in {directory} are of no use: {name} is not finite (NaN or infinite)")
+    if (name := not_finite(model, weights)) is not None:
+        raise CheckpointError(f"the weights in {directory} are of no use: {name} is not finite")
     model.load_state_dict(weights)
+
+
+def not_finite(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """The first of ``weights`` of no use to ``model``: a parameter with a NaN or an infinity, a buffer with a NaN.
+
+    A buffer may hold an infinity, such as one that is added to logits as a mask.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            bad = ~tensor.isfinite() if name in parameters else tensor.isnan()
+            if bool(bad.any()):
+                return name
+    return None
 
 
 def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], directory: Path) -> None:
@@ -295,6 +314,11 @@ def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], directory:
     ][:1]
     if faults:
         raise CheckpointError(f"the weights in {directory} do not fit the model: {'; '.join(faults)}")
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}"
 
 
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

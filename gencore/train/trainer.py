@@ -232,6 +232,8 @@ class Trainer:
         if self.average is not None:
             average = saved.tensors("ema")
             checkpoints.check_fit(self.average.tensors, average, saved.directory)
+            if (name := checkpoints.not_finite(self.model, average)) is not None:
+                raise CheckpointError(f"the moving average in {saved.directory} is of no use: {name} is not finite")
             self.average.load(average)
         tensors = saved.tensors("optimizer")
         try:
@@ -311,12 +313,14 @@ class Trainer:
     def _refuse_divergence(self) -> None:
         for optimizer in self.optimizers:
             if (step := optimizer.meter.first_bad_step()) is not None:
-                saved = checkpoints.checkpoints(self.out)
-                kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-                raise TrainingError(
-                    f"the loss or gradient of phase {optimizer.phase.name!r} is not finite at step {step}; {kept}; "
-                    "a smaller learning rate or train.clip may help"
-                )
+                raise self._divergence(f"the loss or gradient of phase {optimizer.phase.name!r}", step)
+
+    def _divergence(self, what: str, step: int) -> TrainingError:
+        saved = checkpoints.checkpoints(self.out)
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        return TrainingError(
+            f"{what} is not finite at step {step}; {kept}; a smaller learning rate or train.clip may help"
+        )
 
     def _record(self) -> dict[str, Any]:
         self._refuse_divergence()
@@ -329,6 +333,8 @@ class Trainer:
 
     def _save(self) -> None:
         tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict())}
+        if (name := checkpoints.not_finite(self.model, tensors["model"])) is not None:
+            raise self._divergence(f"the weight {name}", self.step)
         if self.average is not None:
             tensors["ema"] = self.average.tensors
         tensors["optimizer"] = {k: v for optimizer in self.optimizers for k, v in optimizer.tensors().items()}

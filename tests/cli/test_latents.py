@@ -37,7 +37,7 @@ def test_a_model_without_latents_is_refused(gencore, trained, command, message):
 
 def test_more_images_than_there_are_is_an_error(gencore, trained):
     result = gencore("reconstruct", trained / "toy", "-n", 41)
-    assert (result.code, result.err) == (2, "gencore: data set bars has only 40 test images, asked for are 41\n")
+    assert (result.code, result.err) == (2, "gencore: data set bars has 40 test images; 41 were requested\n")
 
 
 def test_defaults_fit_few_images(gencore, trained, tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_defaults_fit_few_images(gencore, trained, tmp_path, monkeypatch):
         assert (result.code, result.err) == (0, "")
         assert said in result.out
     result = gencore("interpolate", trained / "toy", "--rows", 2)
-    assert (result.code, result.err) == (2, "gencore: data set few has only 3 test images, asked for are 4\n")
+    assert (result.code, result.err) == (2, "gencore: data set few has 3 test images; 4 were requested\n")
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

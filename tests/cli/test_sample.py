@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from gencore import Key, train
+from gencore.cli import common
 from gencore.data import DatasetPlugin, ImageDataset
 from gencore.metrics import draw_samples
 
@@ -98,13 +99,38 @@ def test_labels(gencore, trained, tmp_path):
     assert gencore("sample", trained / "toy-sampler", "--labels", "bar0, bar7", "--out", tmp_path / "c").code == 0
     assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
     for labels, message in (
-        ("8", "numbers from 0 to 7, got '8'; the classes are bar0, bar1,"),
-        ("bar7,Bar9", "got 'Bar9'; did you mean bar"),
+        ("8", "numbers from 0 to 7, got '8'; the classes are 'bar0', 'bar1',"),
+        ("9" * 5000, "numbers from 0 to 7, got '99"),
+        ("bar7,Bar9", "got 'Bar9'; did you mean 'bar"),
         ("-1", "got '-1'"),
         ("1,", "got ''"),
     ):
         result = gencore("sample", trained / "toy-sampler", "--labels", labels)
         assert (result.code, message in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "expected"),
+    [
+        (["a", "b,c", " d", "b"], "a,b,c, d,b,0", [0, 1, 2, 3, 0]),
+        (["1", "2", "10"], "10,1,2", [2, 0, 1]),
+        (["cat", "dog"], "dog, 0", [1, 0]),
+    ],
+)
+def test_names_of_classes(names, text, expected):
+    assert common._classes_of(text, names, len(names)) == expected
+
+
+def test_numbers_are_names_where_a_class_is_called_by_one():
+    with pytest.raises(common.UserError, match="takes names of classes, got '0'; the classes are '1', '2'"):
+        common._classes_of("0", ["1", "2"], 2)
+
+
+def test_an_empty_folder_keeps_its_place(gencore, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path.stat().st_ino
+    assert gencore("sample", trained / "toy", "-n", 2, "--format", "png", "--out", ".").code == 0
+    assert (sorted(os.listdir(".")), tmp_path.stat().st_ino) == (["000000.png", "000001.png"], place)
 
 
 def test_labels_for_a_model_without_classes_are_one_line(gencore, tmp_path):
@@ -147,7 +173,7 @@ def test_single_files_and_one_array_hold_the_same_images(gencore, trained, tmp_p
         assert np.array_equal(arrays["arr_0"], expected.transpose(0, 2, 3, 1))
         assert np.array_equal(arrays["arr_1"], labels.numpy())
     result = gencore("sample", trained / "toy-sampler", "-n", 1, "--format", "png", "--out", files)
-    assert (result.code, result.err) == (2, f"gencore: {files} is there and not empty; --out names another folder\n")
+    assert (result.code, result.err) == (2, f"gencore: folder {files} is not empty; choose another one with --out\n")
     assert gencore("sample", trained / "toy", "-n", 3, "--format", "npz", "--out", array).code == 0
     with np.load(array) as arrays:
         assert (arrays.files, arrays["arr_0"].shape) == (["arr_0"], (3, 4, 4, 1))
@@ -192,7 +218,10 @@ def test_images_of_any_number_of_channels_are_drawn(gencore, tmp_path, monkeypat
         (lambda n: torch.zeros(n + 1, 1, 4, 4), r"it must return images of shape (3, 1, 4, 4), got (4, 1, 4, 4)"),
         (lambda n: torch.zeros(n, 4, 4), r"it must return images of shape (3, 1, 4, 4), got (3, 4, 4)"),
         (lambda n: torch.zeros(n, 1, 4, 4, dtype=torch.uint8), "of a floating dtype, got torch.uint8"),
-        (lambda n: None, "it must return a tensor, got NoneType"),
+        (lambda n: None, "it must return a dense tensor, got NoneType"),
+        (lambda n: torch.zeros(n, 1, 4, 4).to_sparse(), "it must return a dense tensor, got one of another layout"),
+        (lambda n: torch.zeros(n, 1, 4, 4, device="meta"), "NotImplementedError"),
+        (lambda n: sys.exit(3), "SystemExit: 3"),
         (lambda n: {}["x"], "KeyError: 'x'"),
     ],
 )
@@ -215,7 +244,11 @@ def test_a_wrong_sample_names_the_plugin(gencore, trained, tmp_path, monkeypatch
         ((".",), "holds no run"),
         (("RUN", "-n", 0), "Invalid value for '-n'"),
         (("RUN", "--seed", -1), "Invalid value for '--seed'"),
-        (("RUN", "--out", "RUN"), "Is a directory"),
+        (("RUN", "--out", "RUN"), "Is a directory; choose another place with --out"),
+        (("RUN", "--format", "npz", "--out", "RUN"), "Is a directory; choose another place with --out"),
+        (("RUN", "--out", __file__ + "/x.png"), "Not a directory; choose another place with --out"),
+        (("RUN", "--format", "png", "--out", __file__), "is no folder; choose one with --out"),
+        (("RUN", "--set", "data.size=3"), "--set data.NAME: sample reads no data set"),
         (("RUN", "--out", ""), "Invalid value for '--out': must not be empty"),
         (("RUN", "--out", "x.jpg"), "--out must end in .png with --format grid, got a name in .jpg"),
         (("RUN", "--out", "x.png", "--format", "npz"), "--out must end in .npz with --format npz"),

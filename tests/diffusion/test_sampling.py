@@ -416,15 +416,16 @@ def test_where_it_is_not_finite(broken, message):
         sample(said, SHAPE, diffusion.dpm_solver(SCHEDULE, 4), Key(1), check_finite=True, **broken)
 
 
-def test_progress(capsys):
+def test_progress(capsys, monkeypatch):
     sampler = diffusion.ddim(SCHEDULE, 3)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     got = sample(model, SHAPE, sampler, Key(1), progress=True)
     assert "3/3" in capsys.readouterr().err
     assert same_bits(got, sample(model, SHAPE, sampler, Key(1)))
     assert capsys.readouterr().err == ""
     with (
         mock.patch.dict(sys.modules, {"tqdm.auto": None}),
-        pytest.raises(ModuleNotFoundError, match="progress needs the package tqdm: pip install tqdm"),
+        pytest.raises(ModuleNotFoundError, match="a progress bar needs the package tqdm: pip install tqdm"),
     ):
         sample(model, SHAPE, sampler, Key(1), progress=True)
 
