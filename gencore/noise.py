@@ -20,11 +20,22 @@ The functions named ``reference_*`` are the definition in NumPy. They are for re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gencore._torch import (
+    has_values,
+    is_traced,
+    is_wrapped,
+    lifted,
+    register_collation,
+    register_loading,
+    register_node,
+)
+from gencore.arguments import integer
 
 _MASK32, _MASK63 = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -38,8 +49,13 @@ _SEED_ONLY = torch.tensor((1, 0, 0), device="cpu")
 def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: four 32-bit words from a counter of four and a key of two 32-bit words.
 
-    The words may be Python ints, NumPy uint64 arrays or torch int64 tensors (all holding values in [0, 2^32)),
-    and broadcast; the result is of the same kind.
+    The words are all of one kind: Python ints, integer NumPy arrays, or integer torch tensors; ints go with either.
+    Ints and arrays hold values in [0, 2^32); the values of tensors are taken modulo 2^32, as looking at them would wait
+    for their device. They broadcast. The result is ints, uint64 arrays or int64 tensors.
+
+    Raises:
+        TypeError: a word is no integer, or arrays and tensors are mixed.
+        ValueError: a word is not in [0, 2^32), or there are not four and two of them.
 
     >>> [f"{word:08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
@@ -50,8 +66,15 @@ def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, An
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
     if len(key) != 2:
         raise ValueError(f"key must hold 2 words, got {len(key)}")
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    c0, c1, c2, c3 = (_word(f"counter[{i}]", word) for i, word in enumerate(counter))
+    k0, k1 = (_word(f"key[{i}]", word) for i, word in enumerate(key))
+    kinds = {type(word) for word in (c0, c1, c2, c3, k0, k1)}
+    if Tensor in kinds and (np.ndarray in kinds or np.uint64 in kinds):
+        raise TypeError("counter and key must hold NumPy arrays or torch tensors, got both")
+    return _rounds(c0, c1, c2, c3, k0, k1)
+
+
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     for _ in range(10):
         product0, product1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
         # The mask after the shift makes the arithmetic shift of signed torch integers a logical one.
@@ -65,17 +88,35 @@ def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, An
     return c0, c1, c2, c3
 
 
+def _word(name: str, word: Any) -> Any:
+    """The word in a type that holds its product with another one."""
+    if isinstance(word, Tensor):
+        if word.dtype == torch.bool or word.is_floating_point() or word.is_complex():
+            raise TypeError(f"{name} must be of integers, got a tensor of {word.dtype}")
+        return word.to(torch.int64) & _MASK32
+    if isinstance(word, (np.ndarray, np.integer)):
+        if word.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be of integers, got an array of {word.dtype}")
+        if word.size and not (word.min() >= 0 and word.max() <= _MASK32):
+            raise ValueError(f"{name} must be in [0, 2^32), got {word.min()} to {word.max()}")
+        return word.astype(np.uint64)
+    number = integer(name, word, what="an int, an array or a tensor of ints")
+    if not 0 <= number <= _MASK32:
+        raise ValueError(f"{name} must be in [0, 2^32), got {number}")
+    return number
+
+
 def _wrap_int64(name: str, value: int) -> int:
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _check_integer(name: str, value: object, *, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
-    if not low <= value < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
+def _integer(name: str, value: object, *, low: int, high: int) -> int:
+    number = integer(name, value, what="an int or an int64 tensor")
+    if not low <= number < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {number}")
+    return number
 
 
 def _check_int64_tensor(name: str, value: Tensor, max_dim: int) -> None:
@@ -119,15 +160,45 @@ class Key:
             zero = torch.zeros_like(seed)
             packed = torch.stack((seed, zero, zero), dim=-1)
         else:
-            _check_integer("seed", seed, low=-(1 << 63), high=1 << 64)
-            packed = torch.tensor((_wrap_int64("seed", int(seed)), 0, 0), dtype=torch.int64, device="cpu")
+            number = _wrap_int64("seed", _integer("seed", seed, low=-(1 << 63), high=1 << 64))
+            packed = torch.tensor((number, 0, 0), dtype=torch.int64, device="cpu")
         object.__setattr__(self, "packed", packed)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Key is immutable: cannot set {name!r}; use stream(), samples() or fold_in()")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both make the same noise, wherever their words are. It waits for a device that the words are on."""
+        if not isinstance(other, Key):
+            return NotImplemented
+        return self is other or self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        if not has_values(self.packed):
+            raise TypeError(
+                "key must have values to be compared; on the meta device, in fake tensors and inside vmap it has none"
+            )
+        words = self.packed.tolist()
+        return tuple(map(tuple, words)) if self.per_sample else tuple(words)
+
+    def __copy__(self) -> Key:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Key:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _key_from_packed, (self.packed,)
+        # Ints stay what they are wherever they are loaded, and workers of a data loader hand them over without a file.
+        is_plain = self.packed.is_cpu and has_values(self.packed)
+        return _key_from_words, (self.packed.tolist() if is_plain else self.packed,)
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """What stands for a key, as a constant, in a graph of ``torch.fx``."""
+        function, args = self.__reduce__()
+        return tracer.create_node("call_function", function, tuple(map(tracer.create_arg, args)), {})
 
     @classmethod
     def from_generator(cls, generator: torch.Generator | None = None) -> Key:
@@ -148,7 +219,7 @@ class Key:
             _check_int64_tensor("stream", stream, max_dim=0)
             stream = stream & _MASK32
         else:
-            _check_integer("stream", stream, low=0, high=1 << 32)
+            stream = _integer("stream", stream, low=0, high=1 << 32)
         return self._with(1, stream)
 
     def samples(self, samples: int | Tensor | Sequence[int]) -> Key:
@@ -162,24 +233,23 @@ class Key:
         ``ops.normal((4, 8), key.samples(6))`` is rows 6 to 9 of ``ops.normal((10, 8), key)``.
         """
         if isinstance(samples, Sequence) and not isinstance(samples, (str, bytes)):
-            for sample in samples:
-                _check_integer("every id in samples", sample, low=0, high=1 << 63)
-            samples = torch.tensor([int(sample) for sample in samples], dtype=torch.int64, device=self.packed.device)
+            ids = [_integer("every id in samples", sample, low=0, high=1 << 63) for sample in samples]
+            samples = torch.tensor(ids, dtype=torch.int64, device=self.packed.device)
         if isinstance(samples, Tensor):
             _check_int64_tensor("samples", samples, max_dim=1)
             samples = samples & _MASK63
             if samples.dim() == 1:
                 return self._with_ids(samples)
         else:
-            _check_integer("samples", samples, low=0, high=1 << 63)
+            samples = _integer("samples", samples, low=0, high=1 << 63)
         if self.per_sample:
             raise ValueError("samples must be one id per sample for a key with one row per sample, got a single id")
-        return self._with(2, cast("int | Tensor", samples))
+        return self._with(2, samples)
 
     def _with_ids(self, ids: Tensor) -> Key:
         if self.per_sample and len(ids) != len(self.packed):
             raise ValueError(f"samples must hold {len(self.packed)} ids, one per seed, got {len(ids)}")
-        head = self.packed[..., :2].expand(len(ids), 2)
+        head = lifted(self.packed)[..., :2].expand(len(ids), 2)
         return _key_from_packed(torch.cat((head, ids.to(head.device).unsqueeze(1)), dim=1))
 
     def fold_in(self, n: int | Tensor) -> Key:
@@ -193,14 +263,15 @@ class Key:
         if isinstance(n, Tensor):
             _check_int64_tensor("n", n, max_dim=0)
         else:
-            _check_integer("n", n, low=-(1 << 63), high=1 << 64)
-            n = _wrap_int64("n", int(n))
-        seed: int | Tensor = self.packed[..., 0]
-        if not (torch.compiler.is_compiling() or self.per_sample or isinstance(n, Tensor) or not self.packed.is_cpu):
+            n = _wrap_int64("n", _integer("n", n, low=-(1 << 63), high=1 << 64))
+        seed: int | Tensor = lifted(self.packed)[..., 0]
+        on_tensors = torch.compiler.is_compiling() or is_traced() or self.per_sample or isinstance(n, Tensor)
+        if not (on_tensors or is_wrapped(self.packed)) and self.packed.is_cpu:
             # The same arithmetic on Python ints is quicker than a hundred operations on one-element tensors.
             seed = int(seed)
-        counter = (n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG)
-        low, high, _, _ = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
+        low, high, _, _ = _rounds(
+            n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG, seed & _MASK32, (seed >> 32) & _MASK32
+        )
         folded = low | high << 32
         return self._with(0, _wrap_int64("seed", folded) if isinstance(folded, int) else folded)
 
@@ -211,14 +282,20 @@ class Key:
 
     def to(self, device: torch.device | str) -> Key:
         """The same key with its words on another device; ops take keys on the CPU or on their own device."""
-        return _key_from_packed(self.packed.to(device))
+        return _key_from_packed(lifted(self.packed).to(device))
+
+    def pin_memory(self) -> Key:
+        """The same key with its words in pinned memory, as a data loader with ``pin_memory=True`` asks for."""
+        return _key_from_packed(self.packed.pin_memory())
 
     def _with(self, column: int, value: int | Tensor) -> Key:
-        packed = self.packed.clone()
+        packed = lifted(self.packed).clone()
         packed[..., column] = value
         return _key_from_packed(packed)
 
     def __repr__(self) -> str:
+        if not has_values(self.packed):
+            return f"Key(words of shape {tuple(self.packed.shape)} without values)"
         seed, stream, sample = self.packed.movedim(-1, 0).tolist()
         if self.per_sample:
             return f"Key(seed={seed}, stream={stream}, samples={sample})"
@@ -229,6 +306,38 @@ def _key_from_packed(packed: Tensor) -> Key:
     key = object.__new__(Key)
     object.__setattr__(key, "packed", packed)
     return key
+
+
+def _key_from_words(words: Sequence[Any] | Tensor) -> Key:
+    """The key of these words, which come from outside: ``[seed, stream, sample id]``, or a row of them per sample."""
+    packed = words if isinstance(words, Tensor) else torch.tensor(words, dtype=torch.int64, device="cpu")
+    if not isinstance(words, Tensor) and not len(words):
+        packed = packed.reshape(0, 3)
+    if packed.dtype != torch.int64:
+        raise TypeError(f"the words of a key must be of torch.int64, got {packed.dtype}")
+    if packed.dim() not in (1, 2) or packed.shape[-1] != 3:
+        raise ValueError(
+            f"the words of a key must be of shape (3,), or (batch, 3) with a row per sample, got {tuple(packed.shape)}"
+        )
+    return _key_from_packed(packed)
+
+
+def _key_from_leaf(packed: Any) -> Key:
+    return _key_from_words(packed) if isinstance(packed, Tensor) else _key_from_packed(packed)
+
+
+def _collate(keys: Sequence[Key], *, collate_fn_map: Any = None) -> Key:
+    """One key for a batch of samples that have a key each: every sample gets what it would get alone."""
+    rows = [key.packed for key in keys]
+    if any(row.shape not in ((3,), (1, 3)) for row in rows):
+        sizes = [len(row) for row in rows if row.dim() == 2]
+        raise ValueError(f"a sample must have a key of its own to be collated, got one that names {max(sizes)} samples")
+    return _key_from_packed(torch.stack([row.reshape(3) for row in rows]))
+
+
+register_node(Key, "packed", _key_from_leaf)
+register_collation(Key, _collate)
+register_loading((Key, _key_from_words, _key_from_packed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

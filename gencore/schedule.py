@@ -13,8 +13,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch.utils._python_dispatch import _disable_current_modes
+
+from gencore._torch import (
+    has_values,
+    is_faking,
+    is_wrapped,
+    lifted,
+    on_cpu,
+    register_loading,
+    without_modes,
+)
 
 Parameterization = Literal["eps", "x0", "v", "velocity"]
 Weighting = Literal["simple", "snr", "min_snr"]
@@ -26,12 +34,6 @@ _NO_NOISE_AT_THE_END = (
     "parameterization must be v, x0 or velocity for a schedule that ends without signal (alpha = 0): there the noise "
     "says nothing about the data; got 'eps'"
 )
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func made it, which is no tensor any more when the transform is over."""
-    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    return wrapped is not None and bool(wrapped(tensor))
 
 
 class Schedule:
@@ -64,6 +66,7 @@ class Schedule:
     """Whether nothing is left of the signal at the last step, alpha = 0."""
     _tables: dict[Any, Tensor]
 
+    @on_cpu
     def __init__(self, alpha: Any, sigma: Any, times: Any = None):
         levels = {"alpha": _levels("alpha", alpha), "sigma": _levels("sigma", sigma)}
         steps = len(levels["alpha"])
@@ -93,8 +96,15 @@ class Schedule:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Schedule is immutable: cannot set {name!r}; make another one")
 
+    def __copy__(self) -> Schedule:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Schedule:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Schedule, (self.alpha, self.sigma, self.times)
+        # Numbers are the same wherever they are loaded, on the meta device too.
+        return Schedule, (self.alpha.tolist(), self.sigma.tolist(), self.times.tolist())
 
     def __len__(self) -> int:
         return len(self.alpha)
@@ -105,6 +115,14 @@ class Schedule:
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in ("alpha", "sigma", "times"))
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """What stands for a schedule in a graph of ``torch.fx``: an attribute of the module that is traced."""
+        root = tracer.root
+        held = [name for name, value in vars(root).items() if value is self]
+        name = held[0] if held else f"_schedule{sum(isinstance(v, Schedule) for v in vars(root).values())}"
+        setattr(root, name, self)
+        return tracer.create_node("get_attr", name, (), {})
 
     def __repr__(self) -> str:
         return (
@@ -251,12 +269,13 @@ class Schedule:
 
     def _table(self, name: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_compiling():
-            kept: Tensor | None = self._tables.get((name, device))
-            return make().to(device) if kept is None else kept
-        if (mode := detect_fake_mode()) is not None:
-            with _disable_current_modes():
+            # Made in the graph, of the levels: a look at the tables that are kept would be guarded, and each new one
+            # compile the function again.
+            return make().to(device, non_blocking=True)
+        if is_faking():
+            with without_modes():
                 real = self._kept_table(name, torch.device("cpu"), make)
-            return mode.from_tensor(real).to(device)
+            return lifted(real).to(device)
         return self._kept_table(name, device, make)
 
     def _kept_table(self, name: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -266,12 +285,15 @@ class Schedule:
             # Autograd may save it, also if it was first asked for in inference.
             with torch.inference_mode(False), torch.no_grad():
                 table = make().to(device)
-            if _is_wrapped(table):
+            if is_wrapped(table):
                 return table
             while len(self._tables) >= _MOST_TABLES:
                 del self._tables[next(iter(self._tables))]
             self._tables[name, device] = table
         return table
+
+
+register_loading((Schedule,))
 
 
 def check_parameterization(parameterization: Any) -> None:
@@ -323,6 +345,8 @@ def posterior(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _levels(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor) and not has_values(values):
+        raise TypeError(f"{name} must be numbers, one per step, got a tensor without values ({values.device})")
     try:
         levels = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:

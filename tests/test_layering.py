@@ -32,6 +32,7 @@ LEVELS = (
     ("backends",),
     ("_cpu", "_cuda"),
     ("schedule", "noise", "config", "files", "progress", "text"),
+    ("arguments", "_torch"),
 )
 # What is used by a few only, however low it lies.
 USERS = {
@@ -272,6 +273,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
         "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule",
+        "arguments", "_torch",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"gencore", "torch", "numpy"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, default_collate
 
 import gencore
 from gencore import Key, noise
@@ -204,3 +208,178 @@ def test_reference_refuses_a_key_of_another_batch():
 
 def test_key_is_exported():
     assert gencore.Key is Key
+
+
+# ------------------------------------------------------------------------- keys among PyTorch's own values
+
+
+def test_keys_compare_by_value():
+    key = Key(7).stream(2)
+    assert key == Key(7).stream(2)
+    assert hash(key) == hash(Key(7).stream(2))
+    assert Key(torch.tensor([5, 6])) == Key(torch.tensor([5, 6]))
+    assert len({Key(1), Key(1), Key(1).stream(1), Key(1).samples([0])}) == 3
+    assert key != Key(7)
+    # One sample and a whole batch: another thing, though the words are the same.
+    assert Key(7) != Key(7).samples([0])
+    assert key != 7
+
+
+def test_a_key_without_values_is_not_compared():
+    key = Key(torch.tensor(3, device="meta"))
+    assert repr(key) == "Key(words of shape (3,) without values)"
+    with pytest.raises(TypeError, match="key must have values to be compared"):
+        assert key == Key(3)
+    with pytest.raises(TypeError, match="key must have values to be compared"):
+        hash(key)
+
+
+@pytest.mark.parametrize(
+    "key", [Key(-5).stream(2).samples(2**62), Key(torch.tensor([2**63 - 1, -1])), Key(3).samples([])]
+)
+def test_keys_are_loaded_without_running_code(key):
+    file = io.BytesIO()
+    torch.save({"keys": [key]}, file)
+    for place in ("cpu", "meta"):
+        file.seek(0)
+        assert torch.load(file, weights_only=True, map_location=place)["keys"] == [key]
+
+
+def test_what_a_file_says_of_a_key_is_checked():
+    for words, message in ((torch.zeros(3), "must be of torch.int64"), ([1, 2], r"must be of shape \(3,\)")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            noise._key_from_words(words)
+
+
+def test_keys_are_collated_to_one_for_the_batch():
+    keys = [Key(3), Key(5).stream(2), Key(3).samples(9), Key(8).samples([4])]
+    (key, nested), numbers = default_collate([((key, {"key": key}), i) for i, key in enumerate(keys)])
+    assert key == nested["key"]
+    alone = torch.cat([gencore.ops.normal((1, 5), key) for key in keys])
+    assert torch.equal(gencore.ops.normal((4, 5), key), alone)
+    assert numbers.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="a sample must have a key of its own to be collated, got one that names 2"):
+        default_collate([Key(1), Key(torch.tensor([1, 2]))])
+
+
+def test_workers_of_a_data_loader_hand_keys_over():
+    keys = [Key(3).fold_in(i) for i in range(4)]
+    batches = list(
+        DataLoader([{"key": key} for key in keys], batch_size=2, num_workers=1, multiprocessing_context="fork")
+    )
+    assert [batch["key"] for batch in batches] == [default_collate(keys[:2]), default_collate(keys[2:])]
+
+
+def test_vmap_goes_over_the_rows_of_a_key():
+    keys = Key(torch.tensor([3, 5])).stream(2)
+
+    def draw(key):
+        return gencore.ops.normal((4, 3), key.fold_in(1)), gencore.ops.uniform((2, 4, 3, 1), key, dtype=torch.float64)
+
+    mapped = torch.func.vmap(draw)(keys)
+    for i, seed in enumerate((3, 5)):
+        for got, want in zip(mapped, draw(Key(seed).stream(2)), strict=True):
+            assert torch.equal(got[i], want)
+    with_ids = torch.func.vmap(lambda seed: gencore.ops.normal((2, 3), Key(seed).samples([7, 4])))(torch.tensor([3, 5]))
+    assert torch.equal(with_ids[1], gencore.ops.normal((2, 3), Key(5).samples([7, 4])))
+    assert torch.func.vmap(lambda key: key.stream(4))(keys) == Key(torch.tensor([3, 5])).stream(4)
+    with pytest.raises(ValueError, match=r"must be of shape \(3,\), or \(batch, 3\)"):
+        torch.func.vmap(lambda key: gencore.ops.normal((4, 3), key))(Key(1))
+    with pytest.raises(ValueError, match="out must be mapped over by vmap where the key is"):
+        torch.func.vmap(lambda key: gencore.ops.normal((4, 3), key, out=torch.empty(4, 3)))(keys)
+
+
+def test_keys_have_values_in_a_transform_for_gradients():
+    def loss(x):
+        key = Key(3).stream(1)
+        assert key == Key(3).stream(1)
+        return (x * gencore.ops.normal((2, 3), key.fold_in(2))).sum()
+
+    want = gencore.ops.normal((2, 3), Key(3).stream(1).fold_in(2))
+    assert torch.equal(torch.func.grad(loss)(torch.zeros(2, 3)), want)
+
+
+def test_a_filled_tensor_is_mapped_with_its_key():
+    out, keys = torch.empty(3, 4, 2), Key(torch.tensor([3, 5]))
+    torch.func.vmap(lambda key, out: gencore.ops.normal((3, 4), key, out=out), in_dims=(0, 2))(keys, out)
+    assert torch.equal(out[..., 1], gencore.ops.normal((3, 4), Key(5)))
+
+
+def test_keys_in_structures_are_moved_with_their_tensors():
+    batch = {"key": Key(3).stream(1), "x": torch.zeros(2)}
+    assert pytree.tree_map(lambda tensor: tensor.clone(), batch)["key"] == batch["key"]
+    assert isinstance(pytree.tree_map(lambda tensor: None, batch)["key"], Key)
+    with pytest.raises(TypeError, match=r"the words of a key must be of torch\.int64, got torch\.float16"):
+        pytree.tree_map(lambda tensor: tensor.half(), batch)
+
+
+def test_keys_in_a_mode_of_fake_tensors():
+    outside = Key(7)
+    with FakeTensorMode():
+        for key in (
+            outside,
+            outside.fold_in(1).stream(2),
+            outside.samples([3, 4]),
+            Key(3),
+            Key(3).fold_in(2).stream(1).samples(4),
+            Key(3).samples([1, 2]),
+        ):
+            assert gencore.ops.normal((2, 3), key).shape == (2, 3)
+        assert "without values" in repr(Key(3))
+
+
+def test_a_key_is_made_on_the_cpu_under_another_default_device():
+    with torch.device("meta"):
+        key = Key(3).fold_in(2).stream(1).samples([4, 5])
+        assert Key.from_generator().packed.is_cpu
+    assert key == Key(3).fold_in(2).stream(1).samples([4, 5])
+
+
+_LAST = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    "narrow",
+    [
+        lambda word: np.array([word], np.uint32),
+        np.uint32,
+        lambda word: torch.tensor(word).to(torch.int32),
+        lambda word: torch.tensor(word).to(torch.uint32),
+        lambda word: np.array(word, np.int64),
+    ],
+)
+def test_philox_widens_narrow_words(narrow):
+    counter, key = (_LAST, 1 << 31, 5, 7), (_LAST - 1, 1 << 31)
+    want = noise.philox4x32(counter, key)
+    for words in (
+        noise.philox4x32(list(map(narrow, counter)), list(map(narrow, key))),
+        noise.philox4x32((narrow(_LAST), *counter[1:]), key),
+        noise.philox4x32(counter, (narrow(key[0]), key[1])),
+    ):
+        assert tuple(np.asarray(word).item() for word in words) == want
+
+
+def test_philox_takes_bytes_of_numpy():
+    assert noise.philox4x32((np.uint8(200), np.int16(7), 0, 0), (1, 2)) == noise.philox4x32((200, 7, 0, 0), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "message"),
+    [
+        (-1, ValueError, r"counter\[0\] must be in \[0, 2\^32\), got -1"),
+        (1 << 32, ValueError, "got 4294967296"),
+        (np.array([3, -1]), ValueError, "got -1 to 3"),
+        (True, TypeError, r"counter\[0\] must be an int, an array or a tensor of ints, got bool"),
+        (0.5, TypeError, "got float"),
+        (np.array([0.5]), TypeError, "must be of integers, got an array of float64"),
+        (torch.tensor(0.5), TypeError, "must be of integers, got a tensor of torch.float32"),
+    ],
+)
+def test_philox_says_what_a_word_must_be(word, error, message):
+    with pytest.raises(error, match=message):
+        noise.philox4x32((word, 0, 0, 0), (0, 0))
+
+
+def test_philox_refuses_arrays_beside_tensors():
+    with pytest.raises(TypeError, match="counter and key must hold NumPy arrays or torch tensors, got both"):
+        noise.philox4x32((np.uint64(1), 0, 0, 0), (torch.tensor(1), 0))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from gencore import diffusion
 from gencore.schedule import Schedule, posterior
@@ -146,3 +149,43 @@ def test_the_arguments_are_copied():
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+MAKERS = (
+    diffusion.linear, diffusion.scaled_linear, diffusion.cosine, diffusion.sigmoid, diffusion.karras, diffusion.flow,
+    lambda steps: diffusion.zero_terminal_snr(diffusion.linear(steps)), lambda steps: Schedule([0.9, 0.5], [0.1, 0.5]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_a_schedule_has_its_values_wherever_it_is_made(make, mode):
+    """A model is built on the meta device before its weights are loaded; the schedule is no weight."""
+    want, sampler = make(10), diffusion.euler(make(10), parameterization="x0")
+    with mode():
+        schedule = make(10)
+        made = diffusion.euler(schedule, parameterization="x0")
+    assert schedule == want
+    for name in ("rows", "levels", "times"):
+        assert torch.equal(getattr(made, name), getattr(sampler, name))
+
+
+def test_a_schedule_of_tensors_without_values_is_refused():
+    levels = torch.ones(3, device="meta")
+    with pytest.raises(TypeError, match="alpha must be numbers, one per step, got a tensor without values"):
+        Schedule(levels, levels)
+
+
+def test_a_schedule_is_loaded_without_running_code():
+    schedule, file = diffusion.cosine(20), io.BytesIO()
+    torch.save({"schedule": schedule}, file)
+    for place in ("cpu", "meta"):
+        file.seek(0)
+        assert torch.load(file, weights_only=True, map_location=place)["schedule"] == schedule
+
+
+def test_copies_of_a_schedule_share_its_tables():
+    schedule = diffusion.linear(10)
+    for other in (copy.copy(schedule), copy.deepcopy({"schedule": schedule})["schedule"]):
+        assert other == schedule
+        assert other.add_noise_table(torch.device("cpu")) is schedule.add_noise_table(torch.device("cpu"))

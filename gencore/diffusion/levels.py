@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
+from gencore._torch import on_cpu
+from gencore.arguments import as_int, integer
 from gencore.diffusion.schedules import karras_levels
 from gencore.schedule import Schedule
 
@@ -48,11 +50,10 @@ def timesteps(schedule_steps: int, steps: int, spacing: Spacing = "trailing", st
     >>> timesteps(1000, 4), timesteps(1000, 4, "leading", 1), timesteps(1000, 4, "linspace")
     ([999, 749, 499, 249], [751, 501, 251, 1], [999, 666, 333, 0])
     """
-    _check_count(steps, schedule_steps)
+    steps = _count(steps, schedule_steps)
     if spacing not in get_args(Spacing):
         raise ValueError(f"spacing must be one of {', '.join(get_args(Spacing))}, got {spacing!r}")
-    if isinstance(steps_offset, bool) or not isinstance(steps_offset, int):
-        raise TypeError(f"steps_offset must be an int, got {type(steps_offset).__name__}")
+    steps_offset = integer("steps_offset", steps_offset)
     if steps_offset and spacing != "leading":
         raise ValueError(f"steps_offset must be 0 for a spacing other than leading, got {steps_offset}")
     if spacing == "leading":
@@ -70,6 +71,7 @@ def timesteps(schedule_steps: int, steps: int, spacing: Spacing = "trailing", st
     return chosen[::-1]
 
 
+@on_cpu
 def grid(
     schedule: Schedule, steps: int | Sequence[int] | None, spacing: Grid, steps_offset: int, *, drop_first: bool = False
 ) -> tuple[list[Level], list[int]]:
@@ -87,26 +89,24 @@ def grid(
         raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     if spacing not in get_args(Grid):
         raise ValueError(f"spacing must be one of {', '.join(get_args(Grid))}, got {spacing!r}")
-    if isinstance(steps_offset, bool) or not isinstance(steps_offset, int):
-        raise TypeError(f"steps_offset must be an int, got {type(steps_offset).__name__}")
-    total, counted = len(schedule), steps is None or isinstance(steps, int)
+    steps_offset = integer("steps_offset", steps_offset)
+    total, counted = len(schedule), steps is None or as_int(steps) is not None
     if not counted and spacing != "trailing":
         raise ValueError(f"spacing must be left out where steps names the steps to take, got {spacing!r}")
     if steps_offset and (steps is None or not counted or spacing != "leading"):
         what = "all steps" if steps is None else "named steps" if not counted else "a spacing other than leading"
         raise ValueError(f"steps_offset must be 0 for {what}, got {steps_offset}")
     if spacing == "karras":
-        count = steps if isinstance(steps, int) else total
-        _check_count(count, None)
+        count = total if steps is None else _count(steps, None)
         return _between(schedule, count), list(range(1, count + 1))
     if steps is None:
         chosen = list(reversed(range(total)))
-    elif isinstance(steps, int):
-        _check_count(steps, total)
-        if drop_first and spacing in ("leading", "linspace") and steps < total:
-            chosen = timesteps(total, steps + 1, spacing, steps_offset)[:-1]
+    elif counted:
+        count = _count(steps, total)
+        if drop_first and spacing in ("leading", "linspace") and count < total:
+            chosen = timesteps(total, count + 1, spacing, steps_offset)[:-1]
         else:
-            chosen = timesteps(total, steps, spacing, steps_offset)
+            chosen = timesteps(total, count, spacing, steps_offset)
     else:
         chosen = _checked(steps, total)
     tables = zip(schedule.alpha.tolist(), schedule.sigma.tolist(), schedule.times.tolist(), strict=True)
@@ -154,25 +154,23 @@ def _between(schedule: Schedule, count: int) -> list[Level]:
     return levels_at(schedule, karras_levels(count, ratios[0], ratios[-1]))
 
 
-def _check_count(steps: object, most: int | None) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 1 or (most is not None and steps > most):
+def _count(steps: object, most: int | None) -> int:
+    count = integer("steps", steps)
+    if count < 1 or (most is not None and count > most):
         bounds = "at least 1" if most is None else f"between 1 and the schedule's {most}"
-        raise ValueError(f"steps must be {bounds}, got {steps}")
+        raise ValueError(f"steps must be {bounds}, got {count}")
+    return count
 
 
 def _checked(steps: object, total: int) -> list[int]:
-    if isinstance(steps, torch.Tensor):
+    if isinstance(steps, (torch.Tensor, np.ndarray)):
         steps = steps.tolist()
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not len(steps):
         raise TypeError(f"steps must be an int, or ints that number the schedule's steps, got {steps!r}")
-    chosen = list(steps)
+    chosen = [integer("every one of steps", step) for step in steps]
     for step in chosen:
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-            raise TypeError(f"every one of steps must be an int, got {type(step).__name__}")
         if not 0 <= step < total:
             raise ValueError(f"every one of steps must be between 0 and {total - 1}, got {step}")
     if any(later >= earlier for earlier, later in pairwise(chosen)):
         raise ValueError(f"steps must fall, from the most noise to the least, got {chosen}")
-    return [int(step) for step in chosen]
+    return chosen

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gencore import ops
+from gencore._torch import on_cpu
 from gencore.diffusion.levels import Level
 from gencore.schedule import Parameterization, prediction
 
@@ -105,6 +106,7 @@ def noise_prediction(parameterization: Parameterization, level: Level) -> tuple[
     return 1 / (alpha + sigma), alpha / (alpha + sigma)
 
 
+@on_cpu
 def assemble(
     name: str,
     calls: Sequence[Call],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gencore import ops
+from gencore.arguments import as_int, integer
 from gencore.diffusion.sampler import Sampler, check_number
 from gencore.noise import Key
 from gencore.progress import Progress
@@ -290,10 +291,7 @@ def _check_share(name: str, value: Any) -> None:
 
 
 def _check_resamples(resamples: Any, sampler: Sampler) -> int:
-    if isinstance(resamples, bool) or not isinstance(resamples, int):
-        raise TypeError(f"resamples must be an int, got {type(resamples).__name__}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    resamples = integer("resamples", resamples, least=1)
     if resamples > 1 and any(sampler.uses_history):
         raise ValueError(f"resamples must be 1 for {sampler.name}, which uses earlier predictions, got {resamples}")
     return resamples
@@ -307,8 +305,9 @@ def _check_finite(name: str, value: Tensor, sampler: Sampler, call: int) -> None
 
 
 def _checked_shape(shape: Any) -> tuple[int, ...]:
-    sizes: tuple[Any, ...] = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in sizes):
+    given = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    sizes = tuple(size for size in map(as_int, given) if size is not None and size >= 0)
+    if not sizes or len(sizes) != len(given):
         raise ValueError(f"shape must be the sizes of a batch, (B, ...), got {shape!r}")
     return sizes
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.arguments import integer
+
 
 def check_latents(latents: Tensor, size: int) -> None:
     """Raises ValueError unless ``latents`` are of shape (B, size)."""
@@ -54,10 +56,7 @@ def check_labels(labels: Tensor, n: int, num_classes: int) -> None:
 
 def check_num_samples(num_samples: int) -> None:
     """Raises TypeError or ValueError unless ``num_samples`` is an int of at least 1."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    integer("num_samples", num_samples, least=1)
 
 
 def _check_tensor(name: str, value: Any) -> None:
