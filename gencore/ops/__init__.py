@@ -2,6 +2,7 @@
 
 from gencore.backends.choice import backend as backend
 from gencore.ops._explain import explain as explain
+from gencore.ops._library import register_rules
 from gencore.ops.add_noise import add_noise as add_noise
 from gencore.ops.attention import attention as attention
 from gencore.ops.attention import spatial_attention as spatial_attention
@@ -15,6 +16,8 @@ from gencore.ops.normal import normal as normal
 from gencore.ops.reparameterize import reparameterize as reparameterize
 from gencore.ops.reparameterize import reparameterize_kl as reparameterize_kl
 from gencore.ops.uniform import uniform as uniform
+
+register_rules()
 
 __all__ = [
     "STEP_COLUMNS",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
+from gencore._torch import is_distributed, is_faking, lifted
 from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
@@ -78,10 +78,17 @@ def check_device(name: str, device: torch.device) -> None:
     try:
         choice.choose(device)
     except choice.NoBackend as error:
-        if detect_fake_mode() is not None:
+        if is_faking():
             return
         error.args = (f"{name} must be one that a backend serves; {error}",)
         raise
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on such devices; None where it is not enabled, or unknown as on the meta device."""
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:
@@ -98,11 +105,15 @@ def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:
 def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
     """The key's words for the samples of ``tensor``; without a key, one from torch's generator."""
     if key is None:
+        if is_distributed(tensor):
+            raise ValueError(
+                "key must be given for a DTensor, got None: torch's generator may differ from process to process"
+            )
         refuse_capture(tensor)
         return _for_capture(Key.from_generator().packed, tensor)
     if not isinstance(key, Key):
         raise TypeError(f"key must be a gencore.Key or None, got {type(key).__name__}; gencore.Key(seed) makes one")
-    packed = key.packed
+    packed = lifted(key.packed)
     if packed.dim() == 2 and packed.shape[0] != tensor.shape[0]:
         raise ValueError(
             f"key must name {tensor.shape[0]} samples, one per row of the batch, but names {packed.shape[0]}"
@@ -112,6 +123,13 @@ def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
         places = "on the CPU" if device.type == "cpu" else f"on the CPU or on {device}"
         raise ValueError(f"key must be {places}, got {packed.device}; key.to(device) moves it")
     return _for_capture(packed, tensor)
+
+
+def rows_of(key: Tensor, samples: int) -> Tensor:
+    """The words of a key with a row for each of so many samples; of several keys along the first dimensions."""
+    rows = key.unsqueeze(-2).expand(*key.shape[:-1], samples, 3).clone()
+    rows[..., 2] += torch.arange(samples, device=key.device)
+    return rows
 
 
 def refuse_capture(tensor: Tensor) -> None:

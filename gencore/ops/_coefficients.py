@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gencore._torch import beside
+from gencore.arguments import integer
 from gencore.schedule import Schedule
 
 
@@ -34,8 +35,7 @@ def rows_at(t: Any, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if t.device != x.device:
             raise ValueError(f"t must be on the device of the samples, {x.device}, got {t.device}")
         return table, t.to(torch.int64)
-    if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
-        raise TypeError(f"t must be an int or a tensor of int64 or int32, got {type(t).__name__}")
+    t = integer("t", t, what="an int or a tensor of int64 or int32")
     if not 0 <= t < steps:
         raise ValueError(f"t must be in [0, {steps}), the steps of the schedule, got {t}")
     return table[t : t + 1], None
@@ -43,7 +43,7 @@ def rows_at(t: Any, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def column_of(table: Tensor, t: Tensor | None, column: int, x: Tensor) -> Tensor:
     """A column of the rows that samples take, shaped to be multiplied with ``x``; NaN where ``t`` is out of range."""
-    values = table[:, column].to(x.device)
+    values = beside(table[:, column].to(x.device), x)
     if t is not None:
         last = len(values) - 1
         values = torch.where((t < 0) | (t > last), torch.nan, values[t.clamp(0, last)])

@@ -5,13 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gencore._torch import is_wrapped
+from gencore.arguments import as_int
 from gencore.noise import Key
-from gencore.ops._checks import check_device, check_elements, check_floating, check_tensor, resolve_key
-from gencore.ops._library import Op
+from gencore.ops._checks import check_device, check_elements, check_floating, check_tensor, resolve_key, rows_of
+from gencore.ops._library import Layout, Op, define
+
+
+def define_filling(name: str) -> Op:
+    """Registers an op that fills a tensor with noise."""
+    op: Op
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], out: Tensor, key: Tensor) -> tuple[None, None]:
+        """Several calls of ``torch.func.vmap`` in one: a batch of all their samples, with a row of the key for each."""
+        of_out, of_key = in_dims
+        if of_out is None:
+            raise ValueError(
+                "out must be mapped over by vmap where the key is, or left out: each key has noise of its own"
+            )
+        out = out.movedim(of_out, 0)
+        key = key.expand(info.batch_size, *key.shape) if of_key is None else key.movedim(of_key, 0)
+        rows = key if key.dim() == 3 else rows_of(key, out.shape[1])
+        flat = out.flatten(0, 1)
+        op(flat, rows.flatten(0, 1))
+        if flat.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            out.copy_(flat.view(out.shape))
+        return None, None
+
+    op = define(
+        f"{name}(Tensor(a!) out, Tensor key) -> ()",
+        fake=lambda out, key: None,
+        layouts=lambda args: [Layout({"out": 0, "key": 0}, ())],
+        batched=batched,
+    )
+    return op
+
+
+def relevant(shape: Any, key: Any, out: Any) -> tuple[Any, ...]:
+    """The arguments that may stand for what is known later only, such as the sizes of a tensor of ``torch.fx``."""
+    return (*shape, key, out) if isinstance(shape, (tuple, list)) else (shape, key, out)
 
 
 def fill(
@@ -23,7 +58,7 @@ def fill(
     memory_format: torch.memory_format,
     out: Tensor | None,
 ) -> Tensor:
-    shape = _checked_shape(shape)
+    shape, given = _checked_shape(shape), out
     if out is None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_floating("dtype", dtype)
@@ -51,6 +86,9 @@ def fill(
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
     packed = resolve_key(key, out)
+    if given is None and not torch.compiler.is_compiling() and is_wrapped(packed):
+        # Under vmap each key has a tensor of its own.
+        out = packed.new_empty(shape, dtype=out.dtype, device=out.device).to(memory_format=memory_format)
     if not torch.compiler.is_compiling() and out.is_neg():
         # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
         dense = torch.empty(shape, dtype=out.dtype, device=out.device)
@@ -66,13 +104,15 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
         raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
     if len(shape) == 0:
         raise ValueError("shape must have at least one dimension, the samples; got ()")
-    elements: int | torch.SymInt = 1
-    for position, size in enumerate(shape):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer, torch.SymInt)):
-            raise TypeError(f"shape must hold ints, got {type(size).__name__} at position {position}")
+    elements, sizes = 1, []
+    for position, given in enumerate(shape):
+        size = given if type(given) is int else as_int(given)
+        if size is None:
+            raise TypeError(f"shape must hold ints, got {type(given).__name__} at position {position}")
         if size < 0:
             raise ValueError(f"shape must hold sizes of at least 0, got {size} at position {position}")
         if position > 0:
             elements *= size
+        sizes.append(size)
     check_elements("shape", elements)
-    return tuple(shape)
+    return tuple(sizes)

@@ -6,12 +6,13 @@ runs is decided at every call, by :mod:`gencore.backends.choice`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gencore._torch import is_batched_gradient, is_wrapped, when_imported
 from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
@@ -23,7 +24,6 @@ try:
     _function_modes = torch._C._len_torch_function_stack
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing_state = torch._C._get_tracing_state
-    _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
     _forward_ad._current_level, _profiler._is_profiler_enabled  # noqa: B018
     _CAN_TELL = True
@@ -47,6 +47,20 @@ def is_unobserved() -> bool:
         or _profiler._is_profiler_enabled
         or _tracing_state() is not None
     )
+
+
+class Layout(NamedTuple):
+    """One way to share out the work of an op: along which dimension of which tensors.
+
+    What ``inputs`` does not name, every process has whole. An output whose dimension is None is the sum of what the
+    processes have. Samples have a key each then, so that a process makes the noise of its own.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Sequence[int | None]
+
+
+Layouts = Callable[[Mapping[str, Any]], Sequence[Layout]]
 
 
 class Op:
@@ -118,14 +132,20 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
     try:
         return kernel_for(name, args)(*args)
     except RuntimeError:
-        # A transform of torch.func that is over leaves wrappers without memory around the tensors that left it.
-        if not _CAN_TELL or not any(isinstance(arg, Tensor) and _is_wrapped(arg) for arg in args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        # Tensors without memory, which nothing but their use tells from others: several gradients in one ...
+        if any(map(is_batched_gradient, tensors)):
+            return getattr(torch.ops.gencore, name).default(*args)
+        # ... and what a transform of torch.func that is over leaves around the tensors that left it.
+        if not any(map(is_wrapped, tensors)):
             raise
         alive = torch._functorch.utils.unwrap_dead_wrappers(args)
         return kernel_for(name, alive)(*alive)
 
 
 _composed: dict[str, Callable[..., Any]] = {}
+_flops: dict[str, Callable[..., int]] = {}
+_layouts: dict[str, Layouts] = {}
 
 
 def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
@@ -151,6 +171,9 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     composed: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
+    layouts: Layouts | None = None,
+    batched: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers an op.
 
@@ -161,6 +184,11 @@ def define(
         fake: gives outputs of the right shapes, dtypes and strides for inputs without data.
         setup_context, backward: the autograd formula, as :func:`torch.library.register_autograd` takes it.
         composed: what runs instead of a kernel of that name, where an op is another one's kernel called in another way.
+        flops: the floating-point operations of matrix products, from the shapes of the tensors and the other arguments,
+            as :func:`torch.utils.flop_counter.register_flop_formula` takes it.
+        batched: the op under ``torch.func.vmap``, as :func:`torch.library.register_vmap` takes it; without it, calls
+            are made one by one, which those of an op that writes to its arguments cannot be.
+        layouts: how the work on a DTensor may be shared out; see :class:`Layout`.
     """
     name = signature.split("(", 1)[0]
     if composed is not None:
@@ -182,6 +210,12 @@ def define(
     if backward is not None:
         setup = setup_context or _nothing
         torch.library.register_autograd(f"gencore::{name}", backward, setup_context=setup, lib=_library)
+    if batched is not None:
+        torch.library.register_vmap(f"gencore::{name}", batched, lib=_library)
+    if flops is not None:
+        _flops[name] = flops
+    if layouts is not None:
+        _layouts[name] = layouts
     return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward)
 
 
@@ -191,3 +225,23 @@ def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
         "gencore ops have a first derivative only: the kernels of their gradients have none. Compute this gradient "
         "without create_graph=True, or with PyTorch's own functions"
     )
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in _flops.items():
+        register_flop_formula(getattr(torch.ops.gencore, name))(formula)
+
+
+def _register_layouts() -> None:
+    from gencore.ops._sharding import register
+
+    for name, layouts in _layouts.items():
+        register(name, layouts, _library)
+
+
+def register_rules() -> None:
+    """Tells what counts and what distributes tensors about the ops, once that is imported."""
+    when_imported("torch.utils.flop_counter", _register_flops)
+    when_imported("torch.distributed.tensor", _register_layouts)

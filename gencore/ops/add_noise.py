@@ -7,12 +7,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
 from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
 from gencore.ops._coefficients import check_schedule, column_of, rows_at
-from gencore.ops._library import define
+from gencore.ops._library import Layout, define
 from gencore.schedule import Schedule
 
 
@@ -37,9 +38,17 @@ def _backward(ctx: Any, grad_x_t: Tensor | None, _: Any) -> tuple[Tensor | None,
     return grad_x0, None, None, None, None
 
 
+def _layouts(args: Any) -> list[Layout]:
+    return [Layout({"x0": 0, "t": 0, "key": 0, "out": 0}, (0, 0))]
+
+
 _ARGUMENTS = "Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise"
 _add_noise = define(
-    f"add_noise({_ARGUMENTS}) -> (Tensor, Tensor)", fake=_fake, setup_context=_setup_context, backward=_backward
+    f"add_noise({_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    layouts=_layouts,
 )
 
 
@@ -61,6 +70,7 @@ _add_noise_out = define(
     f"add_noise_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor",
     fake=lambda *args: _fake(*args[:-1])[1],
     composed=_compute_into,
+    layouts=lambda args: [layout._replace(outputs=(0,)) for layout in _layouts(args)],
 )
 
 
@@ -136,6 +146,9 @@ def add_noise(
         and (t.is_cpu if x0.is_cpu else t.is_cuda and t.get_device() == x0.get_device())
     ):
         return choice.kernel("add_noise", x0)(x0, schedule.add_noise_table(x0.device), t, packed, False)[0]
+    if is_overridden(x0, t, schedule, key, out):
+        options = {"return_noise": return_noise, "out": out}
+        return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
     check_tensor("x0", x0)
     check_schedule(schedule)
     # One row on the CPU is an argument of a launch.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
+from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import suggested_format
-from gencore.ops._checks import FLOATING, check_tensor
-from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
+from gencore.ops._checks import FLOATING, autocast_dtype, check_tensor
+from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, refuse_second_derivative
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
@@ -33,11 +36,36 @@ def _fake_backward(
     return tuple(torch.empty_like(tensor) if want else grad_out.new_empty(0) for tensor, want in grads)
 
 
+def _flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two products of matrices, as PyTorch counts its own attention: q with k, and the probabilities with v."""
+    batch, heads, queries, size = q
+    return 2 * 2 * batch * heads * queries * k[2] * size
+
+
+def _flops_backward(grad_out: Sequence[int], q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
+    """Five products: q with k again, and those of four gradients."""
+    return 5 * _flops(q, k) // 2
+
+
+def _layouts(args: Any) -> list[Layout]:
+    """By samples, by heads, or by queries."""
+    whole = [Layout(dict.fromkeys("qkv", dim), (dim, dim)) for dim in (0, 1)]
+    return [*whole, Layout({"q": 2}, (2, 2))]
+
+
+def _layouts_backward(args: Any) -> list[Layout]:
+    of_queries = ("grad_out", "q", "out", "lse")
+    whole = [Layout(dict.fromkeys((*of_queries, "k", "v"), dim), (dim, dim, dim)) for dim in (0, 1)]
+    return [*whole, Layout(dict.fromkeys(of_queries, 2), (2, None, None))]
+
+
 _attention_backward = define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backward=refuse_second_derivative,
+    flops=_flops_backward,
+    layouts=_layouts_backward,
 )
 
 
@@ -64,6 +92,8 @@ _attention = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
+    layouts=_layouts,
 )
 
 
@@ -123,12 +153,25 @@ def _fake_spatial_backward(
     return torch.empty_like(qkv, memory_format=suggested_format(qkv))
 
 
+def _flops_spatial(qkv: Sequence[int], num_heads: int, *_: Any, **__: Any) -> int:
+    heads = (qkv[0], num_heads, math.prod(qkv[2:]), qkv[1] // (3 * num_heads))
+    return _flops(heads, heads)
+
+
+def _flops_spatial_backward(
+    grad_out: Sequence[int], qkv: Sequence[int], out: Any, lse: Any, num_heads: int, *_: Any, **__: Any
+) -> int:
+    return 5 * _flops_spatial(qkv, num_heads) // 2
+
+
 _spatial_attention_backward = define(
     "spatial_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale) "
     "-> Tensor",
     fake=_fake_spatial_backward,
     backward=refuse_second_derivative,
     composed=_attend_backward,
+    flops=_flops_spatial_backward,
+    layouts=lambda args: [Layout(dict.fromkeys(("grad_out", "qkv", "out", "lse"), 0), (0,))],
 )
 
 
@@ -152,6 +195,8 @@ _spatial_attention = define(
     setup_context=_setup_spatial,
     backward=_backward_spatial,
     composed=_attend,
+    flops=_flops_spatial,
+    layouts=lambda args: [Layout({"qkv": 0}, (0, 0))],
 )
 
 
@@ -202,6 +247,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     tensors = (q, k, v)
     wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
     if wants_gradient is None:
+        if is_overridden(*tensors):
+            return hand_over(attention, tensors, *tensors, scale=scale)
         tensors = tuple(_autocast(tensor) for tensor in tensors)
         scale = _check(*tensors, scale)
     elif scale is None:
@@ -261,14 +308,13 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
         if qkv.requires_grad and torch.is_grad_enabled():
             return _spatial_attention.with_gradient(qkv, num_heads, scale)[0]
         return _attend(qkv, num_heads, scale, with_lse=False)[0]
+    if is_overridden(qkv):
+        return hand_over(spatial_attention, (qkv,), qkv, num_heads, scale=scale)
     qkv = _autocast(qkv)
     check_tensor("qkv", qkv)
     if qkv.dim() < 2:
         raise ValueError(f"qkv must have at least two dimensions, samples and channels, got {qkv.dim()}")
-    if isinstance(num_heads, bool) or not isinstance(num_heads, (int, torch.SymInt)):
-        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    num_heads = integer("num_heads", num_heads, least=1)
     if qkv.shape[1] < 1 or qkv.shape[1] % (3 * num_heads) != 0:
         raise ValueError(
             f"qkv must have 3 x num_heads x d channels, a multiple of {3 * num_heads} and at least as many, "
@@ -311,9 +357,8 @@ def _wants_gradient_if_everyday(q: Any, k: Any, v: Any, scale: Any) -> bool | No
 def _autocast(tensor: Any) -> Any:
     """The tensor as autocast, where it is enabled, would have PyTorch's attention take it."""
     if isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, *_HALF):
-        device = tensor.device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            return tensor.to(torch.get_autocast_dtype(device))
+        dtype = autocast_dtype(tensor.device)
+        return tensor if dtype is None else tensor.to(dtype)
     return tensor
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
 from gencore.backends.layout import kept_format
 from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_same, check_tensor, resolve_key
 from gencore.ops._coefficients import check_schedule, column_of, rows_at, widened
-from gencore.ops._library import define, refuse_second_derivative
+from gencore.ops._library import Layout, define, refuse_second_derivative
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
 
@@ -27,11 +28,16 @@ def _fake_backward(
     return torch.empty_like(output, memory_format=kept_format(output, x0))
 
 
+def _layouts(args: Any) -> list[Layout]:
+    return [Layout(dict.fromkeys(("output", "x0", "t", "key", "grad_loss"), 0), (0,))]
+
+
 _ARGUMENTS = "Tensor output, Tensor x0, Tensor table, Tensor? t, Tensor key"
 _denoising_loss_backward = define(
     f"denoising_loss_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor",
     fake=_fake_backward,
     backward=refuse_second_derivative,
+    layouts=_layouts,
 )
 
 
@@ -51,7 +57,11 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _denoising_loss = define(
-    f"denoising_loss({_ARGUMENTS}) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward
+    f"denoising_loss({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    layouts=_layouts,
 )
 
 
@@ -111,6 +121,11 @@ def denoising_loss(
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 14 and Algorithm 1; Salimans and Ho
     (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
     """
+    tensors = (model_output, x0, t, schedule, key)
+    if is_overridden(*tensors, weighting):
+        options = {"parameterization": parameterization, "weighting": weighting, "gamma": gamma}
+        relevant = (*tensors, weighting)
+        return hand_over(denoising_loss, relevant, *tensors, **options, bound_weight=bound_weight)
     model_output = _checked(model_output, x0, schedule, key)
     if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
         raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
@@ -152,6 +167,10 @@ def variational_bound(
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
     """
+    tensors = (model_output, x0, t, schedule, key)
+    if is_overridden(*tensors):
+        options = {"parameterization": parameterization, "variance": variance}
+        return hand_over(variational_bound, tensors, *tensors, **options)
     model_output = _checked(model_output, x0, schedule, key)
     if (variance == "learned_range") != (model_output.shape != x0.shape):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore._torch import beside, hand_over, is_overridden, lifted
 from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.noise import Key
@@ -22,7 +23,7 @@ from gencore.ops._checks import (
     resolve_key,
 )
 from gencore.ops._coefficients import along_samples, widened
-from gencore.ops._library import define
+from gencore.ops._library import Layout, define
 from gencore.ops.denoising_loss import check_prediction
 from gencore.ops.normal import fill_with_normals
 
@@ -87,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dtype, wanted = x.dtype, ctx.needs_input_grad
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     x, grad = x.to(kind), grad.to(kind)
-    columns = [along_samples(column, x) for column in rows.to(x.device).unbind(1)]
+    columns = [along_samples(column, x) for column in beside(rows.to(x.device), x).unbind(1)]
     of_output, of_second, predict_x, predict_output, limit, x0_scale, of_x, direct, of_x0 = columns[:9]
     of_history0, of_history1, of_noise, log_scale, log_scale_slope, of_known, _ = columns[9:]
     grad_y = grad if mask is None else grad * (1 - mask.to(kind))
@@ -128,8 +129,18 @@ _ARGUMENTS = (
     "Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, Tensor? mask, "
     "Tensor rows, Tensor key"
 )
+
+
+def _layouts(args: Any) -> list[Layout]:
+    return [Layout(dict.fromkeys(args, 0), (0,))]
+
+
 _diffusion_step = define(
-    f"diffusion_step({_ARGUMENTS}) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward
+    f"diffusion_step({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    layouts=_layouts,
 )
 
 
@@ -153,6 +164,7 @@ _diffusion_step_out = define(
     f"diffusion_step_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? prediction) -> ()",
     fake=lambda *_: None,
     composed=_compute_into,
+    layouts=_layouts,
 )
 
 
@@ -245,9 +257,17 @@ def diffusion_step(
     ):
         rows = coefficients.unsqueeze(0)
         return choice.kernel("diffusion_step", x)(x, output, None, None, None, None, None, rows, packed)
+    relevant = (x, output, coefficients, key, second, *history, known, mask, prediction, out)
+    if is_overridden(*relevant):
+        options: dict[str, Any] = {
+            "second": second, "history": history, "known": known, "mask": mask, "guidance_rescale": guidance_rescale,
+            "threshold": threshold, "prediction": prediction, "out": out,
+        }  # fmt: skip
+        return hand_over(diffusion_step, relevant, x, output, coefficients, key, **options)
     output, second = (widened(tensor, x) for tensor in (output, second))
     mask, history0, history1 = _check(x, output, coefficients, second, history, known, mask)
-    rows = coefficients if coefficients.dim() == 2 else coefficients.unsqueeze(0)
+    rows = lifted(coefficients)
+    rows = rows if rows.dim() == 2 else rows.unsqueeze(0)
     phi = _check_number("guidance_rescale", guidance_rescale)
     if phi != 0 or threshold is not None:
         if output is None:
@@ -352,7 +372,7 @@ def _with_statistics(
 ) -> Tensor:
     """The rows with what ``guidance_rescale`` and ``threshold`` ask for, one per sample, on x's device."""
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = rows.to(x.device).expand(x.shape[0], -1).clone()
+    rows = beside(rows.to(x.device), x).expand(x.shape[0], -1).clone()
     if x.numel() == 0:
         return rows
 

@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
+from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
-from gencore.ops._checks import FLOATING, check_out, check_tensor
-from gencore.ops._library import PLAIN_TYPES, define, is_unobserved, refuse_second_derivative
+from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
+from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, refuse_second_derivative
 
 Activation = Literal["silu"]
 
@@ -44,11 +46,23 @@ def _fake_backward(
     return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
 
 
+_OF_SAMPLES = {"x": 0, "scale": 0, "shift": 0, "bias_in": 0}
+
+
+def _layouts(args: Any) -> list[Layout]:
+    return [Layout({**_OF_SAMPLES, "out": 0}, (0, 0))]
+
+
+def _layouts_backward(args: Any) -> list[Layout]:
+    return [Layout({**_OF_SAMPLES, "grad_y": 0, "statistics": 0}, (0, None, None, 0, 0, 0))]
+
+
 _group_norm_backward = define(
     f"group_norm_backward(Tensor grad_y, Tensor x, Tensor statistics, int num_groups, {_VALUES}, str? activation, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     backward=refuse_second_derivative,
+    layouts=_layouts_backward,
 )
 
 
@@ -77,6 +91,7 @@ _group_norm = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    layouts=_layouts,
 )
 
 
@@ -97,6 +112,7 @@ _group_norm_out = define(
     f"group_norm_out(Tensor x, int num_groups, {_VALUES}, str? activation, float eps, Tensor(a!) out) -> ()",
     fake=lambda *_: None,
     composed=_compute_into,
+    layouts=_layouts,
 )
 
 
@@ -165,11 +181,15 @@ def group_norm(
             )[0]
         if wants_gradient:
             return _group_norm.with_gradient(x, num_groups, *values, activation, eps)[0]
-    if isinstance(x, Tensor) and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    tensors = (x, *values, out)
+    if wants_gradient is None and is_overridden(*tensors):
+        options = {"scale": scale, "shift": shift, "activation": activation, "bias_in": bias_in, "out": out}
+        return hand_over(group_norm, tensors, x, num_groups, weight, bias, eps, **options)
+    if isinstance(x, Tensor) and x.dtype == torch.float32 and autocast_dtype(x.device) is not None:
         # An embedding is in half precision then, where x may have come from an op that is not.
         values = tuple(_widened(value) for value in values)
     if wants_gradient is None:
-        eps = _check(x, num_groups, eps, activation, *values)
+        num_groups, eps = _check(x, num_groups, eps, activation, *values)
     if out is None:
         return _group_norm(x, num_groups, *values, activation, eps)[0]
     check_out(out, "x", x, dict(zip(_VALUE_NAMES, values, strict=True)))
@@ -244,16 +264,13 @@ def _check(
     scale: Any,
     shift: Any,
     bias_in: Any,
-) -> float:
-    """Looks at every argument; returns eps as a float."""
+) -> tuple[int, float]:
+    """Looks at every argument; returns num_groups as an int and eps as a float."""
     check_tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have at least two dimensions, samples and channels, got {x.dim()}")
     samples, channels = x.shape[:2]
-    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
-        raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
-    if num_groups < 1:
-        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    num_groups = integer("num_groups", num_groups, least=1)
     if channels % num_groups != 0:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     if isinstance(eps, bool) or not isinstance(eps, (numbers.Real, torch.SymFloat)):
@@ -265,7 +282,7 @@ def _check(
         _check_value(name, value, x, (channels,), "C")
     for name, value in (("scale", scale), ("shift", shift), ("bias_in", bias_in)):
         _check_value(name, value, x, (samples, channels), "N, C")
-    return eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
+    return num_groups, eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
 
 
 def _widened(value: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
 from gencore.noise import Key
-from gencore.ops._fill import fill
-from gencore.ops._library import define
+from gencore.ops._fill import define_filling, fill, relevant
 
-_normal_ = define("normal_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None)
+_normal_ = define_filling("normal_")
 
 
 def fill_with_normals(out: Tensor, key: Tensor) -> Tensor:
@@ -54,4 +54,10 @@ def normal(
 
     Source: Salmon et al. (2011) for the bits, Box and Muller (1958) for the transform.
     """
-    return fill(_normal_, shape, key, dtype, device, memory_format, out)
+    try:
+        return fill(_normal_, shape, key, dtype, device, memory_format, out)
+    except TypeError:
+        if not is_overridden(*(given := relevant(shape, key, out))):
+            raise
+    options = {"dtype": dtype, "device": device, "memory_format": memory_format, "out": out}
+    return hand_over(normal, given, shape, key, **options)

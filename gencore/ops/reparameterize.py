@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
+from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.noise import Key
 from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
-from gencore.ops._library import define, refuse_second_derivative
+from gencore.ops._library import Layout, define, refuse_second_derivative
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -37,11 +40,25 @@ def _fake_backward(
     return torch.empty_like(grad_logvar) if with_grad_mu else logvar.new_empty(0), grad_logvar
 
 
+_OF_SAMPLES = {"mu": 0, "logvar": 0, "key": 0}
+
+
+def _layouts(args: Mapping[str, Any]) -> list[Layout]:
+    # Several draws come before the samples.
+    return [Layout(_OF_SAMPLES, (0 if args["num_samples"] is None else 1, 0))]
+
+
+def _layouts_backward(args: Mapping[str, Any]) -> list[Layout]:
+    of_z = 0 if args["num_samples"] is None else 1
+    return [Layout({**_OF_SAMPLES, "grad_z": of_z, "grad_kl": 0}, (0, 0))]
+
+
 _reparameterize_backward = define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
     "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
     fake=_fake_backward,
     backward=refuse_second_derivative,
+    layouts=_layouts_backward,
 )
 
 
@@ -84,28 +101,28 @@ _reparameterize = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    layouts=_layouts,
 )
 _reparameterize_kl = define(
     f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
     fake=_fake_kl,
     setup_context=_setup_context_kl,
     backward=_backward_kl,
+    layouts=_layouts,
 )
 
 
-def _checked(mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None) -> Tensor:
-    """The key's words, after every argument was looked at."""
+def _checked(
+    mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None
+) -> tuple[Tensor, Tensor, Tensor, int | None]:
+    """What the op takes, after every argument was looked at."""
     check_tensor("mu", mu)
     check_same("logvar", logvar, "mu", mu)
     draws = 1
     if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
-            raise TypeError(f"num_samples must be an int or None, got {type(num_samples).__name__}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        draws = num_samples
+        draws = num_samples = integer("num_samples", num_samples, least=1, what="an int or None")
     check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
-    return resolve_key(key, mu)
+    return mu, logvar, resolve_key(key, mu), num_samples
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
@@ -139,7 +156,9 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
     """
     if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
         return choice.kernel("reparameterize", mu)(mu, logvar, packed)
-    return _reparameterize(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
+    if is_overridden(mu, logvar, key):
+        return hand_over(reparameterize, (mu, logvar, key), mu, logvar, key, num_samples=num_samples)
+    return _reparameterize(*_checked(mu, logvar, key, num_samples))
 
 
 def reparameterize_kl(
@@ -163,4 +182,6 @@ def reparameterize_kl(
     """
     if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
         return choice.kernel("reparameterize_kl", mu)(mu, logvar, packed)
-    return _reparameterize_kl(mu, logvar, _checked(mu, logvar, key, num_samples), num_samples)
+    if is_overridden(mu, logvar, key):
+        return hand_over(reparameterize_kl, (mu, logvar, key), mu, logvar, key, num_samples=num_samples)
+    return _reparameterize_kl(*_checked(mu, logvar, key, num_samples))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gencore._torch import hand_over, is_overridden
 from gencore.noise import Key
-from gencore.ops._fill import fill
-from gencore.ops._library import define
+from gencore.ops._fill import define_filling, fill, relevant
 
-_uniform_ = define("uniform_(Tensor(a!) out, Tensor key) -> ()", fake=lambda out, key: None)
+_uniform_ = define_filling("uniform_")
 
 
 def uniform(
@@ -31,4 +31,10 @@ def uniform(
 
     Source: Salmon et al. (2011) for the bits.
     """
-    return fill(_uniform_, shape, key, dtype, device, memory_format, out)
+    try:
+        return fill(_uniform_, shape, key, dtype, device, memory_format, out)
+    except TypeError:
+        if not is_overridden(*(given := relevant(shape, key, out))):
+            raise
+    options = {"dtype": dtype, "device": device, "memory_format": memory_format, "out": out}
+    return hand_over(uniform, given, shape, key, **options)
