@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gencore import ops
+from gencore.arguments import integer
 from gencore.nn.group_norm import GroupNorm
 from gencore.nn.pointwise import PointwiseLinear
 from gencore.nn.residual import zeroed
@@ -32,8 +34,7 @@ class SpatialSelfAttention(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__()
-        _check_heads(channels, num_heads)
-        self.num_heads = num_heads
+        channels, self.num_heads = _check_heads(channels, num_heads)
         self.norm = GroupNorm(num_groups, channels, eps)
         self.qkv = PointwiseLinear(channels, 3 * channels)
         self.out = zeroed(PointwiseLinear(channels, channels))
@@ -73,10 +74,8 @@ class SpatialCrossAttention(nn.Module):
         self, channels: int, context_channels: int, *, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        _check_heads(channels, num_heads)
-        if context_channels < 1:
-            raise ValueError(f"context_channels must be at least 1, got {context_channels}")
-        self.num_heads = num_heads
+        channels, self.num_heads = _check_heads(channels, num_heads)
+        context_channels = integer("context_channels", context_channels, least=1)
         self.norm = GroupNorm(num_groups, channels, eps)
         self.q = PointwiseLinear(channels, channels)
         self.kv = nn.Linear(context_channels, 2 * channels)
@@ -88,12 +87,7 @@ class SpatialCrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: ``context`` is no tensor of the shape above.
         """
-        if not isinstance(context, Tensor):
-            raise TypeError(f"context must be a tensor, got {type(context).__name__}")
-        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.kv.in_features:
-            raise ValueError(
-                f"context must have the shape ({x.shape[0]}, tokens, {self.kv.in_features}), got {tuple(context.shape)}"
-            )
+        _check_context(context, x, self.kv.in_features)
         heads = self.q(self.norm(x)).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
         k, v = self.kv(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         # In memory the result has its dimensions in the order of the query's, so that this is a view in either format.
@@ -105,6 +99,17 @@ class SpatialCrossAttention(nn.Module):
         return f"num_heads={self.num_heads}"
 
 
-def _check_heads(channels: int, num_heads: int) -> None:
+@torch.fx.wrap
+def _check_context(context: Tensor, x: Tensor, channels: int) -> None:
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context must be a tensor, got {type(context).__name__}")
+    if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != channels:
+        raise ValueError(f"context must have the shape ({x.shape[0]}, tokens, {channels}), got {tuple(context.shape)}")
+
+
+def _check_heads(channels: int, num_heads: int) -> tuple[int, int]:
+    """Both as ints."""
+    channels, num_heads = integer("channels", channels), integer("num_heads", num_heads)
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"num_heads must divide the {channels} channels, got {num_heads}")
+    return channels, num_heads

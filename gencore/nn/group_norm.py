@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gencore import ops
+from gencore.arguments import integer
 from gencore.ops.group_norm import Activation, check_activation
 
 
@@ -44,6 +45,7 @@ class GroupNorm(torch.nn.GroupNorm):
         activation: Activation | None = None,
     ) -> None:
         check_activation(activation)
+        num_groups, num_channels = integer("num_groups", num_groups), integer("num_channels", num_channels)
         # Older PyTorch always has a bias, and no argument to say so.
         without: dict[str, Any] = {} if bias else {"bias": False}
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **without)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gencore._torch import hand_over, is_overridden
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -14,6 +16,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Of a single channel, or of no samples, what comes back may be in either format.
     """
+    if is_overridden(x):
+        return hand_over(pointwise, (x,), x, weight, bias)
     if x.dim() == 2:
         return F.linear(x, weight, bias)
     channels_first = x.flatten(2)
@@ -43,4 +47,13 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return pointwise(input, self.weight.flatten(1), self.bias)  # type: ignore[arg-type]
+        return pointwise(input, _matrix(self.weight), self.bias)  # type: ignore[arg-type]
+
+
+@torch.fx.wrap
+def _matrix(weight: Tensor) -> Tensor:
+    """The weight (D, C, 1, 1) as (D, C): a view whose gradient comes back in the weight's strides.
+
+    Those of channels_last differ in the dimensions of one element only, which DistributedDataParallel compares too.
+    """
+    return weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(0, 2)

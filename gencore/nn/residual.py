@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gencore.arguments import integer
 from gencore.nn.group_norm import GroupNorm
 from gencore.nn.pointwise import PointwiseConv2d
 
@@ -50,6 +51,8 @@ class ResidualBlock(nn.Module):
         scale_shift: bool = False,
     ) -> None:
         super().__init__()
+        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
+        embedding_size = integer("embedding_size", embedding_size)
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(num_groups, in_channels, eps, activation="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -83,6 +86,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
         super().__init__()
+        channels = integer("channels", channels)
         self.asymmetric = asymmetric
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
@@ -102,6 +106,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        channels = integer("channels", channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gencore.arguments import as_int, integer
 from gencore.nn.attention import SpatialSelfAttention
 from gencore.nn.embedding import TimeEmbedding
 from gencore.nn.group_norm import GroupNorm
@@ -81,14 +82,15 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, attention_levels = _tuple("channels", channels), _tuple("attention_levels", attention_levels)
-        out_channels = in_channels if out_channels is None else out_channels
-        _check(
-            in_channels, out_channels, channels, blocks_per_level, attention_levels, num_classes, dropout, num_groups
-        )
-        _check_embedding(channels[0], embedding_size, frequency_shift)
+        in_channels = integer("in_channels", in_channels, least=1)
+        out_channels = in_channels if out_channels is None else integer("out_channels", out_channels, least=1)
+        blocks_per_level = integer("blocks_per_level", blocks_per_level, least=1)
+        num_groups = integer("num_groups", num_groups, least=1)
+        num_classes = integer("num_classes", num_classes, least=0)
+        _check(channels, attention_levels, dropout, num_groups)
+        embedding_size = _embedding_size(channels[0], embedding_size, frequency_shift)
         at_middle = (len(channels) - 1,) if middle_attention else ()
         heads = _heads(channels, (*attention_levels, *at_middle), num_heads, head_size)
-        embedding_size = 4 * channels[0] if embedding_size is None else embedding_size
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.channels, self.attention_levels = channels, attention_levels
 
@@ -153,9 +155,8 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape is not as above, labels are given to a model without classes, or are out of range.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have the shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        embedding = F.silu(self._embedding(t, labels, x.shape[0]))
+        _check_inputs(x, t, self.in_channels)
+        embedding = F.silu(self._embedding(t, labels))
         hidden = self.conv_in(x)
         skips = [hidden]
         for level in self.down:
@@ -166,27 +167,19 @@ class UNet(nn.Module):
         output: Tensor = self.conv_out(self.norm_out(hidden))
         return output
 
-    def _embedding(self, t: Tensor, labels: Tensor | None, samples: int) -> Tensor:
-        if t.shape != (samples,):
-            raise ValueError(f"t must have one time step per sample of x, the shape ({samples},), got {tuple(t.shape)}")
+    def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         embedding: Tensor = self.time_embedding(t)
         if self.class_embedding is None:
-            if labels is not None:
-                raise ValueError("labels must be None for a model without classes (num_classes=0)")
+            _check_no_labels(labels)
             return embedding
-        if labels is None:
-            return embedding + self.class_embedding.weight[0]
-        if labels.shape != (samples,):
-            raise ValueError(f"labels must have the shape ({samples},), one per sample of x, got {tuple(labels.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
+        index = _class_index(labels, t)
         if torch.compiler.is_compiling():
-            return embedding + self.class_embedding(labels + 1)
+            return embedding + self.class_embedding(index)
         try:
-            return embedding + self.class_embedding(labels + 1)
+            return embedding + self.class_embedding(index)
         except IndexError as error:
             raise ValueError(
-                f"labels must be from 0 to {self.num_classes - 1}, or -1 for none, got {labels.tolist()}"
+                f"labels must be from 0 to {self.num_classes - 1}, or -1 for none, got {(index - 1).tolist()}"
             ) from error
 
 
@@ -247,32 +240,42 @@ class _UpLevel(nn.Module):
         return hidden
 
 
+# Looks at tensors that torch.fx's tracer leaves for when the traced module runs.
+@torch.fx.wrap
+def _check_inputs(x: Tensor, t: Tensor, in_channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x must have the shape (N, {in_channels}, H, W), got {tuple(x.shape)}")
+    if t.shape != x.shape[:1]:
+        samples = x.shape[0]
+        raise ValueError(f"t must have one time step per sample of x, the shape ({samples},), got {tuple(t.shape)}")
+
+
+@torch.fx.wrap
+def _check_no_labels(labels: Tensor | None) -> None:
+    if labels is not None:
+        raise ValueError("labels must be None for a model without classes (num_classes=0)")
+
+
+@torch.fx.wrap
+def _class_index(labels: Tensor | None, t: Tensor) -> Tensor:
+    """The row of the class embedding for each sample: the label + 1, 0 for the null label."""
+    if labels is None:
+        return torch.zeros_like(t, dtype=torch.int64)
+    if labels.shape != t.shape:
+        raise ValueError(f"labels must have the shape ({len(t)},), one per sample of x, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    return labels + 1
+
+
 def _tuple(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    numbers = tuple(map(as_int, values)) if isinstance(values, Sequence) else (None,)
+    if None in numbers:
         raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
-    return tuple(values)
+    return numbers  # type: ignore[return-value]
 
 
-def _check(
-    in_channels: int,
-    out_channels: int,
-    channels: tuple[int, ...],
-    blocks_per_level: int,
-    attention_levels: tuple[int, ...],
-    num_classes: int,
-    dropout: float,
-    num_groups: int,
-) -> None:
-    counts = {"in_channels": in_channels, "out_channels": out_channels, "blocks_per_level": blocks_per_level}
-    for name, value, least in (
-        *((name, value, 1) for name, value in counts.items()),
-        ("num_groups", num_groups, 1),
-        ("num_classes", num_classes, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check(channels: tuple[int, ...], attention_levels: tuple[int, ...], dropout: float, num_groups: int) -> None:
     if not channels:
         raise ValueError("channels must name at least one level, got ()")
     if any(width < 1 or width % num_groups for width in channels):
@@ -284,15 +287,14 @@ def _check(
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
 
 
-def _check_embedding(width: int, embedding_size: int | None, frequency_shift: float) -> None:
+def _embedding_size(width: int, embedding_size: int | None, frequency_shift: float) -> int:
     if width % 2:
         raise ValueError(f"channels[0] must be even, for as many sines as cosines of the time step, got {width}")
     if not 0 <= frequency_shift < width // 2:
         raise ValueError(
             f"frequency_shift must be at least 0 and less than channels[0] / 2 = {width // 2}, got {frequency_shift}"
         )
-    if embedding_size is not None and embedding_size < 1:
-        raise ValueError(f"embedding_size must be at least 1, got {embedding_size}")
+    return 4 * width if embedding_size is None else integer("embedding_size", embedding_size, least=1)
 
 
 def _heads(
@@ -304,8 +306,7 @@ def _heads(
     name, divisor = "num_heads", 1 if num_heads is None else num_heads
     if head_size is not None:
         name, divisor = "head_size", head_size
-    if divisor < 1:
-        raise ValueError(f"{name} must be at least 1, got {divisor}")
+    divisor = integer(name, divisor, least=1)
     for level in levels:
         if channels[level] % divisor:
             raise ValueError(f"{name} must divide the {channels[level]} channels of level {level}, got {divisor}")

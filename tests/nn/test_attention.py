@@ -218,3 +218,13 @@ def test_copies_and_states():
 def test_says_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_symbolic_trace():
+    x, context = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6)
+    itself, other = nn.SpatialSelfAttention(8, num_heads=2, num_groups=4), nn.SpatialCrossAttention(8, 6, num_groups=4)
+    for module, inputs in ((itself, (x,)), (other, (x, context))):
+        torch.nn.init.normal_(module.out.weight)
+        assert torch.equal(torch.fx.symbolic_trace(module)(*inputs), module(*inputs))
+    with pytest.raises(ValueError, match=r"context must have the shape \(2, tokens, 6\)"):
+        torch.fx.symbolic_trace(other)(x, context[..., :5])

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from support import same_bits
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from gencore import nn
@@ -313,7 +314,7 @@ def test_a_state_dict_survives_and_copies():
     ("options", "error", "message"),
     [
         ({"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
-        ({"in_channels": 1.0}, TypeError, "in_channels must be an int, got 1.0"),
+        ({"in_channels": 1.0}, TypeError, "in_channels must be an int, got float"),
         ({"out_channels": 0}, ValueError, "out_channels must be at least 1, got 0"),
         ({"channels": ()}, ValueError, "channels must name at least one level, got ()"),
         ({"channels": 64}, TypeError, "channels must be a sequence of ints, got 64"),
@@ -381,3 +382,45 @@ def test_blocks_say_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             timestep_embedding(t, size, frequency_shift=shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_model", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("of_images", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_have_the_strides_of_their_parameters(of_model, of_images, dtype):
+    """DistributedDataParallel copies a gradient that has not, and warns."""
+    unet = nn.UNet(
+        in_channels=3, channels=(8, 16), attention_levels=(1,), num_groups=4, num_classes=2, blocks_per_level=1
+    )
+    unet = unet.to(dtype).to(memory_format=of_model)
+    x = torch.randn(2, 3, 8, 8, dtype=dtype).to(memory_format=of_images)
+    unet(x, torch.zeros(2), torch.tensor([0, -1])).square().mean().backward()
+    others = [name for name, weight in unet.named_parameters() if weight.grad.stride() != weight.stride()]
+    assert others == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 3, "attention_levels": (1,)},
+        {"scale_shift": True, "asymmetric_downsampling": True, "dropout": 0.1},
+    ],
+)
+def test_symbolic_trace(options):
+    unet = nn.UNet(in_channels=3, channels=(8, 16), num_groups=4, blocks_per_level=1, **options).eval()
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    traced, x, t = torch.fx.symbolic_trace(unet), torch.randn(2, 3, 9, 8), torch.tensor([3, 500])
+    for labels in (None, torch.tensor([0, -1])) if unet.num_classes else (None,):
+        assert torch.equal(traced(x, t, labels), unet(x, t, labels))
+    with pytest.raises(ValueError, match=r"x must have the shape \(N, 3, H, W\), got \(2, 2, 9, 8\)"):
+        traced(x[:, :2], t)
+    with pytest.raises(ValueError, match="labels must"):
+        traced(x, t, torch.zeros(3, dtype=torch.int64))
+
+
+def test_on_the_meta_device_and_of_fake_tensors():
+    for mode in (lambda: torch.device("meta"), FakeTensorMode):
+        with mode():
+            unet = nn.UNet(in_channels=3, channels=(8, 16), num_groups=4, num_classes=2, attention_levels=(0,))
+            assert unet(torch.empty(2, 3, 8, 8), torch.empty(2)).shape == (2, 3, 8, 8)
