@@ -1,8 +1,9 @@
 """Builds the compiled modules with CMake and puts them beside the Python code; CMakeLists.txt owns the targets.
 
-Environment variables: GENCORE_CUDA ("on", "off"; by default the CUDA module is built where nvcc is found),
-GENCORE_CUDA_ARCHITECTURES ("90", "80-real;90"; as CMake's CMAKE_CUDA_ARCHITECTURES), and CMAKE_ARGS, which adds options
-to the configuration, such as ``-DGENCORE_WERROR=ON``.
+Environment variables: GENCORE_CUDA ("on": the CUDA module for every architecture; "off"; by default it is built where
+nvcc and a GPU are found, for that GPU alone), GENCORE_CUDA_ARCHITECTURES, which is asking for it too ("90",
+"80-real;90"; as CMake's CMAKE_CUDA_ARCHITECTURES), and CMAKE_ARGS, which adds options to the configuration, such as
+``-DGENCORE_WERROR=ON``.
 """
 
 import os
@@ -42,9 +43,14 @@ class CMakeBuild(build_ext):
 
         if shutil.which("c++") is None and "CXX" not in os.environ:
             raise SystemExit("gencore needs a C++20 compiler to build (GCC 11 or Clang 14 and later); none was found")
-        build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
-        # An editable install has the modules in the source tree, a wheel in the build tree.
+        # An editable install has the modules in the source tree, a wheel in the build tree. So have the objects, which
+        # outlive the temporary folder of an editable install: the next one compiles only what changed.
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        build = ROOT / "build" if self.inplace else Path(self.build_temp).resolve()
+        build = build / f"cmake-{sys.implementation.cache_tag}"
+        # Compilers that were found, or were not, are looked for again.
+        for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMake*Compiler.cmake")):
+            found.unlink(missing_ok=True)
         configure = [
             tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",

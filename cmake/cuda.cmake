@@ -1,22 +1,65 @@
-# The CUDA kernels, the target gencore_cuda: where GENCORE_CUDA is "on", and where it is "auto" and there is an nvcc. Whether
-# this machine has a GPU plays no part. gencore_cuda_state says in words what was decided.
+# The CUDA kernels, the target gencore_cuda. GENCORE_CUDA says where: "on"; "off"; or "auto", where there is an nvcc and
+# either a GPU, for which alone they are then built, or a choice of GPUs in GENCORE_CUDA_ARCHITECTURES.
+# gencore_cuda_state says in words what was decided and why.
 string(TOLOWER "${GENCORE_CUDA}" gencore_cuda_wanted)
 if(NOT gencore_cuda_wanted MATCHES "^(on|off|auto)$")
   message(FATAL_ERROR "GENCORE_CUDA must be on, off or auto, got ${GENCORE_CUDA}")
 endif()
 
-include(CheckLanguage)
-if(gencore_cuda_wanted STREQUAL "off")
-  set(gencore_cuda_state "it was built with GENCORE_CUDA=off")
+# Ends this file: no CUDA kernels are built.
+macro(gencore_without_cuda reason)
+  set(gencore_cuda_state "${reason}")
+  message(STATUS "gencore: no CUDA kernels: ${reason}")
   return()
+endmacro()
+
+# The architectures of the GPUs that the driver shows, and none if it does not answer: a broken one fails, or waits.
+function(gencore_find_gpus result)
+  set(${result} "" PARENT_SCOPE)
+  # WSL keeps it beside the driver.
+  find_program(GENCORE_NVIDIA_SMI nvidia-smi PATHS /usr/lib/wsl/lib)
+  mark_as_advanced(GENCORE_NVIDIA_SMI)
+  if(NOT GENCORE_NVIDIA_SMI)
+    return()
+  endif()
+  execute_process(
+    COMMAND "${GENCORE_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+    TIMEOUT 30
+    RESULT_VARIABLE status
+    OUTPUT_VARIABLE said
+    ERROR_QUIET)
+  if(NOT status EQUAL 0)
+    return()
+  endif()
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${said}")
+  list(TRANSFORM found REPLACE "\\." "")
+  list(REMOVE_DUPLICATES found)
+  list(SORT found COMPARE NATURAL)
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+if(gencore_cuda_wanted STREQUAL "off")
+  gencore_without_cuda("it was built with GENCORE_CUDA=off")
 endif()
+set(gencore_gpus "")
+if(gencore_cuda_wanted STREQUAL "auto" AND NOT GENCORE_CUDA_ARCHITECTURES)
+  gencore_find_gpus(gencore_gpus)
+  if(NOT gencore_gpus)
+    gencore_without_cuda("no GPU was seen when it was built (GENCORE_CUDA=on builds it)")
+  endif()
+  list(FILTER gencore_gpus EXCLUDE REGEX "^[0-7].$")
+  if(NOT gencore_gpus)
+    gencore_without_cuda("no GPU of compute capability 8.0 or later was seen when it was built")
+  endif()
+endif()
+
+include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(gencore_cuda_wanted STREQUAL "on")
     message(FATAL_ERROR "GENCORE_CUDA=on needs nvcc, which was not found; CUDACXX=/path/to/nvcc says where it is")
   endif()
-  set(gencore_cuda_state "nvcc was not found when it was built")
-  return()
+  gencore_without_cuda("nvcc was not found when it was built")
 endif()
 
 # Chosen below, for this project's targets alone.
@@ -26,9 +69,18 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
   if(gencore_cuda_wanted STREQUAL "on")
     message(FATAL_ERROR "GENCORE_CUDA=on needs nvcc 12.0 or later, found ${CMAKE_CUDA_COMPILER_VERSION}")
   endif()
-  message(WARNING "gencore: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.0, so no CUDA kernels are built")
-  set(gencore_cuda_state "nvcc was older than 12.0 when it was built")
-  return()
+  gencore_without_cuda("nvcc was older than 12.0, ${CMAKE_CUDA_COMPILER_VERSION}, when it was built")
+endif()
+if(gencore_gpus)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
+  foreach(gpu IN LISTS gencore_gpus)
+    # One that this nvcc does not know is served by PTX, below.
+    if(NOT known MATCHES "compute_${gpu}[^0-9]")
+      set(gencore_gpus "")
+      break()
+    endif()
+  endforeach()
+  set(GENCORE_CUDA_ARCHITECTURES ${gencore_gpus})
 endif()
 if(NOT GENCORE_CUDA_ARCHITECTURES)
   # PTX of the newest serves later GPUs, which compile it when it is loaded.

@@ -1,4 +1,4 @@
-"""Compiles every CUDA source for the GPUs it is meant for, by the commands of CMake with warnings as errors.
+"""Every CUDA source is compiled for the GPUs it is meant for, by the commands of CMake with warnings as errors.
 
 What the kernels use is written to ``build/cuda-resources.txt``. No GPU is needed.
 """
@@ -6,22 +6,18 @@ What the kernels use is written to ``build/cuda-resources.txt``. No GPU is neede
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from library import ARCHITECTURES, KEPT_OUTPUT, ROOT, built, configured, has_nvcc
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "build" / "cuda-resources.txt"
-ARCHITECTURES = ("sm_80", "sm_90a")
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Kernels of the emulator's tests, which are to mean the same to nvcc.
 PROBES = ROOT / "tests" / "cuda_emulation" / "probes.cu"
@@ -114,61 +110,38 @@ def kernel_names(source: str) -> list[str]:
     return [re.match(r"void\s+(\w+)\(", kernel)[1] for kernel in re.findall(r"__global__\s+([^{;]*)", source)]
 
 
-def tool(name: str) -> str:
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed; the dev extra brings it")
-    return found
-
-
 class Compiler:
-    """Compiles as CMake would."""
+    """Compiles what is no part of the library, as if it were."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        architectures = ";".join(f"{name.removeprefix('sm_')}-real" for name in ARCHITECTURES)
-        configure = [
-            *(tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"),
-            *(
-                "-DGENCORE_PYTHON=OFF",
-                "-DGENCORE_OPENMP=OFF",
-                "-DGENCORE_WERROR=ON",
-                "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-            ),
-            *("-DGENCORE_CUDA=on", f"-DGENCORE_CUDA_ARCHITECTURES={architectures}"),
-        ]
-        done = subprocess.run(configure, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        commands = json.loads((folder / "compile_commands.json").read_text())
+    def __init__(self) -> None:
+        commands = json.loads((configured() / "compile_commands.json").read_text())
         self.commands = {Path(entry["file"]): entry["command"] for entry in commands if entry["file"].endswith(".cu")}
 
-    def __call__(self, source: Path) -> subprocess.CompletedProcess[str]:
-        """Compiles one file; ptxas tells what its kernels use. What is no part of the library is compiled like it."""
-        like = source if source in self.commands else KERNELS[0]
+    def __call__(self, source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+        like = KERNELS[0]
         words = shlex.split(self.commands[like])
         at = words.index("-c")
-        assert words[at:-1] == ["-c", str(like), "-o"]
-        command = [*words[:at], f"-I{ROOT / 'csrc' / 'cuda'}", "-Xptxas=-v", "-c", source, "-o", f"{source.stem}.o"]
-        return subprocess.run(command, cwd=self._folder, capture_output=True, text=True)
+        assert words[at : at + 3] == ["-c", str(like), "-o"]
+        first = words.index(str(KEPT_OUTPUT)) + 1 if str(KEPT_OUTPUT) in words else 0
+        command = [*words[first:at], f"-I{ROOT / 'csrc' / 'cuda'}", "-c", source, "-o", folder / f"{source.stem}.o"]
+        return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
-    if shutil.which(os.environ.get("CUDACXX", "nvcc")) is None:
+def compiler() -> Compiler:
+    if not has_nvcc():
         pytest.skip("nvcc is not installed")
-    return Compiler(tmp_path_factory.mktemp("cuda"))
+    return Compiler()
 
 
 @pytest.fixture(scope="module")
-def used(compiler: Compiler) -> dict[Path, Uses]:
+def used(compiler: Compiler, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Uses]:
     """What the kernels of each source use."""
-    # The largest is begun first, so that it is not waited for alone.
-    sources = sorted(SOURCES, key=lambda path: path.stat().st_size, reverse=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(sources, pool.map(compiler, sources), strict=True))
-    failed = [f"{path.name}:\n{done.stdout}{done.stderr}" for path, done in results.items() if done.returncode]
-    assert not failed, "\n".join(failed)
-    uses = {path: parsed(results[path].stdout + results[path].stderr) for path in SOURCES}
+    folder = built("gencore_cuda") / "CMakeFiles" / "gencore_cuda.dir" / "csrc" / "cuda"
+    logs = {path: (folder / f"{path.name}.o.log").read_text() for path in KERNELS}
+    probes = compiler(PROBES, tmp_path_factory.mktemp("probes"))
+    assert probes.returncode == 0, probes.stderr
+    uses = {path: parsed(log) for path, log in {**logs, PROBES: probes.stdout + probes.stderr}.items()}
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(uses))
     return uses
@@ -214,7 +187,7 @@ def test_spilled_registers_are_noticed(compiler, tmp_path):
     """What the tests above look for is found where it is."""
     source = tmp_path / "spilling.cu"
     source.write_text(SPILLING)
-    done = compiler(source)
+    done = compiler(source, tmp_path)
     assert done.returncode == 0, done.stderr
     uses = parsed(done.stdout + done.stderr)
     names = short_names(function for _, function in uses)
@@ -230,6 +203,6 @@ def test_spilled_registers_are_noticed(compiler, tmp_path):
 def test_a_warning_is_an_error(compiler, tmp_path):
     source = tmp_path / "warning.cu"
     source.write_text("__global__ void kernel() { int unused; }\n")
-    done = compiler(source)
+    done = compiler(source, tmp_path)
     assert done.returncode != 0
     assert "unused" in done.stdout + done.stderr

@@ -13,6 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusion.peers import SHAPE, doubled, far, in_float64, model, trajectory
+from torch import Tensor
+
+from gencore import Key, diffusion
+from gencore.diffusion import Sampler
+
+pytest.importorskip("diffusers")
+
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -24,11 +32,6 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from diffusion.peers import SHAPE, doubled, far, in_float64, model, trajectory
-from torch import Tensor
-
-from gencore import Key, diffusion
-from gencore.diffusion import Sampler
 
 KEY = Key(3).samples(5)
 # Units in the last place of float64 times some hundreds of operations on each of up to 100 steps; measured 5e-15. Of
