@@ -219,15 +219,15 @@ Status forward(const Attention& args, int threads) {
 Status attention(const Attention& args, int threads) { return forward<Pairs, bfloat16>(args, threads); }
 #else
 Status attention(const Attention& args, int threads) {
-  return with_type(args.dtype, [&](auto* type) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return forward<Plain<Arithmetic<T>, Accumulator<T>>, T>(args, threads);
   });
 }
 
 Status attention_backward(const AttentionBackward& args, int threads) {
-  return with_type(args.dtype,
-                   [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(args, threads); });
+  return with_type_of_level(args.dtype,
+                            [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(args, threads); });
 }
 #endif
 
@@ -258,6 +258,7 @@ Status attention(const Attention& args, int threads) {
     return avx512_bf16::attention(args, threads);
   }
 #endif
+  if (args.dtype == DType::float64) return scalar::attention(args, threads);
   GENCORE_DISPATCH(attention, args, threads);
 }
 
@@ -272,6 +273,7 @@ Status attention_backward(const AttentionBackward& args, int threads) {
       (shape.keys > 0 && std::any_of(std::begin(of_keys), std::end(of_keys), lacks))) {
     return Status::invalid_argument;
   }
+  if (args.dtype == DType::float64) return scalar::attention_backward(args, threads);
   GENCORE_DISPATCH(attention_backward, args, threads);
 }
 

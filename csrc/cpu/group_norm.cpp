@@ -519,7 +519,7 @@ Status with_constant(bool value, Body&& body) {
 }  // namespace
 
 Status group_norm(const GroupNorm& args, int threads) {
-  return with_type(args.dtype, [&](auto* type) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
     return with_constant(args.activation == Activation::silu, [&](auto with_silu) {
       return forward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
     });
@@ -527,7 +527,7 @@ Status group_norm(const GroupNorm& args, int threads) {
 }
 
 Status group_norm_backward(const GroupNormBackward& args, int threads) {
-  return with_type(args.dtype, [&](auto* type) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
     return with_constant(args.activation == Activation::silu, [&](auto with_silu) {
       return backward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
     });
@@ -566,6 +566,7 @@ Status group_norm(const GroupNorm& args, int threads) {
   if (threads < 1 || !is_valid(shape) || !has_valid_values(args)) return Status::invalid_argument;
   if (shape.samples * shape.channels * shape.pixels == 0) return Status::ok;
   if (args.x == nullptr || args.y == nullptr) return Status::invalid_argument;
+  if (args.dtype == DType::float64) return scalar::group_norm(args, threads);
   GENCORE_DISPATCH(group_norm, args, threads);
 }
 
@@ -577,6 +578,7 @@ Status group_norm_backward(const GroupNormBackward& args, int threads) {
     return Status::ok;
   }
   if (args.x == nullptr || args.grad_y == nullptr || args.statistics == nullptr) return Status::invalid_argument;
+  if (args.dtype == DType::float64) return scalar::group_norm_backward(args, threads);
   GENCORE_DISPATCH(group_norm_backward, args, threads);
 }
 

@@ -128,5 +128,21 @@ inline Status with_type(DType dtype, Body&& body) {
   return Status::invalid_argument;
 }
 
+// The same in kernels that draw no noise. Those for float64 have no use for V, and are compiled with the scalar level
+// alone: the public function calls them there at every level.
+template <class Body>
+inline Status with_type_of_level(DType dtype, Body&& body) {
+  if constexpr (GENCORE_SIMD_NUMBER == 0) {
+    return with_type(dtype, body);
+  } else {
+    switch (dtype) {
+      case DType::float32: return body(static_cast<float*>(nullptr));
+      case DType::bfloat16: return body(static_cast<bfloat16*>(nullptr));
+      case DType::float16: return body(static_cast<float16*>(nullptr));
+      default: return Status::invalid_argument;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gencore::cpu::GENCORE_SIMD
