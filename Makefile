@@ -26,9 +26,10 @@ quickstart: $(VENV)/.train  ## install, train a VAE, a GAN and a DDPM on real di
 	$(BIN)/gencore quickstart $(ARGS)
 
 # In some processes at once, each on one thread: two that share their threads would wait for each other. By file, as some
-# build for minutes what all their tests need.
+# build for minutes what all their tests need; in the order of tests/conftest.py.
 test: $(VENV)/.dev  ## install, run every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -60,15 +61,18 @@ typecheck: $(VENV)/.dev  ## check the types
 wheel: $(VENV)/.dev  ## build the source distribution, and from it the wheel, into dist/
 	$(BIN)/python -m build
 
-# The build tag tells the two apart in one folder, where pip takes the higher. libgomp keeps its name and stays outside, so
+# Both from one copy of the source distribution, so that the second finds the CPU kernels compiled. The build tag tells
+# the two apart in one folder, where pip takes the higher. libgomp keeps its name and stays outside, so
 # that the kernels use the threads that torch uses; the CUDA driver is the machine's.
 WHEELHOUSE ?= wheelhouse
-BUILD_WHEEL = $(BIN)/python -m build --wheel --outdir build/wheels -C--build-option=--build-number
+BUILD_WHEEL = $(BIN)/python -m build --wheel --outdir build/wheels build/sdist -C--build-option=--build-number
 wheels: $(VENV)/.dev  ## build wheels for other machines, without and (given nvcc) with CUDA, into wheelhouse/
-	rm -rf build/wheels
+	rm -rf build/wheels build/sdist
 	$(BIN)/python -m build --sdist --outdir build/wheels
-	GENCORE_CUDA=off $(BUILD_WHEEL)=0cpu build/wheels/*.tar.gz
-	$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda build/wheels/*.tar.gz)
+	mkdir build/sdist
+	tar -xzf build/wheels/*.tar.gz -C build/sdist --strip-components=1
+	GENCORE_CUDA=off $(BUILD_WHEEL)=0cpu
+	$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda)
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --exclude libcuda.so.1 \
 	  --wheel-dir '$(WHEELHOUSE)' build/wheels/*.whl
 

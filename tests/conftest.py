@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,27 @@ toy-sampler = gencore_toy:toy_sampler
 [gencore.datasets]
 bars = gencore_toy:bars
 """
+
+
+# What takes minutes whatever the order: begun last, they would be waited for alone.
+_FIRST = ("test_sanitized_ops.py", "test_cuda_build.py", "test_cpp_package.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which files took longest, where many ran."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > 10:
+        terminalreporter.section(f"slowest 10 of {len(seconds)} files, in {seconds.total():.0f} s of all processes")
+        for name, duration in seconds.most_common(10):
+            terminalreporter.write_line(f"{duration:7.1f} s  {name}")
 
 
 @pytest.fixture(scope="session")

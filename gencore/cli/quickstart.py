@@ -74,17 +74,20 @@ def command(
     started = time.monotonic()
     _claim(out)
     print("\n".join(info_lines(info())), end="\n\n", flush=True)
+    _say("Three models are trained and measured, then kernels are timed: two to three minutes on two cores.")
     train, test = data.load("digits", "train"), data.load("digits", "test")
     paths: list[Path] = []
     results: dict[str, dict[str, Any]] = {}
     # Networks this small gain little from a second thread, and wait long for it when the machine is busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _say("training the classifier that judges their samples")
     classifier = metrics.train_classifier(train, test)
     curves = {}
     for name in _RECIPES:
         trainer = _trained(name, train, out / name)
         model = trainer.model
+        _say(f"drawing samples of {name} and measuring them")
         curves[name.upper()] = read_metrics(out / name / "metrics.jsonl")
         paths.append(out / name / "samples.png")
         labels = torch.arange(80) % train.num_classes if model.conditional else None
@@ -107,12 +110,18 @@ def command(
     pictures.save(pictures.loss_curves(curves), paths[-1])
     _print_models(results)
     torch.set_num_threads(threads)
+    _say(f"\ntiming {len(_TIMED)} kernels beside PyTorch's")
     _print_timings(_timings())
     _print_load()
     print("\npictures:")
     for path in paths:
         print(f"  {path}")
     print(f"\n{time.monotonic() - started:.0f} s in all; next: gencore sample {out / 'vae'} -n 100 --out samples.png")
+
+
+def _say(what: str) -> None:
+    """Before what is silent for a while."""
+    print(what, flush=True)
 
 
 def _claim(out: Path) -> None:

@@ -31,6 +31,10 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
         "diffusion_step, DDPM step, ",
         "Fréchet",
         "asked for each class",
+        "on two cores",
+        "training the classifier",
+        "drawing samples of ddpm and measuring them",
+        "timing 6 kernels",
     ):
         assert told in result.out
     assert gencore("sample", tmp_path / "out" / "vae", "-n", 4).code == 0
