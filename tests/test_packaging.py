@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,15 @@ def test_building_needs_no_torch():
 def test_the_build_tools_of_the_tests_are_those_of_the_build():
     built_with = {r for r in PYPROJECT["build-system"]["requires"] if not r.startswith("setuptools")}
     assert built_with <= set(PROJECT["optional-dependencies"]["dev"])
+
+
+def test_make_builds_with_the_tools_of_the_build():
+    """They are read from pyproject.toml, as Python 3.10 reads no TOML by a pattern."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    command = ["make", "--no-print-directory", "--eval", "tools: ; @echo $(BUILD_TOOLS)", "tools"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == PYPROJECT["build-system"]["requires"]
 
 
 def test_every_make_target_that_the_documents_name_exists():

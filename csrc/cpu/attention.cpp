@@ -9,12 +9,11 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-template <class Mode, class T>
+template <class Mode>
 class Forward {
   using P = typename Mode::P;
   using F = typename P::F;
-  using A = Accumulator<T>;
-  static_assert(std::is_same_v<A, typename Mode::Word>);
+  using A = typename Mode::Word;
 
  public:
   static constexpr std::int64_t words(std::int64_t n) { return divide_up(n, Mode::depth); }
@@ -26,8 +25,13 @@ class Forward {
            (tile_keys + words(tile_keys)) * tile_queries + Arrays<A>::lost;
   }
 
-  Forward(const Attention& args, const Plan& plan, A* space)
-      : args_(args), plan_(plan), size_(args.shape.size), scale_(std::abs(args.scale)), exponential_(scale_) {
+  Forward(const Attention& args, const Elements<A>& elements, const Plan& plan, A* space)
+      : args_(args),
+        elements_(elements),
+        plan_(plan),
+        size_(args.shape.size),
+        scale_(std::abs(args.scale)),
+        exponential_(scale_) {
     Arrays<A> arrays(space);
     q_ = arrays.take(plan.tiles_per_item * words(size_) * tile_queries);
     out_ = arrays.take(plan.tiles_per_item * size_ * tile_queries);
@@ -47,8 +51,9 @@ class Forward {
     for (std::int64_t tile = 0; tile < tiles; ++tile) begin(tile, (first + tile) * plan_.queries_per_tile);
     for (std::int64_t key = 0; key < args_.shape.keys; key += tile_keys) {
       const std::int64_t keys = std::min(tile_keys, args_.shape.keys - key);
-      read(k_, tile_keys, head_.at<T>(args_.k, key), size_, keys, args_.k.channel, args_.k.token);
-      read(v_, row_of_values(args_.shape), head_.at<T>(args_.v, key), keys, size_, args_.v.token, args_.v.channel);
+      elements_.read(k_, tile_keys, at(args_.k, key), size_, keys, args_.k.channel, args_.k.token, false);
+      elements_.read(v_, row_of_values(args_.shape), at(args_.v, key), keys, size_, args_.v.token, args_.v.channel,
+                     false);
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t queries = queries_from((first + tile) * plan_.queries_per_tile);
         for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { add<vectors>(tile, lane, keys); });
@@ -64,19 +69,12 @@ class Forward {
     return std::min(plan_.queries_per_tile, args_.shape.queries - query);
   }
 
-  static void read(A* tile, std::int64_t step, const T* from, std::int64_t rows, std::int64_t lanes,
-                   std::int64_t row_stride, std::int64_t lane_stride, bool negative = false) {
-    if constexpr (Mode::depth == 1) {
-      gather<T>(tile, step, from, rows, lanes, row_stride, lane_stride, negative);
-    } else {
-      gather_pairs(tile, step, from, rows, lanes, row_stride, lane_stride, negative);
-    }
-  }
+  void* at(const HeadsTensor& tensor, std::int64_t token) const { return head_.at(tensor, token, elements_.size); }
 
   void begin(std::int64_t tile, std::int64_t query) {
     // A negative scale turns the queries instead, so that a greater product is a greater logit.
-    read(q_ + tile * words(size_) * tile_queries, tile_queries, head_.at<T>(args_.q, query), size_, queries_from(query),
-         args_.q.channel, args_.q.token, args_.scale < 0);
+    elements_.read(q_ + tile * words(size_) * tile_queries, tile_queries, at(args_.q, query), size_,
+                   queries_from(query), args_.q.channel, args_.q.token, args_.scale < 0);
     std::fill_n(out_ + tile * size_ * tile_queries, size_ * tile_queries, A(0));
     // Finite, so that a logit of minus infinity, of infinite inputs, has the probability 0, and so are differences to
     // it.
@@ -185,7 +183,7 @@ class Forward {
         }
       }
     }
-    spread<T>(out, tile_queries, head_.at<T>(args_.out, query), size_, queries, args_.out.channel, args_.out.token);
+    elements_.write(out, tile_queries, at(args_.out, query), size_, queries, args_.out.channel, args_.out.token);
     if (args_.lse == nullptr) return;
     A* const lse =
         static_cast<A*>(args_.lse) + (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query;
@@ -195,6 +193,7 @@ class Forward {
   }
 
   const Attention& args_;
+  const Elements<A>& elements_;
   const Plan& plan_;
   const std::int64_t size_;
   const double scale_;
@@ -203,31 +202,35 @@ class Forward {
   A *q_, *out_, *most_, *sum_, *k_, *v_, *scores_, *weights_;
 };
 
-template <class Mode, class T>
-Status forward(const Attention& args, int threads) {
-  using Worker = Forward<Mode, T>;
-  const Plan plan(args.shape, threads, sizeof(Accumulator<T>));
-  const Workspace<Accumulator<T>> space(plan.team, Worker::space(args.shape, plan));
+template <class Mode, class A>
+Status forward(const Attention& args, const Elements<A>& elements, int threads) {
+  using Worker = Forward<Mode>;
+  const Plan plan(args.shape, threads, sizeof(A));
+  const Workspace<A> space(plan.team, Worker::space(args.shape, plan));
   if (!space.ok()) return Status::out_of_memory;
-  for_items(plan.items, plan.team, [&](int thread) { return Worker(args, plan, space.of_thread(thread)); });
+  for_items(plan.items, plan.team, [&](int thread) { return Worker(args, elements, plan, space.of_thread(thread)); });
   return Status::ok;
 }
 
 }  // namespace
 
 #if GENCORE_SIMD_NUMBER == 3
-Status attention(const Attention& args, int threads) { return forward<Pairs, bfloat16>(args, threads); }
+Status attention(const Attention& args, int threads) {
+  return forward<Pairs>(args, Elements<float>{sizeof(bfloat16), gather_pairs, spread<bfloat16>}, threads);
+}
 #else
 Status attention(const Attention& args, int threads) {
   return with_type_of_level(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return forward<Plain<Arithmetic<T>, Accumulator<T>>, T>(args, threads);
+    return forward<Plain<Arithmetic<T>, Accumulator<T>>>(args, elements_of<T>, threads);
   });
 }
 
 Status attention_backward(const AttentionBackward& args, int threads) {
-  return with_type_of_level(args.dtype,
-                            [&](auto* type) { return backward<std::remove_pointer_t<decltype(type)>>(args, threads); });
+  return with_type_of_level(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return backward<Arithmetic<T>>(args, elements_of<T>, threads);
+  });
 }
 #endif
 

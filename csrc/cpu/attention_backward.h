@@ -32,11 +32,9 @@ struct Chunks {
   std::int64_t tiles_per_item() const { return std::min(tiles, chunks_per_item * tiles_per_chunk); }
 };
 
-template <class T>
+template <class P, class A>
 class Backward {
-  using P = Arithmetic<T>;
   using F = typename P::F;
-  using A = Accumulator<T>;
   using Mode = Plain<P, A>;
   static constexpr std::int64_t width = P::width;
 
@@ -51,8 +49,9 @@ class Backward {
   static std::int64_t tile_of_grad_q(const AttentionShape& shape) { return shape.size * tile_queries; }
 
   // `parts` has room for the gradients of all queries from each chunk; null if an item has all chunks of its head.
-  Backward(const AttentionBackward& args, const Chunks& chunks, A* space, A* parts)
+  Backward(const AttentionBackward& args, const Elements<A>& elements, const Chunks& chunks, A* space, A* parts)
       : args_(args),
+        elements_(elements),
         chunks_(chunks),
         size_(args.shape.size),
         row_(row_of(args.shape)),
@@ -99,7 +98,8 @@ class Backward {
         }
         if (args_.grad_q.data != nullptr) finish_part(head, chunk, of_queries);
       }
-      if (args_.grad_q.data != nullptr && parts_ == nullptr) spread_grad_q(args_, head_, of_queries, grad_q_);
+      if (args_.grad_q.data != nullptr && parts_ == nullptr)
+        spread_grad_q(args_, elements_, head_, of_queries, grad_q_);
     }
     for (std::int64_t tile = first; tile < last; ++tile) finish_keys(tile - first, tile * tile_keys);
   }
@@ -110,13 +110,15 @@ class Backward {
   std::int64_t keys_from(std::int64_t key) const { return std::min(tile_keys, args_.shape.keys - key); }
   std::int64_t queries_from(std::int64_t query) const { return std::min(tile_queries, args_.shape.queries - query); }
 
+  void* at(const HeadsTensor& tensor, std::int64_t token) const { return head_.at(tensor, token, elements_.size); }
+
   // Channels in rows, tokens in lanes.
   void columns(A* tile, std::int64_t step, const HeadsTensor& tensor, std::int64_t token, std::int64_t tokens) const {
-    gather<T>(tile, step, head_.at<T>(tensor, token), size_, tokens, tensor.channel, tensor.token);
+    elements_.read(tile, step, at(tensor, token), size_, tokens, tensor.channel, tensor.token, false);
   }
   // Tokens in rows, channels in lanes.
   void rows(A* tile, const HeadsTensor& tensor, std::int64_t token, std::int64_t tokens) const {
-    gather<T>(tile, row_, head_.at<T>(tensor, token), tokens, size_, tensor.token, tensor.channel);
+    elements_.read(tile, row_, at(tensor, token), tokens, size_, tensor.token, tensor.channel, false);
   }
 
   void begin_keys(std::int64_t tile, std::int64_t key) {
@@ -243,7 +245,7 @@ class Backward {
     times(grad_k_ + of_rows, tile_keys * row_, args_.scale);
     for (const auto& [to, from] : {std::pair{&args_.grad_k, grad_k_}, std::pair{&args_.grad_v, grad_v_}}) {
       if (to->data == nullptr) continue;
-      spread<T>(from + of_rows, row_, head_.at<T>(*to, key), keys_from(key), size_, to->token, to->channel);
+      elements_.write(from + of_rows, row_, at(*to, key), keys_from(key), size_, to->token, to->channel);
     }
   }
 
@@ -252,14 +254,17 @@ class Backward {
     for (std::int64_t i = 0; i < size; i += width) P::store(sum + i, P::add(P::load(sum + i), P::load(part + i)));
   }
 
-  static void spread_grad_q(const AttentionBackward& args, const Head& head, std::int64_t tile, const A* grad) {
+  static void spread_grad_q(const AttentionBackward& args, const Elements<A>& elements, const Head& head,
+                            std::int64_t tile, const A* grad) {
     const std::int64_t query = tile * tile_queries, queries = std::min(tile_queries, args.shape.queries - query);
     const HeadsTensor& to = args.grad_q;
-    spread<T>(grad, tile_queries, head.at<T>(to, query), args.shape.size, queries, to.channel, to.token);
+    elements.write(grad, tile_queries, head.at(to, query, elements.size), args.shape.size, queries, to.channel,
+                   to.token);
   }
 
  private:
   const AttentionBackward& args_;
+  const Elements<A>& elements_;
   const Chunks& chunks_;
   const std::int64_t size_, row_, tiles_of_queries_;
   A* const parts_;
@@ -271,27 +276,25 @@ class Backward {
 };
 
 // Adds the parts of the queries' gradient, in the order of the chunks.
-template <class T>
+template <class P, class A>
 struct AddParts {
-  using A = Accumulator<T>;
-
   const AttentionBackward& args;
+  const Elements<A>& elements;
   std::int64_t chunks, tiles;
   A* parts;
 
   void run(std::int64_t item) const {
-    const std::int64_t head = item / tiles, tile = item % tiles, size = Backward<T>::tile_of_grad_q(args.shape);
+    const std::int64_t head = item / tiles, tile = item % tiles, size = Backward<P, A>::tile_of_grad_q(args.shape);
     const auto part = [&](std::int64_t chunk) { return parts + ((head * chunks + chunk) * tiles + tile) * size; };
     A* const sum = part(0);
-    for (std::int64_t chunk = 1; chunk < chunks; ++chunk) Backward<T>::sum_into(sum, part(chunk), size);
-    Backward<T>::spread_grad_q(args, {head / args.shape.heads, head % args.shape.heads}, tile, sum);
+    for (std::int64_t chunk = 1; chunk < chunks; ++chunk) Backward<P, A>::sum_into(sum, part(chunk), size);
+    Backward<P, A>::spread_grad_q(args, elements, {head / args.shape.heads, head % args.shape.heads}, tile, sum);
   }
 };
 
-template <class T>
-Status backward(const AttentionBackward& args, int threads) {
-  using Worker = Backward<T>;
-  using A = Accumulator<T>;
+template <class P, class A>
+Status backward(const AttentionBackward& args, const Elements<A>& elements, int threads) {
+  using Worker = Backward<P, A>;
   const std::int64_t heads = args.shape.batch * args.shape.heads, tiles = divide_up(args.shape.queries, tile_queries);
   const std::int64_t useful = useful_threads(args.shape, threads);
   const Chunks chunks(args.shape, useful, sizeof(A));
@@ -302,9 +305,11 @@ Status backward(const AttentionBackward& args, int threads) {
   const Workspace<A> parts(1, in_parts ? heads * chunks.chunks * tiles * Worker::tile_of_grad_q(args.shape) : 0);
   if (!space.ok() || !parts.ok()) return Status::out_of_memory;
   A* const of_chunks = in_parts ? parts.of_thread(0) : nullptr;
-  for_items(items, team, [&](int thread) { return Worker(args, chunks, space.of_thread(thread), of_chunks); });
+  for_items(items, team,
+            [&](int thread) { return Worker(args, elements, chunks, space.of_thread(thread), of_chunks); });
   if (in_parts) {
-    for_items(heads * tiles, team, [&](int) { return AddParts<T>{args, chunks.chunks, tiles, of_chunks}; });
+    for_items(heads * tiles, team,
+              [&](int) { return AddParts<P, A>{args, elements, chunks.chunks, tiles, of_chunks}; });
   }
   return Status::ok;
 }

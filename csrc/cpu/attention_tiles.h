@@ -71,9 +71,9 @@ class Arrays {
 struct Head {
   std::int64_t batch, head;
 
-  template <class T>
-  T* at(const HeadsTensor& tensor, std::int64_t token) const {
-    return static_cast<T*>(tensor.data) + batch * tensor.batch + head * tensor.head + token * tensor.token;
+  // The token's first element; `size` is that of an element in bytes.
+  void* at(const HeadsTensor& tensor, std::int64_t token, std::int64_t size) const {
+    return static_cast<char*>(tensor.data) + size * (batch * tensor.batch + head * tensor.head + token * tensor.token);
   }
 };
 

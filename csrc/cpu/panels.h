@@ -33,10 +33,11 @@ inline void assign(T& to, Accumulator<T> x) {
   }
 }
 
-// Reads a tile, or the negative of one.
+// Reads a tile of elements of type T, or the negative of one.
 template <class T>
-void gather(Accumulator<T>* tile, std::int64_t step, const T* from, std::int64_t rows, std::int64_t lanes,
-            std::int64_t row_stride, std::int64_t lane_stride, bool negative = false) {
+void gather(Accumulator<T>* tile, std::int64_t step, const void* elements, std::int64_t rows, std::int64_t lanes,
+            std::int64_t row_stride, std::int64_t lane_stride, bool negative) {
+  const T* const from = static_cast<const T*>(elements);
   using P = Arithmetic<T>;
   using F = typename P::F;
   constexpr std::int64_t width = P::width;
@@ -75,8 +76,9 @@ void gather(Accumulator<T>* tile, std::int64_t step, const T* from, std::int64_t
 
 // Writes a tile, rounded to T.
 template <class T>
-void spread(const Accumulator<T>* tile, std::int64_t step, T* to, std::int64_t rows, std::int64_t lanes,
+void spread(const Accumulator<T>* tile, std::int64_t step, void* elements, std::int64_t rows, std::int64_t lanes,
             std::int64_t row_stride, std::int64_t lane_stride) {
+  T* const to = static_cast<T*>(elements);
   using P = Arithmetic<T>;
   using F = typename P::F;
   constexpr std::int64_t width = P::width;
@@ -114,9 +116,10 @@ inline __m512i paired(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// As `gather`, where a word of row r has rows 2 r and 2 r + 1.
-inline void gather_pairs(float* tile, std::int64_t step, const bfloat16* from, std::int64_t rows, std::int64_t lanes,
-                         std::int64_t row_stride, std::int64_t lane_stride, bool negative = false) {
+// As `gather` of bfloat16, where a word of row r has rows 2 r and 2 r + 1.
+inline void gather_pairs(float* tile, std::int64_t step, const void* elements, std::int64_t rows, std::int64_t lanes,
+                         std::int64_t row_stride, std::int64_t lane_stride, bool negative) {
+  const bfloat16* const from = static_cast<const bfloat16*>(elements);
   constexpr std::int64_t width = 16;
   const std::int64_t words = (rows + 1) / 2;
   const std::uint32_t sign = negative ? 0x80008000u : 0u;
@@ -156,6 +159,18 @@ inline void gather_pairs(float* tile, std::int64_t step, const bfloat16* from, s
   }
 }
 #endif
+
+// All that a kernel over tiles of A knows of its tensors' type: one kernel, compiled once, serves every type.
+template <class A>
+struct Elements {
+  // Of one, in bytes.
+  std::int64_t size;
+  decltype(&gather<A>) read;
+  decltype(&spread<A>) write;
+};
+
+template <class T>
+constexpr Elements<Accumulator<T>> elements_of{sizeof(T), gather<T>, spread<T>};
 
 }  // namespace
 }  // namespace gencore::cpu::GENCORE_SIMD
