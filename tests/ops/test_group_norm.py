@@ -382,6 +382,8 @@ def test_only_the_inputs_and_the_statistics_are_saved():
 def test_opcheck(layout, shape, kernels):
     if layout == "channels_last" and len(shape) != 4:
         pytest.skip("channels_last has four dimensions")
+    if kernels.emulated and shape != (1, 6, 1, 4):
+        pytest.skip("what the check sees does not depend on what runs the op")
     for dtype in (torch.float32, torch.bfloat16):
         args = inputs(cases.Case(shape, "", layout=layout), dtype, kernels.device)
         x, *values = args.values()
