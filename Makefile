@@ -89,7 +89,7 @@ PIP := $(BIN)/python -m pip install --no-compile
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gencore needs Python 3.10 or later, this is " \
 	  + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
-	@echo 'Making the environment $(VENV) with $(TORCH): half a minute, after the download.'
+	@echo 'Making the environment $(VENV) with $(TORCH): half a minute, and the time of the download.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
 	@touch $@
@@ -97,9 +97,9 @@ $(VENV)/.torch:
 # PyTorch is there before, so it is not resolved anew. pip shows nothing of a build: it is done before, by the same tools,
 # and pip finds all of it up to date.
 $(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(BUILT_FROM)
-	@echo 'Building gencore: TIME on two cores; what has not changed since the last time is not built again.'
+	@echo 'Building gencore: a minute and a half on two cores; what has not changed since the last time is not built again.'
 	$(PIP) --quiet $(BUILD_TOOLS)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	@echo 'Installing gencore with what its extra "$*" needs: half a minute, after the download.'
+	@echo 'Installing gencore with what its extra "$*" needs: half a minute, and the time of the download.'
 	$(PIP) --quiet --no-build-isolation --editable '.[$*]'
 	@touch $@
