@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     Attributes:
         name: its path, as ``named_modules`` has it; "scheduler" for a scheduler.
         type: the name of its class.
-        what: what runs it now; or, if it was left as it was, why.
+        what: what runs it now; or, if it runs as it was, why.
     """
 
     name: str
@@ -45,30 +45,62 @@ class Explanation:
         return "\n".join(lines)
 
 
-class Acceleration:
-    """What :func:`accelerate` did, which :meth:`undo` takes back. As a context manager it does so at the end."""
+class Replacement(Protocol):
+    """A part that was given another implementation, or was left."""
 
-    def __init__(self, changes: Iterable[Change]):
-        self._undo: list[Callable[[], None]] = []
-        parts: dict[bool, list[Part]] = {True: [], False: []}
+    def told(self) -> tuple[Part, bool] | None:
+        """The part, and whether it runs on our kernels as it is now; None if another part speaks for it."""
+        ...
+
+    def undo(self) -> None: ...
+
+
+class Left(NamedTuple):
+    """A part that was left as it was."""
+
+    part: Part
+
+    def told(self) -> tuple[Part, bool]:
+        return self.part, False
+
+    def undo(self) -> None:
+        pass
+
+
+class Acceleration:
+    """What :func:`accelerate` did, which :meth:`undo` takes back. As a context manager it does so at the end.
+
+    A copy of it that is made together with the model's, as ``copy.deepcopy((model, acceleration))`` does, is the
+    copy's.
+    """
+
+    def __init__(self, replacements: Iterable[Replacement]):
+        self._replacements: list[Replacement] = []
+        self._last: Explanation | None = None
         try:
-            for change in changes:
-                if change.undo is not None:
-                    self._undo.append(change.undo)
-                parts[change.undo is not None].append(change.part)
+            for replacement in replacements:
+                self._replacements.append(replacement)
         except BaseException:
             self.undo()
             raise
-        self._explanation = Explanation(tuple(parts[True]), tuple(parts[False]))
 
     def explain(self) -> Explanation:
-        """What was replaced and by what, and what was not and why."""
-        return self._explanation
+        """What runs on which of our kernels, and what does not and why: as it is now, or was when it was undone."""
+        if self._last is not None:
+            return self._last
+        parts: dict[bool, list[Part]] = {True: [], False: []}
+        for replacement in self._replacements:
+            if (told := replacement.told()) is not None:
+                part, is_ours = told
+                parts[is_ours].append(part)
+        return Explanation(tuple(parts[True]), tuple(parts[False]))
 
     def undo(self) -> None:
         """Makes everything as it was before, but for what somebody else has replaced since; again, it does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        if self._last is None:
+            self._last = self.explain()
+        while self._replacements:
+            self._replacements.pop().undo()
 
     def __enter__(self) -> Acceleration:
         return self
@@ -77,16 +109,9 @@ class Acceleration:
         self.undo()
 
     def __repr__(self) -> str:
-        replaced, kept = self._explanation.replaced, self._explanation.kept
-        state = "" if self._undo or not replaced else ", undone"
-        return f"<Acceleration: {len(replaced)} replaced, {len(kept)} left as they were{state}>"
-
-
-class Change(NamedTuple):
-    """A part, and what undoes its replacement; None if it was left as it was."""
-
-    part: Part
-    undo: Callable[[], None] | None = None
+        explanation = self.explain()
+        state = "" if self._last is None else ", undone"
+        return f"<Acceleration: {len(explanation.replaced)} replaced, {len(explanation.kept)} left as they were{state}>"
 
 
 def accelerate(target: Any) -> Acceleration:
@@ -96,25 +121,30 @@ def accelerate(target: Any) -> Acceleration:
 
     - in a ``ResnetBlock2D``, each group norm and the SiLU behind it are one kernel, which adds the embedding of the
       time step before, or scales and shifts with it;
-    - the last norm of a U-Net or of an autoencoder's halves takes its SiLU with it too;
     - every other ``GroupNorm`` is our kernel;
-    - an ``Attention`` calls :func:`gencore.ops.attention` on views of its projections; with a mask it is diffusers'.
+    - an ``Attention`` whose processor is ``AttnProcessor2_0`` calls :func:`gencore.ops.attention` on views of its
+      projections.
 
     In a ``DDPMScheduler`` or ``DDIMScheduler``, a step is one pass over memory, with diffusers' coefficients and the
     noise that its generator draws.
 
-    Results differ by rounding only. Parameters, state dict, configuration, hooks of the modules around and everything
-    else stay as they are; training, autocast, half precision, channels_last and ``torch.compile`` work as before. Hooks
-    that are added to a norm or an activation inside a ``ResnetBlock2D`` later are not called. A copy
-    (``copy.deepcopy``) is accelerated as its original is, and stays so if that is undone; what is loaded from a file is
-    not.
+    Results differ by rounding only; their memory formats and the values that dropout draws are diffusers'. Parameters,
+    state dict, configuration, attention processors, the names of classes and everything else stay as they are;
+    training, autocast, half precision, channels_last and ``torch.compile`` work as before.
+
+    What is added later has its effect: a call runs diffusers' own code where a norm, an activation or an attention that
+    the kernel would pass by has hooks, another class or another ``forward``, such as those of offloading, pruning,
+    parametrization, sharding and adapters; and where somebody watches or replaces PyTorch's functions.
+
+    A copy (``copy.deepcopy``, ``pickle``) is accelerated as its original is, and stays so if that is undone; it is
+    undone by ``accelerate(copy).undo()``. What is loaded from a checkpoint is not accelerated.
 
     Args:
-        target: a module, a scheduler, or a pipeline, of which every module and the scheduler are accelerated. What runs
-            on our kernels already is left alone, so that a second call replaces nothing.
+        target: a module, a scheduler, or a pipeline, of which every module and the scheduler are accelerated. What is
+            accelerated already is left alone, so that a second call replaces nothing.
 
     Returns:
-        What was done: ``explain()`` lists it, with the reason for everything that was left as it was; ``undo()`` takes
+        What was done: ``explain()`` lists it, with the reason for everything that runs as it was; ``undo()`` takes
         it back, as the end of a ``with`` block does.
 
     Raises:
@@ -129,18 +159,18 @@ def accelerate(target: Any) -> Acceleration:
     from gencore.integrations.diffusers import modules, schedulers
 
     if isinstance(target, nn.Module):
-        return Acceleration(modules.changes(target))
+        return Acceleration(modules.replacements(target))
     if schedulers.is_scheduler(target):
-        return Acceleration(schedulers.changes("scheduler", target))
+        return Acceleration(schedulers.replacements("scheduler", target))
     components = getattr(target, "components", None)
     if not isinstance(components, Mapping):
         raise TypeError(f"target must be a module, a scheduler or a pipeline of diffusers, got {type(target).__name__}")
 
-    def of_components() -> Iterable[Change]:
+    def of_components() -> Iterable[Replacement]:
         for name, component in components.items():
             if isinstance(component, nn.Module):
-                yield from modules.changes(component, f"{name}.")
+                yield from modules.replacements(component, name)
             elif schedulers.is_scheduler(component):
-                yield from schedulers.changes(name, component)
+                yield from schedulers.replacements(name, component)
 
     return Acceleration(of_components())

@@ -1,258 +1,326 @@
-"""Modules of diffusers on our kernels. A module changes its class, so that it keeps every attribute that it has."""
+"""Modules of diffusers on our kernels.
+
+A module changes its class, so that it keeps every attribute that it has. The new class has the name of the old one, by
+which libraries find what they offload, shard or adapt. Whether a call takes our kernel is decided at that call: only
+where nothing that diffusers would call on the way could tell the difference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import types
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
-from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models import attention_processor, resnet
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
+from gencore import nn as ours
 from gencore import ops
-from gencore.integrations.diffusers.acceleration import ALREADY, Change, Part
-from gencore.nn import GroupNorm
-from gencore.ops.group_norm import Activation
+from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
 
-# In these, conv_act follows conv_norm_out and nothing else does.
-_WITH_LAST_NORM = (UNet2DModel, UNet2DConditionModel, Encoder, Decoder)
+try:
+    from torch.nn.modules.module import _has_any_global_hook
+    from torch.overrides import _get_current_function_mode_stack
+except ImportError:  # Private names, which another PyTorch may not have: every call is then diffusers' own.
+
+    def _has_any_global_hook() -> Any:
+        return True
+
+    def _get_current_function_mode_stack() -> Any:
+        return []
 
 
-class FusedGroupNorm(GroupNorm):
+# What our kernels stand in for. Whoever puts something else in these places means it to run.
+_GROUP_NORM, _GROUP_NORM_FORWARD = F.group_norm, nn.GroupNorm.forward
+_SILU, _SILU_FORWARD = F.silu, nn.SiLU.forward
+_ATTENTION, _PROCESS = F.scaled_dot_product_attention, AttnProcessor2_0.__call__
+_ATTENTION_FORWARD, _BLOCK_FORWARD = attention_processor.Attention.forward, resnet.ResnetBlock2D.forward
+# Modes of PyTorch's own, which place tensors or trace, and leave the meaning of functions as it is.
+_HARMLESS_MODES = ("torch.utils._device", "torch._export", "torch.export", "torch.fx")
+
+
+class GroupNorm(nn.GroupNorm):
     """A ``torch.nn.GroupNorm`` whose class was changed."""
 
-    activation: Activation | None = None
+    def forward(self, input: Tensor) -> Tensor:
+        # A hook may call this method, which it found here, when the class has been given back.
+        if isinstance(self, GroupNorm) and _why_norm_is_theirs() is None and _is_served(input):
+            return _group_norm(self, input)
+        return nn.GroupNorm.forward(self, input)
 
 
-class FusedGroupNormSiLU(GroupNorm):
-    """A ``torch.nn.GroupNorm`` whose class was changed, before a SiLU that was taken away."""
-
-    activation: Activation | None = "silu"
-
-
-class FusedResnetBlock2D(ResnetBlock2D):
+class ResnetBlock2D(resnet.ResnetBlock2D):
     """A ``ResnetBlock2D`` whose class was changed: both norms with their SiLU and the embedding are one kernel each."""
 
     def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
         projection = self.time_emb_proj
-        if args or kwargs or (temb is None) != (projection is None) or not _is_of_samples(temb, input_tensor):
-            output: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
+        if (
+            args
+            or kwargs
+            or not isinstance(self, ResnetBlock2D)
+            or not _is_served(input_tensor)
+            or (temb is None) != (projection is None)
+            or not (temb is None or (temb.dim() == 2 and temb.shape[0] == input_tensor.shape[0]))
+            or _why_block_is_theirs(self) is not None
+        ):
+            output: Tensor = resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
             return output
         modulation: dict[str, Tensor] = {}
+        hidden = self.conv1(_group_norm(self.norm1, input_tensor, activation="silu"))
         if temb is not None:
             embedded = projection(temb if self.skip_time_act else self.nonlinearity(temb))
             if self.time_embedding_norm == "scale_shift":
                 modulation["scale"], modulation["shift"] = embedded.chunk(2, dim=1)
             else:
                 modulation["bias_in"] = embedded
-        hidden = self.conv1(_norm_and_silu(self.norm1, input_tensor))
-        hidden = self.conv2(self.dropout(_norm_and_silu(self.norm2, hidden, **modulation)))
+        hidden = _group_norm(self.norm2, hidden, activation="silu", **modulation)
+        if self.training and hidden.is_cuda and getattr(self.dropout, "p", False):
+            # What PyTorch's norm returns there in any memory format, and the order in which dropout draws.
+            hidden = hidden.contiguous()
+        hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
-            # diffusers makes the input contiguous first while it trains, against a warning of DistributedDataParallel.
-            # That is another pass, and a change of the format in channels_last.
+            if self.training:
+                # As diffusers does, against a warning of DistributedDataParallel.
+                input_tensor = input_tensor.contiguous()
             input_tensor = self.conv_shortcut(input_tensor)
         hidden = input_tensor + hidden
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
-def _is_of_samples(temb: Any, x: Tensor) -> bool:
-    return temb is None or bool(temb.dim() == 2 and temb.shape[0] == x.shape[0])
+class Attention(attention_processor.Attention):
+    """An ``Attention`` whose class was changed: what ``AttnProcessor2_0`` does, on views of the projections."""
 
-
-def _norm_and_silu(norm: nn.GroupNorm, x: Tensor, **modulation: Tensor) -> Tensor:
-    return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu", **modulation)
-
-
-class GencoreAttnProcessor:
-    """What ``AttnProcessor2_0`` does, with our kernel on views of the projections; with a mask, what it does itself.
-
-    Args:
-        former: the processor in whose place this one is.
-    """
-
-    def __init__(self, former: AttnProcessor | AttnProcessor2_0):
-        self.former = former
-
-    # The names are those that Attention looks for when it passes arguments on.
-    def __call__(
+    def forward(
         self,
-        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        **cross_attention_kwargs: Any,
     ) -> Tensor:
-        if attention_mask is not None or args or kwargs:
-            output: Tensor = self.former(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+        if (
+            attention_mask is not None
+            # The embedding of the time step is for a spatial norm, which is not served.
+            or any(name != "temb" for name in cross_attention_kwargs)
+            or not isinstance(self, Attention)
+            or not _is_served(hidden_states)
+            or hidden_states.dim() not in (3, 4)
+            or not (encoder_hidden_states is None or _is_context(encoder_hidden_states, hidden_states))
+            or _why_attention_is_theirs(self) is not None
+        ):
+            output: Tensor = attention_processor.Attention.forward(
+                self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
             return output
         tokens = hidden_states
         is_image = hidden_states.dim() == 4
-        if attn.group_norm is not None:
-            tokens = attn.group_norm(tokens if is_image else tokens.transpose(1, 2))
+        if self.group_norm is not None:
+            # Of an image as it is: in channels_last, of its tokens it would go through a copy.
+            tokens = _group_norm(self.group_norm, tokens if is_image else tokens.transpose(1, 2))
             tokens = tokens if is_image else tokens.transpose(1, 2)
         if is_image:
             # Of an image in channels_last that is a view; else a copy, which three projections read.
             tokens = tokens.flatten(2).transpose(1, 2).contiguous()
+        q = self.to_q(tokens)
         context = tokens
         if encoder_hidden_states is not None:
-            normed = attn.norm_cross is not None
-            context = attn.norm_encoder_hidden_states(encoder_hidden_states) if normed else encoder_hidden_states
+            is_normed = self.norm_cross is not None
+            context = self.norm_encoder_hidden_states(encoder_hidden_states) if is_normed else encoder_hidden_states
         q, k, v = (
-            projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(tokens), attn.to_k(context), attn.to_v(context))
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for projected in (q, self.to_k(context), self.to_v(context))
         )
-        scale = None if isinstance(self.former, AttnProcessor2_0) else float(attn.scale)
         # The result lies in memory as q does, so that the heads come back together without a copy.
-        mixed = ops.attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-        output = attn.to_out[1](attn.to_out[0](mixed))
+        mixed = ops.attention(q, k, v).transpose(1, 2).flatten(2)
+        output = self.to_out[1](self.to_out[0](mixed))
         if is_image:
             output = output.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
-        if attn.residual_connection:
-            output = hidden_states + output
-        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+        if self.residual_connection:
+            # In this order: the memory format of a sum is that of its first term.
+            output = output + hidden_states
+        return output if self.rescale_output_factor == 1 else output / self.rescale_output_factor
 
 
-def changes(model: nn.Module, prefix: str = "") -> Iterator[Change]:
-    """Replaces what can be replaced in a module and those in it, and tells of each when it is done."""
-    taken: set[nn.Module] = set()
-    # What is found first is the module around, which may take what is in it.
-    for path, module in list(model.named_modules()):
-        name = prefix + path if path else prefix.removesuffix(".") or type(module).__name__
-        if module in taken:
-            continue
-        if isinstance(module, ResnetBlock2D):
-            undo, reason = _replace_class(module, FusedResnetBlock2D, ResnetBlock2D, _refuse_block)
-            if reason in (None, ALREADY):
-                taken |= {module.norm1, module.norm2}
-            scaled = module.time_embedding_norm == "scale_shift"
-            embedding = "" if module.time_emb_proj is None else f", the embedding {'scaling' if scaled else 'added'}"
-            yield _told(name, "ResnetBlock2D", undo, reason, f"group_norm with SiLU, twice{embedding}")
-        elif isinstance(module, ResnetBlockCondNorm2D):
-            yield _told(name, type(module).__name__, None, "its norms take the embedding in another way", "")
-        elif isinstance(module, Attention):
-            undo, reason = _replace_processor(module)
-            yield _told(name, type(module).__name__, undo, reason, "attention on views of the projections")
-        elif isinstance(module, nn.GroupNorm):
-            undo, reason = _replace_class(module, FusedGroupNorm, nn.GroupNorm)
-            yield _told(name, "GroupNorm", undo, reason, "group_norm")
-        elif type(module) in _WITH_LAST_NORM and type(module.conv_norm_out) is nn.GroupNorm:
-            undo, reason = _replace_last_norm(module)
-            path_in = f"{path}." if path else ""
-            if reason is None:
-                taken.add(module.conv_norm_out)
-                yield _told(f"{prefix}{path_in}conv_norm_out", "GroupNorm", undo, None, "group_norm with SiLU")
-            else:
-                yield _told(f"{prefix}{path_in}conv_act", type(module.conv_act).__name__, None, reason, "")
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: GroupNorm,
+    resnet.ResnetBlock2D: ResnetBlock2D,
+    attention_processor.Attention: Attention,
+}
 
 
-def _told(name: str, kind: str, undo: Callable[[], None] | None, reason: str | None, what: str) -> Change:
-    return Change(Part(name, kind, what if reason is None else reason), undo)
+def _group_norm(norm: Any, x: Tensor, **options: Any) -> Tensor:
+    # PyTorch takes any integer for the number of groups, such as NumPy's.
+    return ops.group_norm(x, int(norm.num_groups), norm.weight, norm.bias, norm.eps, **options)
 
 
-def _replace_class(
-    module: nn.Module, by: type, only: type, refuse: Callable[[Any], str | None] = lambda _: None
-) -> tuple[Callable[[], None] | None, str | None]:
-    """Gives a module another class. Returns what undoes that; or None, and why it was not done."""
-    if isinstance(module, (FusedResnetBlock2D, GroupNorm)):
-        return None, ALREADY
-    if type(module) is not only:
-        return None, f"it is a {type(module).__name__}, which may compute something else"
-    if "forward" in vars(module):
-        return None, "it has a forward of its own"
-    if (reason := refuse(module)) is not None:
-        return None, reason
-    module.__class__ = by
-
-    def undo() -> None:
-        if type(module) is by:
-            module.__class__ = only
-
-    return undo, None
+def _is_served(x: Tensor) -> bool:
+    """Whether x is on a device with kernels, and nobody but PyTorch watches what its functions are given."""
+    if has_torch_function((x,)):
+        modes = _get_current_function_mode_stack()
+        if not (isinstance(x, Tensor) and modes):
+            return False
+        for mode in modes:
+            if not type(mode).__module__.startswith(_HARMLESS_MODES):
+                return False
+    return x.is_cpu or x.is_cuda or x.is_meta
 
 
-def _replace_last_norm(module: Any) -> tuple[Callable[[], None] | None, str | None]:
-    """Lets the norm before the last convolution take the SiLU after it."""
-    act = module.conv_act
-    if type(act) is not nn.SiLU:
-        return None, f"its norm takes a SiLU along only, and this is a {type(act).__name__}"
-    if (reason := _hooks(act)) is not None:
-        return None, reason
-    restore_class, reason = _replace_class(module.conv_norm_out, FusedGroupNormSiLU, nn.GroupNorm)
-    if restore_class is None:
-        return None, f"its norm was left as it was: {reason}"
-    # Not another class for the SiLU: older versions of diffusers share one among all modules.
-    module.conv_act = identity = nn.Identity()
-
-    def undo() -> None:
-        restore_class()
-        if module.conv_act is identity:
-            module.conv_act = act
-
-    return undo, None
+def _is_context(context: Any, hidden_states: Tensor) -> bool:
+    return isinstance(context, Tensor) and context.dim() == 3 and context.shape[0] == hidden_states.shape[0]
 
 
-def _refuse_block(block: ResnetBlock2D) -> str | None:
-    if block.upsample is not None or block.downsample is not None:
-        return f"it {'up' if block.up else 'down'}samples between its norm and its convolution; its norms are replaced"
-    # An autoencoder's are called "group" or something else, but have no embedding.
-    if block.time_embedding_norm != "default" and (block.time_embedding_norm == "scale_shift") == (
-        block.time_emb_proj is None
-    ):
-        return f"its time_embedding_norm is {block.time_embedding_norm}; its norms are replaced"
-    if type(block.nonlinearity) is not nn.SiLU:
-        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU; its norms are replaced"
-    for name in ("norm1", "norm2"):
-        if type(norm := getattr(block, name)) is not nn.GroupNorm:
-            return f"its {name} is a {type(norm).__name__}, which may compute something else"
-        if "forward" in vars(norm):
-            return f"its {name} has a forward of its own"
-    for name in ("norm1", "norm2", "nonlinearity"):
-        if (reason := _hooks(getattr(block, name))) is not None:
-            return f"its {name}: {reason}"
+# Why a call would be diffusers' own, as things are now; None if it would run on our kernels. Cheap, as every call asks.
+
+
+def _why_norm_is_theirs() -> str | None:
+    if nn.GroupNorm.forward is not _GROUP_NORM_FORWARD or F.group_norm is not _GROUP_NORM:
+        return "PyTorch's group norm was replaced"
     return None
 
 
-def _hooks(module: nn.Module) -> str | None:
-    of_forward = (module._forward_hooks, module._forward_pre_hooks)
-    of_backward = (module._backward_hooks, module._backward_pre_hooks)
-    return "hooks are registered on it, which would not be called" if any((*of_forward, *of_backward)) else None
+def _why_block_is_theirs(block: Any) -> str | None:
+    if block.upsample is not None or block.downsample is not None:
+        return f"it {'up' if block.up else 'down'}samples between its norm and its convolution; its norms are replaced"
+    # An autoencoder's are called "group" or something else, but have no embedding.
+    embedding = block.time_embedding_norm
+    if embedding != "default" and (embedding == "scale_shift") == (block.time_emb_proj is None):
+        return f"its time_embedding_norm is {embedding}; its norms are replaced"
+    act = block.nonlinearity
+    if type(act) is not nn.SiLU:
+        return f"its activation is {type(act).__name__}, not SiLU; its norms are replaced"
+    for name, module, kind in (
+        ("norm1", block.norm1, GroupNorm),
+        ("norm2", block.norm2, GroupNorm),
+        ("nonlinearity", act, nn.SiLU),
+    ):
+        if (reason := _why_must_be_called(module, kind)) is not None:
+            return f"its {name} {reason}"
+    if resnet.ResnetBlock2D.forward is not _BLOCK_FORWARD:
+        return "diffusers' ResnetBlock2D was replaced"
+    if nn.SiLU.forward is not _SILU_FORWARD or F.silu is not _SILU:
+        return "PyTorch's SiLU was replaced"
+    return _why_norm_is_theirs()
 
 
-def _replace_processor(attention: Any) -> tuple[Callable[[], None] | None, str | None]:
-    former: Any = attention.processor
-    if type(former) is GencoreAttnProcessor:
-        return None, ALREADY
-    if type(attention) is not Attention:
-        return None, f"it is a {type(attention).__name__}, which may compute something else"
-    if "forward" in vars(attention):
-        return None, "it has a forward of its own"
-    if type(former) not in (AttnProcessor, AttnProcessor2_0):
-        return None, f"its processor is {type(former).__name__}, which may compute something else"
-    if (reason := _refuse_attention(attention)) is not None:
-        return None, reason
-    ours: Any = GencoreAttnProcessor(former)
-    attention.processor = ours
-
-    def undo() -> None:
-        if attention.processor is ours:
-            attention.processor = former
-
-    return undo, None
-
-
-def _refuse_attention(attention: Any) -> str | None:
-    for name in ("spatial_norm", "norm_q", "norm_k"):
-        if (norm := getattr(attention, name)) is not None:
-            return f"it has a {name}, {type(norm).__name__}"
+def _why_attention_is_theirs(attention: Any) -> str | None:
+    processor = attention.processor
+    if type(processor) is not AttnProcessor2_0:
+        return f"its processor is {type(processor).__name__}, which may compute something else"
+    if attention.spatial_norm is not None or attention.norm_q is not None or attention.norm_k is not None:
+        name = next(name for name in ("spatial_norm", "norm_q", "norm_k") if getattr(attention, name) is not None)
+        return f"it has a {name}, {type(getattr(attention, name)).__name__}"
     if attention.to_k is None or attention.to_out is None:
         return "it lacks a projection"
     if attention.inner_kv_dim != attention.inner_dim:
         return f"its heads share keys: q has {attention.inner_dim} channels, k {attention.inner_kv_dim}"
+    if (norm := attention.group_norm) is not None:
+        if (reason := _why_must_be_called(norm, GroupNorm)) is not None:
+            return f"its group_norm {reason}"
+        if (reason := _why_norm_is_theirs()) is not None:
+            return reason
+    if attention_processor.Attention.forward is not _ATTENTION_FORWARD or AttnProcessor2_0.__call__ is not _PROCESS:
+        return "diffusers' attention was replaced"
+    if F.scaled_dot_product_attention is not _ATTENTION:
+        return "PyTorch's attention was replaced"
+    return None
+
+
+def _why_must_be_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a kernel may not do this module's work without a call of it."""
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if type(module) is not kind:
+        name = type(module).__name__
+        return "is not accelerated" if name == kind.__name__ else f"is a {name}, which may compute something else"
+    return "is seen by hooks of every module" if _has_any_global_hook() else None
+
+
+# What an Acceleration can undo. A copy of a module is not in here until it is accelerated itself.
+_held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Replaced:
+    """A module that was given a class of ours."""
+
+    def __init__(self, name: str, module: nn.Module, kind: type[nn.Module], block: nn.Module | None):
+        self.name, self.module, self.kind = name, module, kind
+        # The block that takes this norm along.
+        self.block = block
+
+    def told(self) -> tuple[Part, bool] | None:
+        module: Any = self.module
+        if self.kind is nn.GroupNorm:
+            if isinstance(self.block, ResnetBlock2D) and _why_block_is_theirs(self.block) is None:
+                return None
+            what, reason = "group_norm", _why_norm_is_theirs()
+        elif self.kind is resnet.ResnetBlock2D:
+            scaled = module.time_embedding_norm == "scale_shift"
+            embedding = "" if module.time_emb_proj is None else f", the embedding {'scaling' if scaled else 'added'}"
+            what, reason = f"group_norm with SiLU, twice{embedding}", _why_block_is_theirs(module)
+        else:
+            what, reason = "attention on views of the projections", _why_attention_is_theirs(module)
+        return Part(self.name, self.kind.__name__, what if reason is None else reason), reason is None
+
+    def undo(self) -> None:
+        _held.discard(self.module)
+        self.module.__class__ = _given_back(type(self.module), _OURS[self.kind], self.kind)
+
+
+def _given_back(kind: type, ours: type, theirs: type) -> type:
+    """The class with ``theirs`` in the place of ``ours``, of which sharding or a parametrization made a subclass."""
+    if kind is ours:
+        return theirs
+    if not issubclass(kind, ours):
+        return kind
+    bases = tuple(_given_back(base, ours, theirs) for base in kind.__bases__)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(kind.__name__, bases, exec_body=lambda namespace: namespace.update(members))
+
+
+def replacements(model: nn.Module, name: str = "") -> Iterator[Replacement]:
+    """Replaces what can be replaced in a module and those in it, and tells of each when it is done."""
+    block_of: dict[nn.Module, nn.Module] = {}
+    is_empty = True
+    for path, module in list(model.named_modules()):
+        its_name = ".".join(filter(None, (name, path))) or type(module).__name__
+        kind = next((kind for kind in _OURS if isinstance(module, kind)), None)
+        if kind is not None:
+            reason = _replace(module, kind)
+            if kind is resnet.ResnetBlock2D and isinstance(module, ResnetBlock2D):
+                block_of |= {getattr(module, norm): module for norm in ("norm1", "norm2")}
+        elif isinstance(module, resnet.ResnetBlockCondNorm2D):
+            reason = "its norms take the embedding in another way"
+        elif hasattr(module, "processor"):
+            reason = f"it is a {type(module).__name__}, which may compute something else"
+        else:
+            continue
+        is_empty = False
+        if kind is not None and reason is None:
+            yield _Replaced(its_name, module, kind, block_of.get(module))
+        elif reason != ALREADY or not isinstance(block_of.get(module), ResnetBlock2D):
+            yield Left(Part(its_name, (kind or type(module)).__name__, reason or ""))
+    if is_empty:
+        reason = "it has no GroupNorm, ResnetBlock2D or Attention of diffusers"
+        yield Left(Part(name or type(model).__name__, type(model).__name__, reason))
+
+
+def _replace(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Gives a module our class. Returns why not, if it was not done."""
+    if isinstance(module, _OURS[kind]):
+        if module in _held:
+            return ALREADY
+    elif isinstance(module, ours.GroupNorm):
+        return ALREADY
+    elif type(module) is not kind:
+        return f"it is a {type(module).__name__}, which may compute something else"
+    elif "forward" in vars(module):
+        return "it has a forward of its own"
+    else:
+        module.__class__ = _OURS[kind]
+    _held.add(module)
     return None

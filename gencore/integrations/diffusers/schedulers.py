@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from gencore import ops
-from gencore.integrations.diffusers.acceleration import ALREADY, Change, Part
+from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
 from gencore.noise import Key
 
 # For a step whose noise is a tensor: a key of its own would be a draw of torch's generator.
@@ -29,31 +30,71 @@ def is_scheduler(target: Any) -> bool:
     return isinstance(target, SchedulerMixin)
 
 
-def changes(name: str, scheduler: Any) -> Iterator[Change]:
+def replacements(name: str, scheduler: Any) -> Iterator[Replacement]:
     """Replaces the step of a scheduler, and tells what was done."""
+    reason = _replace(scheduler)
+    yield _Replaced(name, scheduler) if reason is None else Left(Part(name, type(scheduler).__name__, reason))
+
+
+def _replace(scheduler: Any) -> str | None:
+    """Gives a scheduler our step. Returns why not, if it was not done."""
     kind = type(scheduler)
-    if (reason := _refusal(scheduler)) is not None:
-        yield Change(Part(name, kind.__name__, reason))
-        return
-    # A method of this object, which in a copy of it is the copy's. Its signature is the one that pipelines look at.
-    ours = MethodType(_STEPS[kind], scheduler)
-    scheduler.step = ours
+    if "step" not in vars(scheduler):
+        if kind not in _STEPS:
+            return f"only {' and '.join(known.__name__ for known in _STEPS)} are served"
+        if (reason := _refuse_settings(scheduler)) is not None:
+            return reason
+        scheduler.step = Step(scheduler)
+    elif not isinstance(scheduler.step, Step):
+        return "it has a step of its own"
+    elif scheduler.step in _held:
+        return ALREADY
+    _held.add(scheduler.step)
+    return None
 
-    def undo() -> None:
-        if vars(scheduler).get("step") is ours:
-            del scheduler.step
 
-    yield Change(Part(name, kind.__name__, "diffusion_step, with the noise that diffusers draws"), undo)
+class Step:
+    """The method ``step`` of one scheduler. A method of Python would be the class's own again behind a pickle."""
+
+    def __init__(self, scheduler: Any):
+        self.__self__ = scheduler
+        self.is_undone = False
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        kind = type(self.__self__)
+        return kind.step if self.is_undone else _STEPS[kind]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Pipelines look at it for what they may pass."""
+        return inspect.signature(type(self.__self__).step.__get__(self.__self__))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
 
 
-def _refusal(scheduler: Any) -> str | None:
-    kind = type(scheduler)
-    if "step" in vars(scheduler):
-        is_ours = getattr(scheduler.step, "__func__", None) in _STEPS.values()
-        return ALREADY if is_ours else "it has a step of its own"
-    if kind not in _STEPS:
-        return f"only {' and '.join(known.__name__ for known in _STEPS)} are served"
-    return _refuse_settings(scheduler)
+# What an Acceleration can undo. The step of a copy is not in here until the copy is accelerated itself.
+_held: weakref.WeakSet[Step] = weakref.WeakSet()
+
+
+class _Replaced:
+    """A scheduler that was given a step of ours."""
+
+    def __init__(self, name: str, scheduler: Any):
+        self.name, self.scheduler, self.step = name, scheduler, scheduler.step
+
+    def told(self) -> tuple[Part, bool]:
+        reason = _refuse_settings(self.scheduler)
+        what = "diffusion_step, with the noise that diffusers draws" if reason is None else reason
+        return Part(self.name, type(self.scheduler).__name__, what), reason is None
+
+    def undo(self) -> None:
+        # Whoever wrapped it meanwhile calls diffusers' own through it.
+        self.step.is_undone = True
+        _held.discard(self.step)
+        if vars(self.scheduler).get("step") is self.step:
+            del self.scheduler.step
 
 
 def _refuse_settings(scheduler: Any) -> str | None:
@@ -76,10 +117,10 @@ def _ddpm_step(
     generator: Any = None,
     return_dict: bool = True,
 ) -> Any:
-    if not _is_served(self, model_output, timestep, sample):
+    alpha_bar = _served_level(self, model_output, timestep, sample)
+    if alpha_bar is None:
         return DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
     before = self.previous_timestep(timestep)
-    alpha_bar = self.alphas_cumprod[timestep]
     alpha_bar_before = self.alphas_cumprod[before] if before >= 0 else self.one
     is_noisy = bool(timestep > 0)
     row = _ddpm_row(*_of(alpha_bar, alpha_bar_before), *_settings(self), self.variance_type if is_noisy else None)
@@ -107,12 +148,11 @@ def _ddim_step(
     if (
         self.num_inference_steps is None
         or (eta > 0 and variance_noise is not None and generator is not None)
-        or not _is_served(self, model_output, timestep, sample)
+        or (alpha_bar := _served_level(self, model_output, timestep, sample)) is None
     ):
         options = (eta, use_clipped_model_output, generator, variance_noise, return_dict)
         return DDIMScheduler.step(self, model_output, timestep, sample, *options)
     before = timestep - self.config.num_train_timesteps // self.num_inference_steps
-    alpha_bar = self.alphas_cumprod[timestep]
     alpha_bar_before = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
     row = _ddim_row(*_of(alpha_bar, alpha_bar_before), *_settings(self), float(eta), bool(use_clipped_model_output))
     noise: tuple[Tensor, ...] = ()
@@ -128,9 +168,13 @@ def _ddim_step(
 _STEPS: dict[type, Callable[..., Any]] = {DDPMScheduler: _ddpm_step, DDIMScheduler: _ddim_step}
 
 
-def _is_served(scheduler: Any, output: Any, timestep: Any, sample: Any) -> bool:
-    """Whether the op takes this: tensors that are alike, on a device with kernels, without a gradient to be made."""
-    return (
+def _served_level(scheduler: Any, output: Any, timestep: Any, sample: Any) -> Tensor | None:
+    """alpha_bar of a step that the op takes: of tensors that are alike, on a device with kernels, without a gradient.
+
+    None where alpha_bar is 0 and the network predicts the noise: diffusers' x0, a difference divided by 0, is then an
+    infinity that is clipped, and the op's, a difference of infinities, would be no number.
+    """
+    if not (
         isinstance(output, Tensor)
         and isinstance(sample, Tensor)
         and (output.shape, output.dtype, output.device) == (sample.shape, sample.dtype, sample.device)
@@ -139,7 +183,10 @@ def _is_served(scheduler: Any, output: Any, timestep: Any, sample: Any) -> bool:
         and not (torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad))
         and (not isinstance(timestep, Tensor) or timestep.dim() == 0)
         and _refuse_settings(scheduler) is None
-    )
+    ):
+        return None
+    alpha_bar: Tensor = scheduler.alphas_cumprod[timestep]
+    return None if scheduler.config.prediction_type == "epsilon" and alpha_bar == 0 else alpha_bar
 
 
 def _of(alpha_bar: Tensor, alpha_bar_before: Tensor) -> tuple[float, float, torch.dtype]:
@@ -216,6 +263,4 @@ def _prediction(alpha_bar: Tensor, beta_bar: Tensor, predicts: str) -> dict[str,
         return {}
     if predicts == "v_prediction":
         return {"predict_x": signal, "predict_output": -noise}
-    # Of pure noise nothing can be said, by diffusers neither.
-    inverse = 1 / signal if signal else math.inf
-    return {"predict_x": inverse, "predict_output": -noise * inverse}
+    return {"predict_x": 1 / signal, "predict_output": -noise / signal}
