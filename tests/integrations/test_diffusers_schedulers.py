@@ -76,6 +76,64 @@ def test_each_of_a_thousand_steps_is_equal(kind, config, options):
             torch.testing.assert_close(got[name], want[name], rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [True, False])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("thresholding", [True, False])
+@pytest.mark.parametrize("kind", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])
+def test_every_setting_gives_what_diffusers_gives(kind, clip, prediction, zero_snr, spacing, thresholding):
+    """NaN and infinities too: of noise alone (``rescale_betas_zero_snr``), x0 is a division by zero."""
+    config = {
+        "clip_sample": clip,
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": zero_snr,
+        "timestep_spacing": spacing,
+        "thresholding": thresholding,
+    }
+    if kind is diffusers.DDPMScheduler:
+        variances = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+        options = [({"variance_type": variance}, {}) for variance in variances]
+    else:
+        options = [
+            ({"set_alpha_to_one": to_one}, {"eta": eta, "use_clipped_model_output": clipped})
+            for to_one in (True, False)
+            for eta in (0.0, 0.5)
+            for clipped in (True, False)
+        ]
+    for more, given in options:
+        theirs = kind(**config, **more)
+        theirs.set_timesteps(5)
+        ours = copy.deepcopy(theirs)
+        accelerate(ours)
+        channels = 6 if str(more.get("variance_type")).startswith("learned") else 3
+        for t in theirs.timesteps[[0, 1, -1]]:
+            x, output = normals(2, 3, 4, 4, seed=int(t)), normals(2, channels, 4, 4, seed=int(t) + 1)
+            x[0, 0, 0, 0] = output[0, 0, 0, 0]
+            want, got = (
+                scheduler.step(output, t, x, generator=torch.Generator().manual_seed(3), **given)
+                for scheduler in (theirs, ours)
+            )
+            for name in ("prev_sample", "pred_original_sample"):
+                finite = want[name][want[name].isfinite()]
+                bound = 1e-5 * max(1, finite.abs().max().item() if finite.numel() else 1)
+                torch.testing.assert_close(
+                    got[name], want[name], rtol=0, atol=bound, equal_nan=True, msg=f"{more}, {t}"
+                )
+
+
+def test_whoever_wrapped_a_step_calls_diffusers_own_when_it_is_undone():
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(10)
+    x, output = normals(2, 3, 4, 4), normals(2, 3, 4, 4, seed=2)
+    want = scheduler.step(output, 500, x).prev_sample
+    acceleration = accelerate(scheduler)
+    ours = scheduler.step
+    scheduler.step = lambda *args: ours(*args)
+    acceleration.undo()
+    assert torch.equal(scheduler.step(output, 500, x).prev_sample, want)
+
+
 def test_timesteps_of_ones_own():
     theirs = diffusers.DDPMScheduler()
     theirs.set_timesteps(timesteps=[900, 333, 7])
@@ -147,6 +205,11 @@ def test_a_copied_or_stored_scheduler_is_its_own():
     assert not torch.allclose(other.step(normals(1, 3, 2, 2), 500, normals(1, 3, 2, 2)).prev_sample, want)
     again = pickle.loads(pickle.dumps(scheduler))
     torch.testing.assert_close(again.step(normals(1, 3, 2, 2), 500, normals(1, 3, 2, 2)).prev_sample, want)
+    assert again.step.__func__ is scheduler.step.__func__
+    assert again.step.__self__ is again
+    accelerate(again).undo()
+    assert torch.equal(again.step(normals(1, 3, 2, 2), 500, normals(1, 3, 2, 2)).prev_sample, want)
+    assert "step" not in vars(again)
     assert type(scheduler).from_config(scheduler.config).step.__func__ is diffusers.DDIMScheduler.step
 
 
