@@ -435,7 +435,7 @@ def test_explain_follows_what_others_change():
     assert sum(part.type == "ResnetBlock2D" for part in explanation.replaced) == blocks - 1
     handle.remove()
     with every_norm_hooked():
-        assert {part.what for part in acceleration.explain().kept} == {"its norm1 is seen by hooks of every module"}
+        assert {part.what for part in acceleration.explain().kept} == {"hooks of every module see its norms"}
     assert acceleration.explain().kept == ()
 
 

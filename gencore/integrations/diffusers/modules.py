@@ -194,10 +194,12 @@ def _why_block_is_theirs(block: Any) -> str | None:
     for name, module, kind in (
         ("norm1", block.norm1, GroupNorm),
         ("norm2", block.norm2, GroupNorm),
-        ("nonlinearity", act, nn.SiLU),
+        (None, act, nn.SiLU),
     ):
         if (reason := _why_must_be_called(module, kind)) is not None:
-            return f"its {name} {reason}"
+            return f"its {name or 'activation'} {reason}"
+    if _has_any_global_hook():
+        return "hooks of every module see its norms"
     if resnet.ResnetBlock2D.forward is not _BLOCK_FORWARD:
         return "diffusers' ResnetBlock2D was replaced"
     if nn.SiLU.forward is not _SILU_FORWARD or F.silu is not _SILU:
@@ -219,6 +221,8 @@ def _why_attention_is_theirs(attention: Any) -> str | None:
     if (norm := attention.group_norm) is not None:
         if (reason := _why_must_be_called(norm, GroupNorm)) is not None:
             return f"its group_norm {reason}"
+        if _has_any_global_hook():
+            return "hooks of every module see its group_norm"
         if (reason := _why_norm_is_theirs()) is not None:
             return reason
     if attention_processor.Attention.forward is not _ATTENTION_FORWARD or AttnProcessor2_0.__call__ is not _PROCESS:
@@ -237,7 +241,7 @@ def _why_must_be_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if type(module) is not kind:
         name = type(module).__name__
         return "is not accelerated" if name == kind.__name__ else f"is a {name}, which may compute something else"
-    return "is seen by hooks of every module" if _has_any_global_hook() else None
+    return None
 
 
 # What an Acceleration can undo. A copy of a module is not in here until it is accelerated itself.
