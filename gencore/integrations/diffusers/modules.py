@@ -47,27 +47,32 @@ class GroupNorm(nn.GroupNorm):
     """A ``torch.nn.GroupNorm`` whose class was changed."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # A hook may call this method, which it found here, when the class has been given back.
-        if isinstance(self, GroupNorm) and _why_norm_is_theirs() is None and _is_served(input):
+        if not isinstance(self, GroupNorm):
+            # A hook may call this method, which it found here, when the class has been given back.
+            return nn.GroupNorm.forward(self, input)
+        if _why_norm_is_theirs() is None and _is_served(input):
             return _group_norm(self, input)
-        return nn.GroupNorm.forward(self, input)
+        return super().forward(input)
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
     """A ``ResnetBlock2D`` whose class was changed: both norms with their SiLU and the embedding are one kernel each."""
 
     def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor
+        if not isinstance(self, ResnetBlock2D):
+            output = resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
+            return output
         projection = self.time_emb_proj
         if (
             args
             or kwargs
-            or not isinstance(self, ResnetBlock2D)
             or not _is_served(input_tensor)
             or (temb is None) != (projection is None)
             or not (temb is None or (temb.dim() == 2 and temb.shape[0] == input_tensor.shape[0]))
             or _why_block_is_theirs(self) is not None
         ):
-            output: Tensor = resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
+            output = super().forward(input_tensor, temb, *args, **kwargs)
             return output
         modulation: dict[str, Tensor] = {}
         hidden = self.conv1(_group_norm(self.norm1, input_tensor, activation="silu"))
@@ -101,28 +106,31 @@ class Attention(attention_processor.Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
+        output: Tensor
+        if not isinstance(self, Attention):
+            output = attention_processor.Attention.forward(
+                self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+            )
+            return output
         if (
             attention_mask is not None
             # The embedding of the time step is for a spatial norm, which is not served.
             or any(name != "temb" for name in cross_attention_kwargs)
-            or not isinstance(self, Attention)
             or not _is_served(hidden_states)
             or hidden_states.dim() not in (3, 4)
             or not (encoder_hidden_states is None or _is_context(encoder_hidden_states, hidden_states))
             or _why_attention_is_theirs(self) is not None
         ):
-            output: Tensor = attention_processor.Attention.forward(
-                self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
-            )
+            output = super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
             return output
         tokens = hidden_states
         is_image = hidden_states.dim() == 4
         if self.group_norm is not None:
-            # Of an image as it is: in channels_last, of its tokens it would go through a copy.
+            # An image is normed as it is: in channels_last, its tokens would go through a copy.
             tokens = _group_norm(self.group_norm, tokens if is_image else tokens.transpose(1, 2))
             tokens = tokens if is_image else tokens.transpose(1, 2)
         if is_image:
-            # Of an image in channels_last that is a view; else a copy, which three projections read.
+            # A view of an image in channels_last; else a copy, which three projections read.
             tokens = tokens.flatten(2).transpose(1, 2).contiguous()
         q = self.to_q(tokens)
         context = tokens
@@ -130,14 +138,14 @@ class Attention(attention_processor.Attention):
             is_normed = self.norm_cross is not None
             context = self.norm_encoder_hidden_states(encoder_hidden_states) if is_normed else encoder_hidden_states
         q, k, v = (
-            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            projected.reshape(*projected.shape[:2], self.heads, projected.shape[2] // self.heads).transpose(1, 2)
             for projected in (q, self.to_k(context), self.to_v(context))
         )
         # The result lies in memory as q does, so that the heads come back together without a copy.
         mixed = ops.attention(q, k, v).transpose(1, 2).flatten(2)
         output = self.to_out[1](self.to_out[0](mixed))
         if is_image:
-            output = output.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+            output = output.transpose(1, 2).reshape(len(output), output.shape[2], *hidden_states.shape[2:])
         if self.residual_connection:
             # In this order: the memory format of a sum is that of its first term.
             output = output + hidden_states
@@ -158,13 +166,12 @@ def _group_norm(norm: Any, x: Tensor, **options: Any) -> Tensor:
 
 def _is_served(x: Tensor) -> bool:
     """Whether x is on a device with kernels, and nobody but PyTorch watches what its functions are given."""
-    if has_torch_function((x,)):
-        modes = _get_current_function_mode_stack()
-        if not (isinstance(x, Tensor) and modes):
+    modes = _get_current_function_mode_stack()
+    if not modes and has_torch_function((x,)):
+        return False
+    for mode in modes:
+        if not (isinstance(x, Tensor) and type(mode).__module__.startswith(_HARMLESS_MODES)):
             return False
-        for mode in modes:
-            if not type(mode).__module__.startswith(_HARMLESS_MODES):
-                return False
     return x.is_cpu or x.is_cuda or x.is_meta
 
 
