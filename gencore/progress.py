@@ -23,9 +23,10 @@ class Progress:
         name: what the task is called.
         unit: what is counted.
         shown: False shows nothing.
+        delay: seconds that pass before a bar is shown; a task that takes less shows none.
     """
 
-    def __init__(self, total: int, done: int = 0, *, name: str, unit: str, shown: bool = True):
+    def __init__(self, total: int, done: int = 0, *, name: str, unit: str, shown: bool = True, delay: float = 0.0):
         self.total, self.done, self.name, self.unit, self.shown = total, done, name, unit, shown
         self._first, self._figures = done, ""
         self._started = self._told = time.monotonic()
@@ -38,7 +39,7 @@ class Progress:
                 raise ModuleNotFoundError(
                     'a progress bar needs the package tqdm: pip install tqdm, or "gencore[train]"', name="tqdm"
                 ) from error
-            self._bar = tqdm(total=total, initial=done, desc=name, unit=unit)
+            self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, delay=delay)
 
     def figures(self, values: Mapping[str, float]) -> None:
         """Shows these numbers from now on, such as losses."""

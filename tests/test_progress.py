@@ -40,3 +40,10 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     assert "vae" in err
     assert "10/10" in err
     assert "critic 2" in err
+
+
+def test_a_bar_only_for_what_takes_longer(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with Progress(10, name="vae", unit="step", delay=60) as shown:
+        shown.update(10)
+    assert capsys.readouterr().err == ""
