@@ -6,9 +6,11 @@ from gencore.data.base import (
     ImageDataset,
     MissingSplitError,
     Split,
+    absolute_spec,
     check,
     load,
     settings_type,
+    showing_progress,
 )
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "ImageDataset",
     "MissingSplitError",
     "Split",
+    "absolute_spec",
     "check",
     "load",
     "settings_type",
+    "showing_progress",
 ]

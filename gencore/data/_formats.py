@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import posixpath
-import unicodedata
 
 # The formats of Pillow that pictures of data sets come in, and none that starts another program (PostScript starts
 # Ghostscript) or has no decoder of its own. The table does not depend on the version of Pillow: a file whose decoder is
@@ -61,13 +60,3 @@ def _readable() -> tuple[str, ...]:
     Image.init()
     built = {format for format, feature in _FEATURES.items() if features.check(feature)}
     return tuple(f for f in FORMATS if f in Image.OPEN and (f not in _FEATURES or f in built))
-
-
-def shown(text: str) -> str:
-    """A file's name for a message of one line: control characters and bytes that are no UTF-8 are escaped."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        else character
-        for character in text
-    )

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from gencore.data._formats import shown
-from gencore.data._sources import NAMED, Source, counted, listed
+from gencore.data._messages import LISTED, NAMED, counted, listed, shown
+from gencore.data._sources import Source
 from gencore.data.base import Split
 
 # What a folder of a split is called, in any case.
@@ -16,9 +16,11 @@ _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "valid", "validation", "dev")
 
-# Folders that are called nearly so: train2017, test_images, trainA.
-_LIKE_TRAIN = re.compile(r"(?i:train(ing)?)(?![a-z])")
-_LIKE_TEST = re.compile(r"(?i:test(ing)?|val(id(ation)?)?)(?![a-z])")
+# Words in the names of folders that look like splits, as in train2017, my_test, TrainSet, xtrain, traindata.
+_LIKE_TRAIN = (*_TRAIN, "trainval", "trn")
+_LIKE_TEST = (*_TEST, *_VAL, "tst", "eval", "evaluation", "holdout", "heldout")
+_MAYBE_TEST = re.compile("test|tst|val|dev|hold|held", re.IGNORECASE)
+_AFFIX = r"(?:x|y|set|data|image|img|pic|picture|photo|sample|split|file|folder|dir)s?"
 
 _TEST_SHARE = 10
 
@@ -49,16 +51,16 @@ def laid_out(source: Source) -> Layout:
         DataError: there are no images, or their folders do not fit together; the message names them.
     """
     notes = list(source.notes)
-    if source.left_out:
-        kinds = [f"{shown(kind)} {count}" for kind, count in source.left_out.most_common()]
-        others = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
-        number = counted(source.left_out.total(), "file")
-        notes.append(f"left out {number} not called like an image: {', '.join(kinds[:NAMED])}{others}")
+    if source.others:
+        kinds = [f"{shown(kind)} {count}" for kind, count in source.others.most_common()]
+        more = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
+        number = counted(source.others.total(), "file")
+        notes.append(f"skipped {number} without an image suffix: {', '.join(kinds[:NAMED])}{more}")
     if not source.names:
-        raise source.error(" holds no images" + "".join(f"; {note}" for note in notes))
+        raise source.error(" has no images" + "".join(f"; {note}" for note in notes))
     notes += _without_images(source)
     parts = _without_wrapper(source.names)
-    halves, more = _halves(source, parts)
+    halves, said = _halves(source, parts)
     splits = _given(source, parts, halves) if halves else _divided(_classed(source, parts), parts)
     class_names = sorted({item.class_name for both in splits.values() for item in both if item.class_name is not None})
     folded: dict[str, list[str]] = {}
@@ -67,7 +69,7 @@ def laid_out(source: Source) -> Layout:
     same = [" and ".join(names) for names in folded.values() if len(names) > 1]
     if same:
         notes.append(f"classes differ in upper and lower case alone: {', '.join(same)}")
-    return Layout(splits, class_names, notes + more)
+    return Layout(splits, class_names, notes + said)
 
 
 def _without_images(source: Source) -> list[str]:
@@ -79,7 +81,7 @@ def _without_images(source: Source) -> list[str]:
             full.add(folder)
             folder = folder.rpartition("/")[0]
     empty = sorted(f for f in source.folders if f not in full and f.rpartition("/")[0] in full)
-    return [f"found no image in {counted(len(empty), 'folder')}: {listed(dict.fromkeys(empty, ''))}"] if empty else []
+    return [f"{counted(len(empty), 'folder holds', 'folders hold')} no image: {listed(empty)}"] if empty else []
 
 
 def _without_wrapper(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -98,14 +100,17 @@ def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, lis
         if len(same) > 1:
             raise source.error(f" has folders that mean the same split: {', '.join(map(shown, same))}")
     if not train:
-        _refuse_what_looks_like_splits(source, tops, {part[1] for part in parts.values() if len(part) > 2})
+        _refuse_what_looks_like_splits(source, tops, parts)
     if not train or any(len(part) == 1 for part in parts.values()):
         return None, []
-    others = [shown(top) for top in tops if top not in train + test + validation]
+    others = [top for top in tops if top not in train + test + validation]
+    if len(others) > 1 and not _MAYBE_TEST.search(" ".join(tops)) and all(len(part) == 2 for part in parts.values()):
+        # Trains among buses and cars.
+        return None, [f"{shown(train[0])} is a class, as there is no test folder beside it, but {listed(others)}"]
     if others:
         allowed = ", ".join(_TEST + _VAL)
         raise source.error(
-            f" has folders beside {shown(train[0])} that may be classes or splits: {', '.join(others)}; "
+            f" has folders beside {shown(train[0])} that may be classes or splits: {listed(others, LISTED)}; "
             f"beside it there may be {allowed}"
         )
     if not test + validation:
@@ -113,22 +118,54 @@ def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, lis
     notes = []
     if test and validation:
         number = sum(part[0] == validation[0] for part in parts.values())
-        notes.append(f"left out {shown(validation[0])}, {counted(number, 'image')}: {shown(test[0])} is the test split")
+        notes.append(
+            f"skipped {counted(number, 'image')} in {shown(validation[0])}: {shown(test[0])} is the test split"
+        )
     return {"train": train[0], "test": (test or validation)[0]}, notes
 
 
-def _refuse_what_looks_like_splits(source: Source, tops: list[str], inner: Iterable[str]) -> None:
+def _refuse_what_looks_like_splits(source: Source, tops: list[str], parts: _Parts) -> None:
     """Test images are not to be trained on because of how their folder is called or where it lies."""
-    if len(tops) > 1 and all(top.casefold() in _TEST + _VAL for top in tops):
-        raise source.error(f" has the folders {', '.join(map(shown, tops))}, but none that is called train")
-    for folders, where in ((tops, ""), (sorted(inner), " inside other folders")):
-        like_train = [shown(folder) for folder in folders if _LIKE_TRAIN.match(folder)]
-        like_test = [shown(folder) for folder in folders if _LIKE_TEST.match(folder)]
-        if like_train and like_test:
+    inner = sorted({folder for part in parts.values() for folder in part[1:-1]})
+    for folders, where in ((tops, ""), (inner, " inside other folders")):
+        like_train = _like(folders, _LIKE_TRAIN)
+        like_test = [folder for folder in _like(folders, _LIKE_TEST) if folder not in like_train]
+        alike = _alike(folders)
+        if not where and len(folders) > 1 and like_test == folders:
             raise source.error(
-                f" has folders{where} that look like splits: {', '.join(like_train + like_test)}; call them train and "
-                "test, with the classes in them"
+                f" has the folders {listed(folders, LISTED)}, but none that is called train; if they are classes, "
+                "rename them"
             )
+        if (like_train and like_test) or alike:
+            names = list(dict.fromkeys([*like_train, *like_test, *alike]))
+            raise source.error(
+                f" has folders{where} that look like splits: {listed(names, LISTED)}; if they are splits, call them "
+                "train and test, with the class folders inside; if they are classes, rename them"
+            )
+
+
+def _like(folders: Iterable[str], words: tuple[str, ...]) -> list[str]:
+    """Those of the folders that have one of the words in their name."""
+    called = re.compile(rf"(?:{_AFFIX})*(?:{'|'.join(words)})(?:{_AFFIX}|[ab])*")
+    return [folder for folder in folders if any(called.fullmatch(word) for word in _words(folder))]
+
+
+def _words(name: str) -> set[str]:
+    """The words of a folder's name in lower case: ``MyTrainSet_1`` gives my, train, set, and mytrainset."""
+    runs = re.findall(r"[^\W\d_]+", name)
+    camel = [word for run in runs for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", run)]
+    return {word.casefold() for word in (*runs, *camel)}
+
+
+def _alike(folders: Iterable[str]) -> list[str]:
+    """Folders called the same but for the split, whatever is glued to it: mytrain and mytest."""
+    rests: dict[str, dict[str, str]] = {"train": {}, "test": {}}
+    for folder in folders:
+        name = folder.casefold()
+        for found in re.finditer(r"(train)(?!e)|test(?!e)|val(?:id(?:ation)?)?(?!e)", name):
+            rest = f"{name[: found.start()]}/{name[found.end() :]}"
+            rests["train" if found[1] else "test"][rest] = folder
+    return [names[rest] for rest in rests["train"] if rest in rests["test"] for names in rests.values()]
 
 
 def _given(source: Source, parts: _Parts, halves: dict[Split, str]) -> dict[Split, list[Item]]:
@@ -166,7 +203,7 @@ def _classed(source: Source, parts: _Parts) -> list[Item]:
     flat = [name for name, part in parts.items() if len(part) == 1]
     if flat and len(flat) < len(parts):
         raise source.error(
-            f": {counted(len(flat), 'image')} beside the class folders, in none of them: "
-            f"{listed(dict.fromkeys(flat, ''))}"
+            f": {counted(len(flat), 'image')} beside the class folders, in none of them: {listed(flat, LISTED)}",
+            flat,
         )
     return [Item(name, None if flat else shown(part[0])) for name, part in parts.items()]

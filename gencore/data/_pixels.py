@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gencore.data._formats import candidates, missing, shown
+from gencore.data._formats import candidates, missing
+from gencore.data._messages import shown
 from gencore.data._sources import MAX_PIXELS
 
 if TYPE_CHECKING:

@@ -8,14 +8,16 @@ import io
 import os
 import posixpath
 import stat
+import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-from gencore.data._formats import is_image, shown, suffix
+from gencore.data._formats import is_image, suffix
+from gencore.data._messages import LISTED, counted, listed, shown
 from gencore.data.base import DataError
 
 # A picture of more pixels is an accident or an attack, and so is a file of more bytes.
@@ -28,15 +30,15 @@ _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informat
 # A folder may be linked to from several places. From so many it only is where links go round.
 _MAX_VISITS = 100
 
-# Messages name so many files; the others are counted.
-NAMED = 10
-
 # What follows the last dot of a name and is longer is no suffix.
 _LONGEST_SUFFIX = 12
 
 _BUFFER = 1 << 16
 
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1
+# The record at the end of an archive: its fifth field is the number of files, of which it can say so many.
+_END, _END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
+_MANY = 0xFFFF
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Source:
         state: a hash of the names, sizes and times of all images, and of what else is listed here.
         names: the images, relative to ``where``, with ``/``, in the order of their parts.
         faults: those of them that cannot be opened, and why.
-        left_out: the number of other files, by kind.
+        others: the number of other files, by kind.
         folders: every folder.
         notes: what else is to be said.
         open: opens an image by its name.
@@ -58,14 +60,14 @@ class Source:
     state: str
     names: list[str] = field(compare=False)
     faults: dict[str, str] = field(compare=False)
-    left_out: Counter[str] = field(compare=False)
+    others: Counter[str] = field(compare=False)
     folders: set[str] = field(compare=False)
     notes: list[str] = field(compare=False)
     open: Callable[[str], IO[bytes]] = field(compare=False, repr=False)
 
-    def error(self, what: str, kind: type[DataError] = DataError) -> DataError:
-        """The error that names this source."""
-        return kind(f"data set images: {shown(str(self.where))}{what}")
+    def error(self, what: str, files: Iterable[str] = (), kind: type[DataError] = DataError) -> DataError:
+        """The error that names this source; ``files`` are those at fault."""
+        return kind(f"data set images: {shown(str(self.where))}{what}", tuple(files))
 
 
 @contextlib.contextmanager
@@ -99,7 +101,26 @@ def opened(path: Path) -> Iterator[Source]:
             # Damaged tables make it raise nearly anything.
             raise DataError(f"{where} is a damaged zip archive: {shown(str(error))}") from error
         with archive:
+            said, found = _members(file), len(archive.infolist())
+            if said not in (None, found & _MANY):
+                raise DataError(
+                    f"{where} is a damaged zip archive: {found} of {counted(said, 'file')} are listed in it"
+                )
             yield _archive(path, archive)
+
+
+def _members(file: IO[bytes]) -> int | None:
+    """The number of files that the end of an archive says there are, modulo 65536; None if it is said elsewhere.
+
+    Python's reader does not compare it with its list, and one wrong length there hides files.
+    """
+    file.seek(max(0, os.fstat(file.fileno()).st_size - _END.size - _MANY))
+    tail = file.read()
+    at = tail.rfind(_END_SIGNATURE)
+    if at < 0 or len(tail) - at < _END.size:
+        return None
+    number: int = _END.unpack_from(tail, at)[4]
+    return None if number == _MANY else number
 
 
 class _Listing:
@@ -108,7 +129,8 @@ class _Listing:
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.faults: dict[str, str] = {}
-        self.left_out: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+        self.hidden = 0
         self.folders: set[str] = set()
         self.closed: dict[str, str] = {}
         self.notes: list[str] = []
@@ -129,24 +151,26 @@ class _Listing:
     def leave(self, name: str) -> None:
         """A file that is no image."""
         end = suffix(name)
-        kind = "no suffix" if len(end) < 2 else end if len(end) <= _LONGEST_SUFFIX else "others"
-        self.left_out[kind] += 1
+        kind = "no suffix" if len(end) < 2 else end if len(end) <= _LONGEST_SUFFIX else "other suffixes"
+        self.others[kind] += 1
 
     def source(self, where: Path, opener: Callable[[str], IO[bytes]]) -> Source:
         names = sorted(self.names, key=lambda name: name.split("/"))
-        others = (sorted(self.faults.items()), sorted(self.left_out.items()), sorted(self.folders), self.notes)
+        if self.hidden:
+            self.notes.append(f"skipped {counted(self.hidden, 'hidden file or folder', 'hidden files and folders')}")
+        others = (sorted(self.faults.items()), sorted(self.others.items()), sorted(self.folders), self.notes)
         self.state.update(repr(others).encode())
         state = self.state.hexdigest()
-        source = Source(where, state, names, self.faults, self.left_out, self.folders, self.notes, opener)
+        source = Source(where, state, names, self.faults, self.others, self.folders, self.notes, opener)
         if self.closed:
-            raise source.error(f": cannot read {listed(self.closed)}")
+            raise source.error(f": cannot read {listed(self.closed, LISTED)}", self.closed)
         return source
 
 
 def _folder(where: Path) -> Source:
     listing = _Listing()
     visits: Counter[tuple[int, int]] = Counter()
-    loops: dict[str, str] = {}
+    loops: list[str] = []
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while waiting:
         prefix, above = waiting.pop()
@@ -160,7 +184,7 @@ def _folder(where: Path) -> Source:
             continue
         visits[place] += 1
         if place in above:
-            loops[prefix.rstrip("/")] = ""
+            loops.append(prefix.rstrip("/"))
             continue
         if visits[place] > _MAX_VISITS:
             raise DataError(
@@ -170,7 +194,7 @@ def _folder(where: Path) -> Source:
         for entry in entries:
             name = prefix + entry.name
             if _is_private(entry.name):
-                listing.left_out["hidden"] += 1
+                listing.hidden += 1
                 continue
             try:
                 if entry.is_dir():
@@ -189,7 +213,7 @@ def _folder(where: Path) -> Source:
                 else:  # it may lead to a folder of images
                     listing.closed[name] = reason
     if loops:
-        listing.notes.append(f"left out {counted(len(loops), 'link')} to a folder above: {listed(loops)}")
+        listing.notes.append(f"skipped {counted(len(loops), 'link')} to a folder above: {listed(loops)}")
     return listing.source(where, lambda name: open(where / name, "rb"))
 
 
@@ -208,7 +232,7 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
     listing.state.update(repr((info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)).encode())
     members: dict[str, zipfile.ZipInfo] = {}
     hidden: set[str] = set()
-    twice: dict[str, str] = {}
+    twice: Counter[str] = Counter()
     for member in archive.infolist():
         name = _member_name(member)
         parts = name.split("/")
@@ -216,7 +240,7 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
         if private is not None:
             hidden.add("/".join(parts[: private + 1]))
             continue
-        is_folder = member.filename.endswith(("/", "\\"))
+        is_folder = member.filename.endswith(("/", "\\")) and not member.file_size
         folder = name if is_folder else posixpath.dirname(name)
         while folder and folder not in listing.folders:
             listing.folders.add(folder)
@@ -230,7 +254,7 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
             listing.leave(name)
         else:
             if name in members:
-                twice[name] = ""
+                twice[name] += 1
             members[name] = member
             listing.faults.pop(name, None)
             listing.add(name, member.file_size, member.CRC, member.header_offset)
@@ -238,10 +262,10 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
                 listing.refuse(name, "a link, which is not followed in an archive")
             elif member.flag_bits & _ENCRYPTED:
                 listing.refuse(name, "encrypted")
-    if hidden:
-        listing.left_out["hidden"] = len(hidden)
+    listing.hidden = len(hidden)
     if twice:
-        listing.notes.append(f"took the later of two in the archive for {counted(len(twice), 'name')}: {listed(twice)}")
+        number = counted(sum(twice.values()), "file of the archive", "files of the archive")
+        listing.notes.append(f"skipped {number}: a later one has the same name: {listed(list(twice))}")
 
     def opener(name: str) -> IO[bytes]:
         # Headers are read a few bytes at a time, for which the archive's own reader is slow.
@@ -267,15 +291,3 @@ def _is_private(part: str) -> bool:
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     return kinds.get(stat.S_IFMT(mode), "no regular file")
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 file``, ``2 files``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def listed(reasons: Mapping[str, str]) -> str:
-    """The first names, each with its reason if it has one, and how many more there are."""
-    named = [shown(name) + (f" ({reasons[name]})" if reasons[name] else "") for name in list(reasons)[:NAMED]]
-    more = len(reasons) - len(named)
-    return ", ".join(named) + (f" and {more} more" if more else "")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +20,9 @@ from torch import Tensor
 
 from gencore import plugins
 from gencore.config import Config, ConfigError
+from gencore.data._messages import listed, shown
 from gencore.models.base import Batch
+from gencore.progress import Progress
 
 Split = Literal["train", "test"]
 
@@ -26,9 +32,26 @@ MAX_BYTES = 32 << 30
 # Pixels are hashed in pieces of about this many bytes.
 _PIECE = 1 << 24
 
+# Reading that takes no longer than this many seconds shows no bar.
+_QUICK = 1.0
+
+_showing: ContextVar[bool] = ContextVar("gencore.data.showing_progress", default=False)
+
 
 class DataError(ValueError):
-    """A data set cannot be read: the message names the file (or the option) and what is wrong with it."""
+    """A data set cannot be read: the message names the file (or the option) and what is wrong with it.
+
+    Args:
+        message: one line.
+        files: the files at fault, if they are many, relative to the data set's path.
+
+    Attributes:
+        files: all of them, also where the message names the first ones only; empty if the message says all.
+    """
+
+    def __init__(self, message: str, files: Sequence[str] = ()):
+        super().__init__(message)
+        self.files = tuple(files)
 
 
 class MissingSplitError(DataError):
@@ -43,11 +66,11 @@ class ImageDataset:
         split: ``"train"`` or ``"test"``.
         images: (N, C, H, W) uint8.
         labels: (N,) int64 in [0, len(class_names)), or None.
-        class_names: the name of every class; empty without labels.
-        notes: what a user should know of how the files were read, a line each: what was left out, what was skipped.
+        class_names: the name of every class, all different; empty without labels.
+        notes: what a user should know of how the files were read, a line each, such as what was skipped.
 
     Raises:
-        TypeError: a tensor of another dtype.
+        TypeError: a tensor of another dtype, or a class name that is no string.
         ValueError: shapes, labels or class names that do not fit together, or no image at all.
     """
 
@@ -65,22 +88,22 @@ class ImageDataset:
             raise TypeError(f"images must be uint8, got {images.dtype}")
         if images.dim() != 4 or images.numel() == 0:
             raise ValueError(f"images must be of shape (N, C, H, W) and not empty, got {tuple(images.shape)}")
+        self.class_names = _checked_names(class_names)
         if labels is None:
-            if class_names:
-                raise ValueError(f"class_names must be empty without labels, got {len(class_names)} names")
+            if self.class_names:
+                raise ValueError(f"class_names must be empty without labels, got {len(self.class_names)} names")
         else:
             if labels.dtype != torch.int64:
                 raise TypeError(f"labels must be int64, got {labels.dtype}")
             if labels.shape != images.shape[:1]:
                 raise ValueError(f"labels must be of shape ({len(images)},), got {tuple(labels.shape)}")
             low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= len(class_names):
-                raise ValueError(f"labels must be in [0, {len(class_names)}), got {low} to {high}")
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"labels must be in [0, {self.num_classes}), got {low} to {high}")
         self.name = name
         self.split: Split = split
         self.images = images
         self.labels = labels
-        self.class_names = tuple(class_names)
         self.notes = tuple(notes)
 
     @property
@@ -175,22 +198,76 @@ def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> 
     return dataset
 
 
-def check(spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """Reads every split but ``"train"``, so that its faults are known before a training begins; returns its notes.
+def check(train: ImageDataset, spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Reads the other splits of the data set that ``train`` was loaded from, so that their faults are known before a
+    training begins; returns their notes.
 
     A split without images is a note: it is a fault for what needs that split only.
 
+    Args:
+        train: the split to train on.
+        spec, settings: as :func:`load` took them.
+
     Raises:
-        PluginError, ConfigError, DataError: as :func:`load`.
+        PluginError, ConfigError: as :func:`load`.
+        DataError: as :func:`load`; or a split has another image shape or other class names than ``train``, or one of
+            them has labels and the other has none.
     """
+    if not isinstance(train, ImageDataset):
+        raise TypeError(f"train must be an ImageDataset, got {type(train).__name__}")
     notes: list[str] = []
     for split in typing.get_args(Split):
-        if split != "train":
+        if split != train.split:
             try:
-                notes += load(spec, split, settings).notes
+                notes += _agreeing(train, spec, split, settings)
             except MissingSplitError as error:
                 notes.append(str(error))
     return tuple(notes)
+
+
+def _agreeing(train: ImageDataset, spec: str, split: Split, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The notes of another split, whose pixels are freed on return."""
+    other = load(spec, split, settings)
+    faults = []
+    if other.image_shape != train.image_shape:
+        ours, theirs = ("x".join(map(str, images.image_shape)) for images in (train, other))
+        faults.append(f"images are {ours} in {train.split}, {theirs} in {split}")
+    if (other.labels is None) != (train.labels is None):
+        faults.append(f"only {train.split if other.labels is None else split} has labels")
+    else:
+        faults += _other_names(train, other)
+    if faults:
+        name = spec.partition(":")[0]
+        raise DataError(f"data set {name}: the splits {train.split} and {split} differ: {'; '.join(faults)}")
+    return other.notes
+
+
+def _other_names(train: ImageDataset, other: ImageDataset) -> list[str]:
+    """How the class names of two splits differ."""
+    faults = []
+    for one, another in ((train, other), (other, train)):
+        there = set(another.class_names)
+        if alone := [name for name in one.class_names if name not in there]:
+            faults.append(f"only {one.split} has {'class' if len(alone) == 1 else 'the classes'} {listed(alone)}")
+    for i, (ours, theirs) in enumerate(zip(train.class_names, other.class_names, strict=False)):
+        if ours != theirs and not faults:
+            faults.append(f"class {i} is {shown(ours)} in {train.split}, {shown(theirs)} in {other.split}")
+    return faults
+
+
+@contextlib.contextmanager
+def showing_progress() -> Iterator[None]:
+    """Within it, reading that takes long is shown on stderr: by a bar on a terminal, else by a line every so often."""
+    token = _showing.set(True)
+    try:
+        yield
+    finally:
+        _showing.reset(token)
+
+
+def progress(total: int, *, name: str, unit: str) -> Progress:
+    """What a data set's ``load`` tells how far it is; shown within :func:`showing_progress` only."""
+    return Progress(total, name=name, unit=unit, shown=_showing.get(), delay=_QUICK)
 
 
 def settings_type(spec: str) -> type[Config] | None:
@@ -209,23 +286,68 @@ def check_split(split: str) -> None:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
 
 
+def absolute_spec(spec: str) -> str:
+    """``name:path`` with an absolute path without links, which names the same data set from any folder.
+
+    Nothing is read, and neither the data set nor the path needs to exist. Without a path it is ``spec`` itself.
+
+    Raises:
+        DataError: no such path can be.
+    """
+    name, path = _parted(spec)
+    if not path:
+        return spec
+    place = _path(path)
+    try:
+        return f"{name}:{os.path.realpath(place)}"
+    except (OSError, ValueError, RuntimeError) as error:
+        # The folder we are in may be gone; and links may lead on and on.
+        raise DataError(f"data set {name}: cannot find the path {path!r}: {error}") from error
+
+
 def _named(spec: str) -> tuple[DatasetPlugin, str]:
+    name, path = _parted(spec)
+    return plugins.load_dataset(name), path
+
+
+def _parted(spec: str) -> tuple[str, str]:
+    """The name and the path, which is empty if there is none."""
     if not isinstance(spec, str):
         raise TypeError(f"spec must be a string, name or name:path, got {type(spec).__name__}")
     name, colon, path = spec.partition(":")
-    plugin = plugins.load_dataset(name)
     if colon and not path:
         raise DataError(f"the path after {name}: must not be empty")
-    return plugin, path
+    return name, path
 
 
 def _path(text: str) -> Path:
     if "\0" in text:
         raise DataError(f"a path cannot hold a zero byte, got {text!r}")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{text}: {error}") from error
+        os.fsencode(text)
+    except UnicodeError as error:
+        raise DataError(f"a path cannot hold the characters of {text!r}: {error}") from error
+    # Not the method of Path, which forgets the "./" of a folder that is called like a user.
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise DataError(
+            f"the path {text!r} begins with the home directory of a user who is not known; write {'./' + text!r} for a "
+            "folder of that name"
+        )
+    return Path(expanded)
+
+
+def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a sequence of names, got the string {class_names!r}")
+    names = tuple(class_names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"class_names must be strings, got {name!r} of type {type(name).__name__}")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"class_names must be distinct, got {name!r} {count} times")
+    return tuple(map(str, names))
 
 
 def _configured(plugin: DatasetPlugin, settings: Mapping[str, Any]) -> Config | None:

@@ -7,8 +7,9 @@ Layouts, with any one folder around all of it::
     1.png 2.png                                no classes (also below train/ and test/, or all in one folder)
 
 Splits are called train or training, test or testing, and val, valid, validation or dev, in any case. Where there is no
-test split beside train, validation is; beside test it is left out. Any other folder beside train is refused: it might
-be a class or a split. Folders inside a class belong to it.
+test split beside train, validation is; beside test it is skipped. Folders that look like splits but are called
+otherwise are refused, and so are others beside train, which may be classes or splits; but where all folders hold images
+alone and none may be a test split, train is a class, as bus and car are. Folders inside a class belong to it.
 
 Every image must have the same size, or is given it by the setting ``size``. If all are gray the data set has one
 channel, else three. An archive is read in place, never extracted. The split of a layout without train and test goes by
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
@@ -29,13 +30,17 @@ import torch
 from torch import Tensor
 
 from gencore.config import Config, field
-from gencore.data._formats import shown
 from gencore.data._layout import Item, Layout, laid_out
+from gencore.data._messages import LISTED, NAMED, counted, listed, shown
 from gencore.data._pixels import BadImageError, Header, decoded, header, reason_of
-from gencore.data._sources import NAMED, Source, counted, listed, opened
-from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
+from gencore.data._sources import Source, opened
+from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split, progress
+from gencore.progress import Progress
 
 _Read = TypeVar("_Read")
+
+# What the images of a split are called.
+_KIND: dict[Split, str] = {"train": "training image", "test": "test image"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class ImageSettings(Config):
     size: int | None = field(
         None, ge=1, le=8192, doc="resize the shorter side to this and crop the middle, so that images may have any size"
     )
-    skip_bad: bool = field(False, doc="leave out images that cannot be read, and say how many")
+    skip_bad: bool = field(False, doc="skip images that cannot be read, and say how many")
 
 
 class _Survey(NamedTuple):
@@ -64,7 +69,7 @@ def load_images(
     Args:
         path: the folder or the archive.
         split: ``"train"`` or ``"test"``.
-        settings: a common size, and whether images that cannot be read are left out.
+        settings: a common size, and whether images that cannot be read are skipped.
         labelled: whether folders are classes; if not, all images are one data set without labels.
 
     Raises:
@@ -87,58 +92,64 @@ def _load(source: Source, split: Split, settings: ImageSettings, labelled: bool)
         raise _refusal(source, survey, survey.bad, decoded_already=())
     items = survey.layout.splits[split]
     if not items:
-        raise source.error(f" holds no images to {split} with", MissingSplitError)
+        raise source.error(f" has no {_KIND[split]}s", kind=MissingSplitError)
     shape = _common_shape(source, survey, settings.size)
     readable = [item for item in items if item.name not in survey.bad]
-    pixels, kept, bad = _decoded(source, readable, shape, settings.size)
+    pixels, kept, bad = _decoded(source, split, readable, shape, settings.size)
     if bad and not settings.skip_bad:
-        raise _refusal(source, survey, bad, decoded_already=[item.name for item in readable])
+        raise _refusal(source, survey, bad, decoded_already={item.name for item in readable})
     bad = {**{item.name: survey.bad[item.name] for item in items if item.name in survey.bad}, **bad}
     class_names = survey.layout.class_names if labelled and len(survey.layout.class_names) > 1 else []
     if lost := _lost(survey, split, kept, class_names):
         kind = DataError if kept else MissingSplitError
-        raise source.error(f": {lost} to {split} with can be read: {listed(bad)}", kind)
+        raise source.error(f": {lost} can be read: {listed(bad, LISTED)}", bad, kind)
     labels = None
     if class_names:
         index = {name: i for i, name in enumerate(class_names)}
         labels = torch.tensor([index[item.class_name] for item in kept if item.class_name is not None])
     notes = list(survey.layout.notes)
     if bad:
-        notes.append(f"skipped {counted(len(bad), 'image')} to {split} with that cannot be read: {listed(bad)}")
+        notes.append(f"skipped {counted(len(bad), _KIND[split])} that cannot be read: {listed(bad)}")
     if settings.size is not None:
         headers = {item.name: survey.headers[item.name] for item in kept}
         small = {n: f"{h.width}x{h.height}" for n, h in headers.items() if min(h.width, h.height) < settings.size}
         if small:
             below = f"smaller than {settings.size}x{settings.size}"
-            notes.append(f"enlarged {counted(len(small), 'image')} to {split} with that were {below}: {listed(small)}")
+            notes.append(f"enlarged {counted(len(small), _KIND[split])} {below}: {listed(small)}")
     name = shown(source.where.absolute().stem)
     return ImageDataset(name, split, torch.from_numpy(pixels), labels, class_names, notes)
 
 
 def _decoded(
-    source: Source, items: list[Item], shape: tuple[int, int, int], size: int | None
+    source: Source, split: Split, items: list[Item], shape: tuple[int, int, int], size: int | None
 ) -> tuple[np.ndarray, list[Item], dict[str, str]]:
     """The pixels of those of the items that can be decoded, these items, and why the others cannot."""
     channels, height, width = shape
     bytes_needed = len(items) * channels * height * width
     if bytes_needed > MAX_BYTES:
         raise source.error(
-            f": {len(items)} images of {width}x{height} need {bytes_needed} bytes; images are kept in memory, at most "
-            f"{MAX_BYTES} bytes of them"
+            f": {counted(len(items), 'image')} of {width}x{height} would need {bytes_needed} bytes; images are kept in "
+            f"memory, at most {MAX_BYTES} bytes of them"
         )
     pixels = np.empty((len(items), *shape), dtype=np.uint8)
     kept: list[Item] = []
     bad: dict[str, str] = {}
-    for item in items:
-        image = _attempt(source, item.name, lambda stream, name: decoded(stream, name, channels, size), bad)
-        if image is None:
-            continue
-        if image.shape == shape:
-            pixels[len(kept)] = image
-            kept.append(item)
-        else:
-            bad[item.name] = f"{image.shape[2]}x{image.shape[1]} once decoded, not {width}x{height}"
+    with _progress(source, split, len(items)) as told:
+        for item in items:
+            image = _attempt(source, item.name, lambda stream, name: decoded(stream, name, channels, size), bad)
+            told.update()
+            if image is None:
+                continue
+            if image.shape == shape:
+                pixels[len(kept)] = image
+                kept.append(item)
+            else:
+                bad[item.name] = f"{image.shape[2]}x{image.shape[1]} once decoded, not {width}x{height}"
     return pixels[: len(kept)], kept, bad
+
+
+def _progress(source: Source, what: str, images: int) -> Progress:
+    return progress(images, name=f"reading {shown(source.where.absolute().name)}, {what}", unit="image")
 
 
 # The survey is that of both splits, and reading one after the other needs it twice.
@@ -147,11 +158,14 @@ def _surveyed(source: Source) -> _Survey:
     layout = laid_out(source)
     headers: dict[str, Header] = {}
     bad: dict[str, str] = {}
-    for name in _names(layout):
-        if name in source.faults:
-            bad[name] = source.faults[name]
-        elif (found := _attempt(source, name, header, bad)) is not None:
-            headers[name] = found
+    names = _names(layout)
+    with _progress(source, "headers", len(names)) as told:
+        for name in names:
+            if name in source.faults:
+                bad[name] = source.faults[name]
+            elif (found := _attempt(source, name, header, bad)) is not None:
+                headers[name] = found
+            told.update()
     return _Survey(layout, headers, bad)
 
 
@@ -177,7 +191,8 @@ def _attempt(source: Source, name: str, read: Callable[[IO[bytes], str], _Read],
 def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[int, int, int]:
     """Channels, height and width of all images."""
     if not survey.headers:
-        raise source.error(f": none of {counted(len(survey.bad), 'image')} can be read: {listed(survey.bad)}")
+        number = counted(len(survey.bad), "image")
+        raise source.error(f": none of {number} can be read: {listed(survey.bad, LISTED)}", survey.bad)
     channels = 1 if all(found.gray for found in survey.headers.values()) else 3
     if size is not None:
         return channels, size, size
@@ -190,34 +205,38 @@ def _common_shape(source: Source, survey: _Survey, size: int | None) -> tuple[in
         more = f" and {counted(len(sizes) - NAMED, 'other size')}" if len(sizes) > NAMED else ""
         raise source.error(
             f": all images must have one size (width x height), but {', '.join(said)}{more}; "
-            "--set data.size=64 takes images of any size: it resizes and crops them"
+            "--set data.size=64 takes images of any size: it resizes and crops them",
+            [name for _, names in common[1:] for name in names],
         )
     (width, height) = next(iter(sizes))
     return channels, height, width
 
 
-def _refusal(source: Source, survey: _Survey, bad: dict[str, str], decoded_already: Iterable[str]) -> DataError:
+def _refusal(source: Source, survey: _Survey, bad: dict[str, str], decoded_already: Container[str]) -> DataError:
     """The error that names all images of both splits that cannot be read, given those that are known."""
-    bad, passed = dict(bad), set(decoded_already)
+    bad = dict(bad)
     names = _names(survey.layout)
-    for name in names:
-        if name not in bad and name not in passed and name not in survey.bad:
+    rest = [name for name in names if name not in bad and name not in decoded_already and name not in survey.bad]
+    with _progress(source, "to list all bad files", len(rest)) as told:
+        for name in rest:
             _attempt(source, name, lambda stream, name: decoded(stream, name, 3, None), bad)
+            told.update()
     ordered = {name: bad[name] for name in names if name in bad}
     return source.error(
-        f": {len(bad)} of {counted(len(names), 'image')} cannot be read: {listed(ordered)}; "
-        "--set data.skip_bad=true leaves them out"
+        f": {len(bad)} of {counted(len(names), 'image')} cannot be read: {listed(ordered, LISTED)}; "
+        "--set data.skip_bad=true skips them",
+        ordered,
     )
 
 
 def _lost(survey: _Survey, split: Split, kept: list[Item], class_names: list[str]) -> str | None:
     """What nothing is left of: the split, or a class of it that no other split has either."""
     if not kept:
-        return "no image"
+        return f"no {_KIND[split]}"
     had = {item.class_name for item in survey.layout.splits[split]}
     others = set() if split == "train" else {item.class_name for item in survey.layout.splits["train"]}
     lost = [name for name in class_names if name in had - others - {item.class_name for item in kept}]
-    return f"no image of {', '.join(lost)}" if lost else None
+    return f"no {_KIND[split]} of {'class' if len(lost) == 1 else 'classes'} {listed(lost, LISTED)}" if lost else None
 
 
 def read_image(path: Path) -> Tensor:

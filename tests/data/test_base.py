@@ -1,3 +1,6 @@
+import os
+import pickle
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +50,22 @@ def test_pixels_span_zero_to_one():
         (("toy", "train", PIXELS, None, ("a",)), ValueError, "class_names must be empty without labels, got 1"),
         (("toy", "train", PIXELS, LABELS.int(), ("a", "b")), TypeError, "labels must be int64, got torch.int32"),
         (("toy", "train", PIXELS, LABELS[:2], ("a", "b")), ValueError, r"labels must be of shape \(5,\), got \(2,\)"),
+        (("toy", "train", PIXELS, LABELS, [1, 2]), TypeError, "class_names must be strings, got 1 of type int"),
+        (
+            ("toy", "train", PIXELS, LABELS, ["a", None]),
+            TypeError,
+            "class_names must be strings, got None of type None",
+        ),
+        (
+            ("toy", "train", PIXELS, LABELS, "ab"),
+            TypeError,
+            "class_names must be a sequence of names, got the string 'ab'",
+        ),
+        (
+            ("toy", "train", PIXELS, LABELS, ["a", "b", "a"]),
+            ValueError,
+            "class_names must be distinct, got 'a' 2 times",
+        ),
         (("toy", "train", PIXELS, LABELS, ("a",)), ValueError, r"labels must be in \[0, 1\), got 0 to 1"),
     ],
 )
@@ -145,13 +164,17 @@ def test_check_reads_every_other_split(offer):
         return ImageDataset("toy", split, PIXELS, notes=[f"{split} is odd"])
 
     offer(DatasetPlugin("toy", read))
-    assert data.check("toy") == ("test is odd",)
-    assert seen == ["test"]
+    assert data.check(load("toy", "train"), "toy") == ("test is odd",)
+    assert data.check(load("toy", "test"), "toy") == ("train is odd",)
+    assert seen == ["train", "test", "test", "train"]
+    with pytest.raises(TypeError, match="train must be an ImageDataset, got str"):
+        data.check("toy", {})
 
 
 def test_check_passes_over_a_missing_split_but_over_no_fault(offer):
     offer(DatasetPlugin("toy", configured, settings=ToySettings))
-    assert data.check("toy", {"bright": 2}) == ("toy has no test split",)
+    train = load("toy", "train")
+    assert data.check(train, "toy", {"bright": 2}) == ("toy has no test split",)
     with pytest.raises(MissingSplitError, match="toy has no test split"):
         load("toy", "test")
 
@@ -160,7 +183,55 @@ def test_check_passes_over_a_missing_split_but_over_no_fault(offer):
 
     offer(DatasetPlugin("toy", damaged))
     with pytest.raises(DataError, match=r"x.png is damaged"):
-        data.check("toy")
+        data.check(train, "toy")
+
+
+WIDE = PIXELS.reshape(5, 1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ((PIXELS,), (WIDE,), "images are 1x2x3 in train, 1x3x2 in test"),
+        ((PIXELS,), (PIXELS, LABELS, "ab"), "only test has labels"),
+        ((PIXELS, LABELS, "ab"), (PIXELS,), "only train has labels"),
+        ((PIXELS, LABELS, "ab"), (PIXELS, LABELS, "ac"), "only train has class b; only test has class c"),
+        ((PIXELS, LABELS, "ab"), (PIXELS, LABELS, "abcd"), "only test has the classes c, d"),
+        ((PIXELS, LABELS, "abc"), (PIXELS, LABELS, "acb"), "class 1 is b in train, c in test"),
+        ((PIXELS, LABELS, "ab"), (WIDE,), "images are 1x2x3 in train, 1x3x2 in test; only train has labels"),
+    ],
+)
+def test_splits_that_differ_are_refused(offer, train, test, message):
+    given = {"train": train, "test": test}
+
+    def read(path, split):
+        pixels, labels, names = (*given[split], None, ())[:3]
+        return ImageDataset("toy", split, pixels, labels, tuple(names))
+
+    offer(DatasetPlugin("toy", read))
+    with pytest.raises(DataError) as info:
+        data.check(load("toy:path", "train"), "toy:path")
+    assert str(info.value) == f"data set toy: the splits train and test differ: {message}"
+
+
+def test_the_pixels_of_other_splits_are_freed(offer):
+    kept = []
+
+    def read(path, split):
+        images = ImageDataset("toy", split, PIXELS.clone())
+        kept.append(weakref.ref(images))
+        return images
+
+    offer(DatasetPlugin("toy", read))
+    train = load("toy", "train")
+    data.check(train, "toy")
+    assert [reference() for reference in kept] == [train, None]
+
+
+def test_errors_keep_the_files_at_fault():
+    error = pickle.loads(pickle.dumps(DataError("two are bad", ["a.png", "b.png"])))
+    assert (str(error), error.files) == ("two are bad", ("a.png", "b.png"))
+    assert MissingSplitError("toy has no test split").files == ()
 
 
 def test_the_fingerprint_is_of_pixels_labels_and_class_names():
@@ -200,8 +271,53 @@ def test_too_little_memory_is_no_fault_of_the_plugin(offer):
         load("toy", "train")
 
 
-@pytest.mark.parametrize("path", ["a\0b", "~nobody_of_this_name/x"])
+@pytest.mark.parametrize("path", ["a\0b", "~nobody_of_this_name/x", "a\ud800b"])
 def test_paths_that_cannot_be(offer, path):
     offer(DatasetPlugin("toy", lambda path, split: (path / "x").read_bytes()))
-    with pytest.raises(DataError, match=r"zero byte|nobody_of_this_name"):
-        load(f"toy:{path}", "train")
+    for function in (lambda spec: load(spec, "train"), data.absolute_spec):
+        with pytest.raises(DataError, match=r"zero byte|~nobody_of_this_name|characters"):
+            function(f"toy:{path}")
+
+
+def test_absolute_specs_name_the_same_data_set_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    real = os.path.realpath(tmp_path)
+    for path, expected in {
+        "here": "here",
+        "link/x": "here/x",
+        "./link/../x:y": "x:y",
+        "~/x": "here/x",
+        "~": "here",
+        "./~nobody_of_this_name": "~nobody_of_this_name",
+        "not\nthere\udcff": "not\nthere\udcff",
+        "x" * 5000: "x" * 5000,
+    }.items():
+        spec = data.absolute_spec(f"toy:{path}")
+        assert spec == f"toy:{real}/{expected}"
+        assert data.absolute_spec(spec) == spec
+    assert data.absolute_spec("toy") == "toy"
+    with pytest.raises(DataError, match="the path after toy: must not be empty"):
+        data.absolute_spec("toy:")
+    with pytest.raises(TypeError, match="spec must be a string"):
+        data.absolute_spec(None)
+
+
+def test_links_that_lead_nowhere_have_absolute_specs(tmp_path, offer):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "0").symlink_to("gone")
+    for i in range(1500):
+        (tmp_path / f"{i + 1}").symlink_to(f"{i}")
+    offer(DatasetPlugin("toy", lambda path, split: path.read_bytes()))
+    for name in ("loop", "loop/x", "0", "1500"):
+        with pytest.raises(DataError):
+            load(data.absolute_spec(f"toy:{tmp_path}/{name}"), "train")
+
+
+def test_a_folder_that_is_gone_has_no_absolute_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getcwd", lambda: os.stat("/nowhere"))
+    with pytest.raises(DataError, match=r"data set toy: cannot find the path 'x': .*No such file"):
+        data.absolute_spec("toy:x")

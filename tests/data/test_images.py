@@ -6,7 +6,7 @@ import torch
 from data.pictures import decoded, encoded, png, write_folder
 from PIL import Image
 
-from gencore import data
+from gencore import data, progress
 from gencore.config import ConfigError
 from gencore.data import DataError, MissingSplitError, _pixels
 from gencore.data import images as module
@@ -34,15 +34,16 @@ def test_all_bad_files_of_both_splits_are_listed(broken, split):
     assert "3 of 16 images cannot be read: " in said
     assert "train/ape/0.png (no image" in said
     assert said.index("train/ape/0.png (") < said.index("train/cat/3.png (") < said.index("test/cat/1.png (")
-    assert said.endswith("; --set data.skip_bad=true leaves them out")
+    assert said.endswith("; --set data.skip_bad=true skips them")
+    assert info.value.files == ("train/ape/0.png", "train/cat/3.png", "test/cat/1.png")
 
 
 def test_bad_files_are_skipped_and_counted(broken):
     train, test = load_images(broken, "train", SKIP), load_images(broken, "test", SKIP)
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1])
     assert train.class_names == test.class_names == ("ape", "cat")
-    assert "skipped 2 images to train with that cannot be read: train/ape/0.png (no" in train.notes[0]
-    assert "skipped 1 image to test with that cannot be read: test/cat/1.png (" in test.notes[0]
+    assert "skipped 2 training images that cannot be read: train/ape/0.png (no" in train.notes[0]
+    assert "skipped 1 test image that cannot be read: test/cat/1.png (" in test.notes[0]
 
 
 def test_what_is_skipped_changes_no_split(make):
@@ -55,24 +56,32 @@ def test_what_is_skipped_changes_no_split(make):
         assert left == {image.numpy().tobytes() for image in images} - lost
 
 
-def test_many_bad_files_are_counted(make):
-    path = make({f"{i:02}.png": b"text" if i else png() for i in range(40)})
-    with pytest.raises(DataError, match=r"39 of 40 images .*: 01.png \(no .*, 10.png \([^()]*\) and 29 more; --set"):
+def test_all_bad_files_are_named_up_to_a_hundred(make):
+    names = [f"{i:03}.png" for i in range(140)]
+    path = make({name: png() if i < 35 else b"text" for i, name in enumerate(names)})
+    with pytest.raises(DataError, match=r": 105 of 140 images cannot be read: ") as info:
         load_images(path, "train")
+    assert sorted(info.value.files) == names[35:]
+    assert str(info.value).count(".png (") == 100
+    assert " and 5 more; --set" in str(info.value)
+    (note,) = load_images(path, "train", SKIP).notes
+    assert note.count(".png (") == 10
 
 
 @pytest.mark.parametrize("content", [b"text", CUT], ids=["header", "pixels"])
 def test_a_class_that_would_be_lost_is_named(make, content):
     path = make({f"{name}/{i}.png": png() if name == "cat" else content for name in ("cat", "dog") for i in range(4)})
-    with pytest.raises(DataError, match=r": no image of dog to train with can be read: dog/\d.png \("):
+    with pytest.raises(DataError, match=r": no training image of class dog can be read: dog/\d.png \(") as info:
         load_images(path, "train", SKIP)
+    assert {name.partition("/")[0] for name in info.value.files} == {"dog"}
     assert set(load_images(path, "test", SKIP).labels.tolist()) == {0}  # a class that is known all the same
 
 
 def test_nothing_that_can_be_read_is_an_error(make):
-    with pytest.raises(DataError, match=": none of 2 images can be read: "):
+    with pytest.raises(DataError, match=": none of 2 images can be read: ") as info:
         load_images(make({"1.png": b"text", "2.png": b"text"}), "train", SKIP)
-    with pytest.raises(MissingSplitError, match=r": no image to train with can be read: [12].png \("):
+    assert info.value.files == ("1.png", "2.png")
+    with pytest.raises(MissingSplitError, match=r": no training image can be read: [12].png \("):
         load_images(make({"1.png": CUT, "2.png": CUT}), "train", SKIP)
 
 
@@ -86,11 +95,12 @@ def test_sizes_that_differ_are_listed(make):
         "1 is 3x4 (train/3.png), 1 is 9x9 (test/1.png); "
         "--set data.size=64 takes images of any size: it resizes and crops them"
     )
+    assert info.value.files == ("train/1.png", "train/3.png", "test/1.png")
     images = load_images(path, "train", ImageSettings(size=4))
     assert images.image_shape == load_images(path, "test", ImageSettings(size=4)).image_shape == (3, 4, 4)
     assert images.notes == (
-        "enlarged 4 images to train with that were smaller than 4x4: train/0.png (4x3), train/1.png (5x3), train/2.png "
-        "(4x3), train/3.png (3x4)",
+        "enlarged 4 training images smaller than 4x4: train/0.png (4x3), train/1.png (5x3), train/2.png (4x3), "
+        "train/3.png (3x4)",
     )
 
 
@@ -98,9 +108,10 @@ def test_settings_by_the_name_of_the_data_set(broken):
     spec = f"images:{broken}"
     assert data.settings_type(spec) is ImageSettings
     assert len(data.load(spec, "train", {"skip_bad": True, "size": 2})) == 6
-    assert "skipped 1 image to test with" in data.check(spec, {"skip_bad": True, "size": 2})[0]
+    train = data.load(spec, "train", {"skip_bad": True})
+    assert "skipped 1 test image" in data.check(train, spec, {"skip_bad": True})[0]
     with pytest.raises(DataError, match="3 of 16 images cannot be read"):
-        data.check(spec)
+        data.check(train, spec)
     with pytest.raises(ConfigError) as info:
         data.load(spec, "train", {"size": 0, "skip_bad": "maybe", "crop": 3})
     assert [fault.split(": ")[0] for fault in info.value.faults] == ["data.crop", "data.size", "data.skip_bad"]
@@ -112,8 +123,7 @@ def test_headers_are_read_once_for_both_splits_and_pixels_once_each(make, monkey
     for name in ("header", "decoded"):
         function = getattr(_pixels, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, function=function: read.append(name) or function(*a))
-    data.load(f"images:{path}", "train")
-    data.check(f"images:{path}")
+    data.check(data.load(f"images:{path}", "train"), f"images:{path}")
     assert (read.count("header"), read.count("decoded")) == (20, 20)
 
 
@@ -134,6 +144,20 @@ def test_the_fingerprint_is_that_of_the_content(make, tmp_path):
     assert load_images(write_folder(tmp_path / "moved", files), "train").fingerprint == mark
     renamed = {name.replace("dog", "fox"): content for name, content in files.items()}
     assert load_images(write_folder(tmp_path / "renamed", renamed), "train").fingerprint != mark
+
+
+def test_reading_says_how_far_it_is_where_that_is_wanted(make, monkeypatch, capsys):
+    files = {f"{split}/{i}.png": png() for split in ("train", "test") for i in range(4)}
+    path = make({**files, "train/5.png": CUT})
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    with data.showing_progress(), pytest.raises(DataError, match="1 of 9 images cannot be read"):
+        data.load(f"images:{path}", "train")
+    told = capsys.readouterr().err
+    for what, count in (("headers", 9), ("train", 5), ("to list all bad files", 4)):
+        assert f"reading {path.name}, {what}: image 1 of {count} (" in told
+    with pytest.raises(DataError):
+        data.load(f"images:{path}", "train")
+    assert capsys.readouterr().err == ""
 
 
 def test_too_little_memory_is_no_fault_of_a_file(make, monkeypatch):

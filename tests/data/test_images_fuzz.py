@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gencore.data import DataError, ImageDataset, MissingSplitError
-from gencore.data._formats import shown
+from gencore.data import DataError, MissingSplitError
+from gencore.data._messages import shown
 from gencore.data.images import ImageSettings, load_images
 
 # Lossless, so that an image of one gray is known by it.
@@ -120,23 +121,36 @@ def check(path: Path, found: dict[str, File], chosen: ImageSettings) -> None:
 
 
 CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=6)
+SKIPPED = re.compile(r"skipped (\d+)|^(\d+) folders? holds? no image")
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(CHANGES, st.booleans())
 def test_a_damaged_archive_is_read_or_named(changes, skip):
     with tempfile.TemporaryDirectory() as folder:
-        images = {f"{name}/{i}.png": of_one_gray(9, KINDS[0], (4, 3)) for name in ("cat", "dog") for i in range(2)}
+        images = {f"{name}/{i}.png": of_one_gray(9, KINDS[0], (4, 3)) for name in ("cat", "dog") for i in range(4)}
         path = write_archive(Path(folder) / "set.zip", images)
         content = bytearray(path.read_bytes())
         for place, change in changes:
             content[int(place * len(content))] ^= change
         path.write_bytes(content)
+        read = 0
+        bad: set[str] = set()
+        notes: set[str] = set()
         for split in ("train", "test"):
-            said = str(path)
             try:
-                assert isinstance(load_images(path, split, ImageSettings(skip_bad=skip)), ImageDataset)
+                found = load_images(path, split, ImageSettings(skip_bad=skip))
             except DataError as error:
-                said = str(error)
+                said, bad = str(error), bad | set(error.files)
+                stopped = not isinstance(error, MissingSplitError)
+            else:
+                assert found.images.unique().tolist() == [9]
+                said, stopped = str(path), False
+                read += len(found)
+                notes |= set(found.notes)
             assert str(path) in said
             assert "\n" not in said
+            if stopped:
+                return
+        skipped = sum(int(number[1] or number[2]) for number in map(SKIPPED.search, notes) if number)
+        assert read + len(bad) + skipped == len(images), (read, bad, notes)

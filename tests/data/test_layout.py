@@ -88,7 +88,7 @@ def test_validation_beside_test_is_left_out_and_said(make):
     files = {**set_of("train", "test"), "Val/cat/1.png": png(value=90)}
     path = make(files)
     assert (values(path, "train"), values(path, "test")) == (([10], 4), ([200], 4))
-    assert load_images(path, "train").notes == ("left out Val, 1 image: test is the test split",)
+    assert load_images(path, "train").notes == ("skipped 1 image in Val: test is the test split",)
 
 
 def test_folders_inside_a_class_belong_to_it(make):
@@ -110,14 +110,14 @@ def test_folders_without_an_image_are_named(make):
         {"cat/1.png": png(), "cat/2.png": png(), "dog/1.heic": b"x", "dog/old/2.heic": b"x", "list/a.TXT": b"x"}
     )
     assert load_images(path, "train").notes == (
-        "left out 3 files not called like an image: .heic 2, .txt 1",
-        "found no image in 2 folders: dog, list",
+        "skipped 3 files without an image suffix: .heic 2, .txt 1",
+        "2 folders hold no image: dog, list",
     )
 
 
 def test_an_empty_folder_is_named(tmp_path):
     path = write_folder(tmp_path, {"cat/1.png": png(), "cat/2.png": png(), "dog/": b""})
-    assert load_images(path, "train").notes == ("found no image in 1 folder: dog",)
+    assert load_images(path, "train").notes == ("1 folder holds no image: dog",)
 
 
 def test_classes_that_differ_in_case_alone_are_said(make):
@@ -129,7 +129,7 @@ def test_classes_that_differ_in_case_alone_are_said(make):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["notes.txt"], "holds no images; left out 1 file not called like an image: .txt 1"),
+        (["notes.txt"], "has no images; skipped 1 file without an image suffix: .txt 1"),
         (["1.png", "2.png", "a/1.png"], "2 images beside the class folders, in none of them: 1.png, 2.png"),
         (["train/a/1.png", "train/b/1.png", "test/1.png"], "has class folders in one split, but not in test"),
         (["train/a/1.png", "train/b/1.png", "VAL/1.png"], "has class folders in one split, but not in VAL"),
@@ -140,9 +140,13 @@ def test_classes_that_differ_in_case_alone_are_said(make):
         (["train/1.png", "Training/1.png", "test/1.png"], "folders that mean the same split: Training, train"),
         (["train/1.png", "val/1.png", "valid/1.png"], "folders that mean the same split: val, valid"),
         (["test/1.png", "val/1.png"], "has the folders test, val, but none that is called train"),
-        (["train2017/1.png", "val2017/1.png"], "folders that look like splits: train2017, val2017; call them train"),
+        (["test_2017/1.png", "val_2017/1.png"], "has the folders test_2017, val_2017, but none that is called train"),
+        (["train2017/1.png", "val2017/1.png"], "look like splits: train2017, val2017; if they are splits"),
+        (["train/1.png", "extra/1.png"], "folders beside train that may be classes or splits: extra;"),
+        (["train/1.png", "bus/1.png", "mytest/1.png"], "folders beside train that may be .*: bus, mytest;"),
         (["trainA/1.png", "trainB/1.png", "testA/1.png"], "folders that look like splits: trainA, trainB, testA;"),
         (["cat/train/1.png", "dog/test/1.png"], "folders inside other folders that look like splits: train, test;"),
+        (["cat/x/y/my_train/1.png", "dog/my_test/1.png"], "inside other folders that look .*: my_train, my_test;"),
     ],
 )  # fmt: skip
 def test_folders_that_do_not_fit_together(make, names, message):
@@ -153,13 +157,67 @@ def test_folders_that_do_not_fit_together(make, names, message):
         assert str(path) in str(info.value)
 
 
-def test_classes_that_begin_like_splits_are_classes(make):
-    names = ("trainer", "tests", "valley", "train")
-    assert load_images(make({f"{n}/{i}.png": png() for n in names[:3] for i in "12"}), "train").num_classes == 3
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("trainset", "testset"),
+        ("traindata", "testdata"),
+        ("1_train", "2_test"),
+        ("my_train", "my_test"),
+        ("xtrain", "xtest"),
+        ("X_train", "X_test"),
+        ("train_images", "val_images"),
+        ("Train_Set", "Test_Set"),
+        ("Training Set", "Test Set"),
+        ("dataset-train", "dataset-test"),
+        ("DatasetTrain", "DatasetTest"),
+        ("TRAINset", "TESTset"),
+        ("trainImages", "validationImages"),
+        ("train80", "20test"),
+        ("trainval", "test"),
+        ("train.full", "evaluation"),
+        ("seg_train", "dev"),
+        ("mytrain", "mytest"),
+        ("catstrain", "catsvalid"),
+        ("train-été", "test-été"),
+        ("trn", "tst"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("more/1.png",)], ids=["alone", "more"])
+def test_folders_that_look_like_splits_are_no_classes(make, train, test, more):
+    path = make({**set_of(train, test), **{name: png() for name in more}})
+    with pytest.raises(DataError, match=r"look like splits: .*; if they are splits, call them train and test") as info:
+        load_images(path, "train")
+    assert train in str(info.value)
+    assert test in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("trainer", "tests", "valley"),
+        ("trainer", "tester"),
+        ("training_shoes", "boots"),
+        ("bullet_train", "bus", "contest"),
+        ("strain", "restaurant", "carnival"),
+        ("test_tube", "beaker"),
+        ("trainA", "trainB"),
+    ],
+)
+def test_classes_that_are_called_nearly_like_splits(make, names):
+    path = make({f"{name}/{i}.png": png() for name in names for i in "12"})
+    data = load_images(path, "train")
+    assert (data.class_names, data.notes) == (tuple(sorted(names)), ())
+
+
+def test_train_may_be_a_class_of_vehicles(make):
+    data = load_images(make({f"{name}/{i}.png": png() for name in ("bus", "car", "train") for i in "12"}), "train")
+    assert data.class_names == ("bus", "car", "train")
+    assert data.notes == ("train is a class, as there is no test folder beside it, but bus, car",)
 
 
 def test_one_image_has_no_test_split(make):
     path = make({"1.png": png()})
     assert len(load_images(path, "train")) == 1
-    with pytest.raises(MissingSplitError, match="holds no images to test with"):
+    with pytest.raises(MissingSplitError, match="has no test images"):
         load_images(path, "test")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gencore import data
 from gencore.data import DataError, MissingSplitError
 from gencore.data.mnist import load_mnist, read_idx
 
@@ -34,11 +35,19 @@ def test_reads(folder, compressed, split):
         for file in list(folder.iterdir()):
             Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
             file.unlink()
-    data = load_mnist(folder, split)
-    assert data.image_shape == (1, 5, 4)
-    assert np.array_equal(data.images.squeeze(1).numpy(), IMAGES)
-    assert np.array_equal(data.labels.numpy(), LABELS)
-    assert data.class_names == tuple("0123456789")
+    images = load_mnist(folder, split)
+    assert images.image_shape == (1, 5, 4)
+    assert np.array_equal(images.images.squeeze(1).numpy(), IMAGES)
+    assert np.array_equal(images.labels.numpy(), LABELS)
+    assert images.class_names == tuple("0123456789")
+
+
+def test_a_test_split_of_other_size_is_found_before_training(folder):
+    spec = f"mnist:{folder}"
+    assert data.check(data.load(spec, "train"), spec) == ()
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(IMAGES[:, :4]))
+    with pytest.raises(DataError, match="splits train and test differ: images are 1x5x4 in train, 1x4x4 in test"):
+        data.check(data.load(spec, "train"), spec)
 
 
 def test_reads_the_name_with_a_dot_and_gzip_without_suffix(folder):

@@ -30,10 +30,11 @@ def test_other_files_are_left_out_and_counted(make):
     )
     data = load_images(make({"a/1.png": png(), "b/1.PNG": png(), **dict.fromkeys(others, b"")}), "train")
     assert len(data) == 2
-    assert len(data.notes) == 1
-    what, _, kinds = data.notes[0].partition(": ")
-    assert what == "left out 9 files not called like an image"
-    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "hidden 3", "no suffix 1", "others 1"]
+    hidden, others = data.notes
+    assert hidden == "skipped 3 hidden files and folders"
+    what, _, kinds = others.partition(": ")
+    assert what == "skipped 6 files without an image suffix"
+    assert sorted(kinds.split(", ")) == [".db 1", ".ini 1", ".txt 2", "no suffix 1", "other suffixes 1"]
 
 
 def test_other_paths(tmp_path):
@@ -84,7 +85,7 @@ def test_links_to_folders_are_followed_but_not_for_ever(tmp_path):
     (tmp_path / "data/dogs/loop").symlink_to(tmp_path / "data")
     data = load_images(tmp_path / "data", "train")
     assert data.class_names == ("cats", "dogs")
-    assert data.notes == ("left out 1 link to a folder above: dogs/loop",)
+    assert data.notes == ("skipped 1 link to a folder above: dogs/loop",)
 
 
 @posix
@@ -109,13 +110,16 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed)
     assert refused(tmp_path, "cannot read").count("(Permission denied)") == 2
+    with pytest.raises(DataError) as info:
+        load_images(tmp_path, "train")
+    assert sorted(info.value.files) == ["locked", "secret"]
 
 
 @posix
 def test_links_to_nothing(tmp_path):
     write_folder(tmp_path, {"cat/1.png": png(), "cat/2.png": png()})
     (tmp_path / "cat/list.txt").symlink_to("gone")
-    assert load_images(tmp_path, "train").notes == ("left out 1 file not called like an image: .txt 1",)
+    assert load_images(tmp_path, "train").notes == ("skipped 1 file without an image suffix: .txt 1",)
     (tmp_path / "cat/3.png").symlink_to("gone")
     refused(tmp_path, r"1 of 3 images cannot be read: cat/3.png \(a link to what does not exist\)")
     (tmp_path / "dog").symlink_to("/nowhere/dog")  # a disk that is not there
@@ -192,7 +196,7 @@ def test_members_of_one_name(tmp_path):
             archive.writestr("cat/1.png", new)
     data = load_images(tmp_path / "x.zip", "train")
     assert torch.equal(data.images, decoded(new)[None])
-    assert data.notes == ("took the later of two in the archive for 1 name: cat/1.png",)
+    assert data.notes == ("skipped 1 file of the archive: a later one has the same name: cat/1.png",)
 
 
 def test_links_in_archives(tmp_path):
@@ -212,7 +216,7 @@ def test_links_in_archives(tmp_path):
 
 def test_archives_inside_are_left_out(make, tmp_path):
     inner = write_archive(tmp_path / "inner.zip", {"1.png": png()}).read_bytes()
-    with pytest.raises(DataError, match=r"holds no images; left out 1 file not called like an image: \.zip 1"):
+    with pytest.raises(DataError, match=r"has no images; skipped 1 file without an image suffix: \.zip 1"):
         load_images(make({"cat/inner.zip": inner}), "train")
 
 
@@ -261,6 +265,14 @@ def wrong_sum(content):
     return bytes(changed)
 
 
+def hidden_entry(content):
+    """The first entry of the archive's list says that its comment is as long as the second entry."""
+    first = content.index(b"PK\1\2")
+    changed = bytearray(content)
+    changed[first + 32] = content.index(b"PK\5\6") - content.index(b"PK\1\2", first + 1)
+    return bytes(changed)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -269,11 +281,20 @@ def wrong_sum(content):
         (wrong_sum, r"1 of 2 images cannot be read: a/1.png \(.*(CRC|decompress)"),
         (lambda content: content[: len(content) // 2], "is a truncated zip archive"),
         (lambda content: content.replace(b"PK\1\2", b"PK\0\0"), "is a damaged zip archive: "),
+        (hidden_entry, "is a damaged zip archive: 1 of 2 files are listed in it"),
         (wrong_name, "is a damaged zip archive: .*utf-8"),
     ],
-    ids=["encrypted", "method", "sum", "truncated", "directory", "names"],
+    ids=["encrypted", "method", "sum", "truncated", "directory", "hidden", "names"],
 )  # fmt: skip
 def test_damaged_archives(tmp_path, damage, message):
     path = write_archive(tmp_path / "bad.zip", {f"{name}/1.png": png(size=(40, 30)) for name in "ab"})
     path.write_bytes(damage(path.read_bytes()))
     refused(path, message)
+
+
+def test_a_folder_with_content_in_an_archive_is_a_file(tmp_path):
+    path = write_archive(tmp_path / "x.zip", {"cat/1.png": png(), "cat/2.png": png(), "dog/": b"", "cow/": png()})
+    assert load_images(path, "train").notes == (
+        "skipped 1 file without an image suffix: no suffix 1",
+        "1 folder holds no image: dog",
+    )
