@@ -15,6 +15,8 @@ from gencore.data.base import Split
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing")
 _VAL = ("val", "valid", "validation", "dev")
+# Those that are no class either where there is no train: "valid" may be one, beside "invalid".
+_NO_CLASS = ("test", "testing", "val", "validation")
 
 # Words in the names of folders that look like splits, as in train2017, my_test, TrainSet, xtrain, traindata.
 _LIKE_TRAIN = (*_TRAIN, "trainval", "trn")
@@ -131,11 +133,10 @@ def _refuse_what_looks_like_splits(source: Source, tops: list[str], parts: _Part
         like_train = _like(folders, _LIKE_TRAIN)
         like_test = [folder for folder in _like(folders, _LIKE_TEST) if folder not in like_train]
         alike = _alike(folders)
-        if not where and len(folders) > 1 and like_test == folders:
-            raise source.error(
-                f" has the folders {listed(folders, LISTED)}, but none that is called train; if they are classes, "
-                "rename them"
-            )
+        only_test = like_test if like_test == folders else [top for top in folders if top.casefold() in _NO_CLASS]
+        if not where and len(folders) > 1 and only_test and not like_train:
+            what = f"{'folder' if len(only_test) == 1 else 'folders'} {listed(only_test, LISTED)}"
+            raise source.error(f" has the {what}, but none that is called train; rename classes of such names")
         if (like_train and like_test) or alike:
             names = list(dict.fromkeys([*like_train, *like_test, *alike]))
             raise source.error(

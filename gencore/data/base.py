@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gencore import plugins
 from gencore.config import Config, ConfigError
-from gencore.data._messages import listed, shown
+from gencore.data._messages import counted, listed, shown
 from gencore.models.base import Batch
 from gencore.progress import Progress
 
@@ -91,7 +91,7 @@ class ImageDataset:
         self.class_names = _checked_names(class_names)
         if labels is None:
             if self.class_names:
-                raise ValueError(f"class_names must be empty without labels, got {len(self.class_names)} names")
+                raise ValueError(f"class_names must be empty without labels, got {counted(self.num_classes, 'name')}")
         else:
             if labels.dtype != torch.int64:
                 raise TypeError(f"labels must be int64, got {labels.dtype}")
@@ -146,7 +146,8 @@ class ImageDataset:
 
     def __repr__(self) -> str:
         shape = "x".join(str(size) for size in self.image_shape)
-        return f"<{self.name} {self.split}: {len(self)} images {shape}, {self.num_classes or 'no'} classes>"
+        classes = counted(self.num_classes, "class", "classes") if self.num_classes else "no classes"
+        return f"<{self.name} {self.split}: {counted(len(self), 'image')} {shape}, {classes}>"
 
 
 @dataclass(frozen=True)

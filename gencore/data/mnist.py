@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from gencore.data._messages import counted
 from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
 
 ENVIRONMENT_VARIABLE = "GENCORE_DATA"
@@ -58,14 +59,15 @@ def load_mnist(path: Path | None, split: Split) -> ImageDataset:
         raise kind(f"data set mnist: {folder} holds no {names[0]} (nor {', '.join(names[1:])})")
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(images) != len(labels):
-        raise DataError(f"{image_file} holds {len(images)} images, but {label_file} holds {len(labels)} labels")
+        ours, theirs = counted(len(images), "image"), counted(len(labels), "label")
+        raise DataError(f"{image_file} holds {ours}, but {label_file} holds {theirs}")
     if images.size == 0:
         raise DataError(f"{image_file} holds no pixels: its dimensions are {images.shape}")
     wrong = np.flatnonzero(labels >= _CLASSES)
     if len(wrong):
         raise DataError(
             f"{label_file}: label {wrong[0]} must be below {_CLASSES}, but is {labels[wrong[0]]} "
-            f"({len(wrong)} such labels)"
+            f"({counted(len(wrong), 'such label')})"
         )
     names = [str(digit) for digit in range(_CLASSES)]
     label_tensor = torch.from_numpy(labels.astype(np.int64))

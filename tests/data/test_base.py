@@ -33,6 +33,9 @@ def test_without_labels():
     assert images.batch(torch.tensor([1])).labels is None
     assert images.num_classes == 0
     assert images[0][1] is None
+    assert repr(images) == "<toy test: 5 images 1x2x3, no classes>"
+    one = ImageDataset("toy", "test", PIXELS[:1], LABELS[:1], ["a"])
+    assert repr(one) == "<toy test: 1 image 1x2x3, 1 class>"
 
 
 def test_pixels_span_zero_to_one():

@@ -140,6 +140,7 @@ def test_classes_that_differ_in_case_alone_are_said(make):
         (["train/1.png", "Training/1.png", "test/1.png"], "folders that mean the same split: Training, train"),
         (["train/1.png", "val/1.png", "valid/1.png"], "folders that mean the same split: val, valid"),
         (["test/1.png", "val/1.png"], "has the folders test, val, but none that is called train"),
+        (["cat/1.png", "dog/1.png", "Test/1.png"], "has the folder Test, but none that is called train"),
         (["test_2017/1.png", "val_2017/1.png"], "has the folders test_2017, val_2017, but none that is called train"),
         (["train2017/1.png", "val2017/1.png"], "look like splits: train2017, val2017; if they are splits"),
         (["train/1.png", "extra/1.png"], "folders beside train that may be classes or splits: extra;"),
@@ -201,6 +202,7 @@ def test_folders_that_look_like_splits_are_no_classes(make, train, test, more):
         ("bullet_train", "bus", "contest"),
         ("strain", "restaurant", "carnival"),
         ("test_tube", "beaker"),
+        ("valid", "invalid"),
         ("trainA", "trainB"),
     ],
 )
