@@ -245,11 +245,13 @@ def load_images(
 def read_images(name: str, split: Split, settings: dict[str, Any]) -> ImageDataset:
     """A data set; what it has to say of its files is shown."""
     try:
-        images = data.load(name, split, settings)
+        with data.showing_progress():
+            images = data.load(name, split, settings)
     except DataError as error:
         path = name.partition(":")[2]
         if path and not Path(path).exists():
-            raise DataError(f"{error}; if you moved the images, give their new place with --data") from error
+            message = f"{error}; if you moved the images, give their new place with --data"
+            raise DataError(message, error.files) from error
         raise
     say(images.notes)
     return images
@@ -328,12 +330,6 @@ def first_in_random_order(images: ImageDataset, n: int, key: Key) -> Tensor:
 def model_names() -> list[str]:
     """The names of all model plugins."""
     return [entry.name for entry in plugins.list_models()]
-
-
-def absolute_data_name(name: str) -> str:
-    """``name:path`` with an absolute path, so that a run finds its images from anywhere."""
-    plugin, colon, path = name.partition(":")
-    return f"{plugin}:{Path(path).expanduser().resolve()}" if colon and path else name
 
 
 def pairs(settings: list[str]) -> dict[str, str]:

@@ -17,7 +17,6 @@ from gencore.cli.common import (
     DeviceOption,
     Settings,
     UserError,
-    absolute_data_name,
     collect,
     data_settings,
     folder_or_file,
@@ -83,9 +82,8 @@ def command(
     if resume and model is None and not there:
         raise UserError(f"{out} holds no run (there is no run.json); to begin one, name its MODEL, without --resume")
     saved = read_run(out) if resume and there else None
-    trainer = trainer_of(saved, model, data_name, parsed, out, device, None if start is None else read(start))
-    # A damaged file is to be found now, and not when the model is trained and measured.
-    say(data.check(trainer.run.data, trainer.run.data_settings))
+    begun = None if start is None else read(start)
+    trainer = trainer_of(saved, model, data_name, parsed, out, device, begun, check_splits=True)
     run(trainer, resume)
 
 
@@ -137,11 +135,13 @@ def trainer_of(
     out: Path,
     device: DeviceName,
     start: Checkpoint | None = None,
+    *,
+    check_splits: bool = False,
 ) -> Trainer:
     """The trainer of a run that was ``saved``, with the settings that are named changed, or of a new one.
 
     A new one is of the ``model`` of that name; with ``start``, of the model of that checkpoint, with its settings but
-    for those of the trainer.
+    for those of the trainer. With ``check_splits``, the other splits of the data set are read too, and compared.
     """
     former = saved or (start.run if start else None)
     if model is None:
@@ -151,7 +151,7 @@ def trainer_of(
     if start is not None and start.run.model != model:
         raise UserError(f"--from: {start.directory} holds model {start.run.model}, but MODEL is {model}")
     plugin = plugins.load_model(model)
-    name = absolute_data_name(data_name) if data_name is not None else former.data if former else DEFAULT_DATA
+    name = data.absolute_spec(data_name) if data_name is not None else former.data if former else DEFAULT_DATA
     known = [*plugin.config.offered(), *(f"train.{key}" for key in TrainConfig.offered())]
     if (kind := data.settings_type(name)) is not None:
         known += [f"data.{key}" for key in kind.offered()]
@@ -161,6 +161,10 @@ def trainer_of(
     train_config = collect(TrainConfig, of_trainer, saved.train if saved else {}, "train.", trainer_faults, known)
     of_data = data_settings(former, name, settings.data, trainer_faults)
     images = read_images(name, "train", of_data)
+    if check_splits:
+        # A damaged file is to be found now, and not when the model is trained and measured.
+        with data.showing_progress():
+            say(data.check(images, name, of_data))
     shape: dict[str, Any] = {"image_shape": list(images.image_shape), "num_classes": images.num_classes}
     faults = [f"{key}: comes from the data set and cannot be set" for key in shape if key in settings.model]
     # A resumed run keeps its settings; the trainer refuses those asked for anew that are not the run's.

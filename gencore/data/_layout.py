@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from gencore.data._messages import LISTED, NAMED, counted, listed, shown
 from gencore.data._sources import Source
 from gencore.data.base import Split
+from gencore.text import LISTED, NAMED, counted, listed, shown
 
 # What a folder of a split is called, in any case.
 _TRAIN = ("train", "training")

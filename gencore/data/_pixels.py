@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gencore.data._formats import candidates, missing
-from gencore.data._messages import shown
 from gencore.data._sources import MAX_PIXELS
+from gencore.text import shown
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from gencore.data._formats import is_image, suffix
-from gencore.data._messages import LISTED, counted, listed, shown
 from gencore.data.base import DataError
+from gencore.text import LISTED, counted, listed, shown
 
 # A picture of more pixels is an accident or an attack, and so is a file of more bytes.
 MAX_PIXELS = 1 << 27

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gencore import plugins
 from gencore.config import Config, ConfigError
-from gencore.data._messages import counted, listed, shown
 from gencore.models.base import Batch
 from gencore.progress import Progress
+from gencore.text import counted, listed, shown
 
 Split = Literal["train", "test"]
 

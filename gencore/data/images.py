@@ -31,11 +31,11 @@ from torch import Tensor
 
 from gencore.config import Config, field
 from gencore.data._layout import Item, Layout, laid_out
-from gencore.data._messages import LISTED, NAMED, counted, listed, shown
 from gencore.data._pixels import BadImageError, Header, decoded, header, reason_of
 from gencore.data._sources import Source, opened
 from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split, progress
 from gencore.progress import Progress
+from gencore.text import LISTED, NAMED, counted, listed, shown
 
 _Read = TypeVar("_Read")
 

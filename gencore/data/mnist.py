@@ -16,8 +16,8 @@ from typing import IO
 import numpy as np
 import torch
 
-from gencore.data._messages import counted
 from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
+from gencore.text import counted
 
 ENVIRONMENT_VARIABLE = "GENCORE_DATA"
 

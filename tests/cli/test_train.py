@@ -270,7 +270,7 @@ def test_settings_of_the_data_set_are_kept(gencore, tmp_path, pictures):
     result = gencore("train", "toy", "--data", f"images:{folder}", "--steps", 2, "--out", out, *settings)
     assert result.code == 0
     # What is true of both splits is said once.
-    assert result.err.count("left out 1 file") == 1
+    assert result.err.count("skipped 1 file") == 1
     assert result.err.count("bad.png") == 1
     run = checkpoint.read(out).run
     assert (run.data_settings, run.config["image_shape"]) == ({"size": 4, "skip_bad": True}, [1, 4, 4])

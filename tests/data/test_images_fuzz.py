@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gencore.data import DataError, MissingSplitError
-from gencore.data._messages import shown
 from gencore.data.images import ImageSettings, load_images
+from gencore.text import shown
 
 # Lossless, so that an image of one gray is known by it.
 KINDS = [
