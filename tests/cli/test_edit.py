@@ -111,7 +111,7 @@ def test_fills_share_no_noise_with_what_is_measured(ddpm, monkeypatch):
         (("--mask", __file__), "cannot be read as a picture"),
         (
             ("--labels", "10"),
-            "or numbers from 0 to 9, got '10'; the classes are '0',",
+            "--labels takes names of classes, got '10'; the classes are '0',",
         ),
         (("--out", "x.jpg"), "pictures are written as PNG, got a name in .jpg"),
         (("--fills", 0), "Invalid value for '--fills'"),
