@@ -62,7 +62,11 @@ def configured() -> Path:
     """The folder, where CMake has decided what to build and how."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed; the dev extra brings it")
     architectures = ";".join(f"{name.removeprefix('sm_')}-real" for name in ARCHITECTURES)
+    # Of the processes that share out one run of the tests, the first one does it.
+    this_run, stamp = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())), FOLDER / "configured"
     with _locked():
+        if stamp.exists() and stamp.read_text() == this_run:
+            return FOLDER
         # Whether there is nvcc is looked for again.
         (FOLDER / "CMakeCache.txt").unlink(missing_ok=True)
         configure(
@@ -78,6 +82,7 @@ def configured() -> Path:
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         )
+        stamp.write_text(this_run)
     return FOLDER
 
 

@@ -26,6 +26,7 @@ from gencore.cli.common import (
     say,
 )
 from gencore.config import ConfigError
+from gencore.text import counted
 from gencore.train import TrainConfig, Trainer
 from gencore.train.checkpoint import Checkpoint, Run, checkpoints, read, read_run
 from gencore.train.interruption import exit_code
@@ -96,8 +97,8 @@ def run(trainer: Trainer, resume: bool = False) -> None:
         begun = True
         size = sum(parameter.numel() for parameter in trainer.model.parameters())
         print(
-            f"training {spec.model} ({size:,} parameters) on {spec.data}, {spec.images:,} images, "
-            f"for {trainer.total_steps:,} steps on {trainer.device.type}",
+            f"training {spec.model} ({size:,} parameters) on {spec.data}, {counted(spec.images, 'image')}, "
+            f"for {counted(trainer.total_steps, 'step')} on {trainer.device.type}",
             flush=True,
         )
 
