@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -168,25 +167,50 @@ def register_loading(names: Sequence[Any]) -> None:
 
 
 class _Import(importlib.abc.MetaPathFinder):
-    """Finds one module as others would, and calls a function when that has been imported."""
+    """Finds one module as the finders after it do, and calls a function once that has been imported.
+
+    It stays where it is: a module that is looked for need not be imported then, and other threads may be going over
+    the finders.
+    """
 
     def __init__(self, name: str, function: Callable[[], None]):
-        self.name, self.function = name, function
+        self.name, self._function = name, function
+        self._is_called = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.name:
+        if name != self.name or self._is_called:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :] if self in finders else ():
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self.call)
+                return spec
+        return None
 
-            def exec_module(module: Any) -> None:
-                execute(module)
-                self.function()
+    def call(self) -> None:
+        if not self._is_called:
+            self._is_called = True
+            self._function()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module as another loader does, which may be that of many modules, and then calls a function."""
+
+    def __init__(self, loader: Any, function: Callable[[], None]):
+        self._loader, self._function = loader, function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("_loader"), name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._function()
 
 
 def when_imported(name: str, function: Callable[[], None]) -> None:
