@@ -38,8 +38,9 @@ from gencore._torch import (
 from gencore.arguments import integer
 
 _MASK32, _MASK63 = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
-_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+# The multipliers, what is added to the key, and what halves a product.
+_PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 32, _MASK32)
+_PHILOX_UINT64 = tuple(map(np.uint64, _PHILOX))
 # Sample ids are at most 2^63 - 1, so no noise block has this fourth counter word: folded keys never reuse noise.
 _FOLD_TAG = 0xFFFFFFFF
 MAX_ELEMENTS_PER_SAMPLE = 1 << 34
@@ -66,25 +67,30 @@ def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, An
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
     if len(key) != 2:
         raise ValueError(f"key must hold 2 words, got {len(key)}")
-    c0, c1, c2, c3 = (_word(f"counter[{i}]", word) for i, word in enumerate(counter))
-    k0, k1 = (_word(f"key[{i}]", word) for i, word in enumerate(key))
-    kinds = {type(word) for word in (c0, c1, c2, c3, k0, k1)}
-    if Tensor in kinds and (np.ndarray in kinds or np.uint64 in kinds):
+    words = [_word(f"counter[{i}]", word) for i, word in enumerate(counter)]
+    words += [_word(f"key[{i}]", word) for i, word in enumerate(key)]
+    if not any(isinstance(word, (np.ndarray, np.uint64)) for word in words):
+        return _rounds(*words)
+    if any(isinstance(word, Tensor) for word in words):
         raise TypeError("counter and key must hold NumPy arrays or torch tensors, got both")
-    return _rounds(c0, c1, c2, c3, k0, k1)
+    # NumPy before 2 makes floats of a uint64 and an int.
+    return _rounds(*(np.asarray(word, np.uint64) for word in words), constants=_PHILOX_UINT64)
 
 
-def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
+def _rounds(
+    c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constants: tuple[Any, ...] = _PHILOX
+) -> tuple[Any, Any, Any, Any]:
+    m0, m1, w0, w1, half, mask = constants
     for _ in range(10):
-        product0, product1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
+        product0, product1 = c0 * m0, c2 * m1
         # The mask after the shift makes the arithmetic shift of signed torch integers a logical one.
         c0, c1, c2, c3 = (
-            (product1 >> 32) & _MASK32 ^ c1 ^ k0,
-            product1 & _MASK32,
-            (product0 >> 32) & _MASK32 ^ c3 ^ k1,
-            product0 & _MASK32,
+            (product1 >> half) & mask ^ c1 ^ k0,
+            product1 & mask,
+            (product0 >> half) & mask ^ c3 ^ k1,
+            product0 & mask,
         )
-        k0, k1 = (k0 + _PHILOX_W0) & _MASK32, (k1 + _PHILOX_W1) & _MASK32
+        k0, k1 = (k0 + w0) & mask, (k1 + w1) & mask
     return c0, c1, c2, c3
 
 
@@ -222,16 +228,18 @@ class Key:
             stream = _integer("stream", stream, low=0, high=1 << 32)
         return self._with(1, stream)
 
-    def samples(self, samples: int | Tensor | Sequence[int]) -> Key:
+    def samples(self, samples: int | Tensor | Sequence[int] | np.ndarray) -> Key:
         """The same key for other samples: for a shard of a batch, or for requests that share one.
 
         Args:
             samples: the id of the first sample (an int or an int64 scalar tensor; the batch counts on from it), or
-                explicit ids, one per sample (a sequence or an int64 tensor (batch,)); 0 <= id < 2^63, those
-                of a tensor modulo 2^63. A key with one seed per sample takes explicit ids only.
+                explicit ids, one per sample (a sequence, a NumPy array or an int64 tensor (batch,)); 0 <= id < 2^63,
+                those of a tensor modulo 2^63. A key with one seed per sample takes explicit ids only.
 
         ``ops.normal((4, 8), key.samples(6))`` is rows 6 to 9 of ``ops.normal((10, 8), key)``.
         """
+        if isinstance(samples, np.ndarray) and samples.ndim == 1:
+            samples = samples.tolist()
         if isinstance(samples, Sequence) and not isinstance(samples, (str, bytes)):
             ids = [_integer("every id in samples", sample, low=0, high=1 << 63) for sample in samples]
             samples = torch.tensor(ids, dtype=torch.int64, device=self.packed.device)
