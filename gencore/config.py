@@ -19,12 +19,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, Union
+
+from gencore.arguments import as_int
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -75,7 +78,7 @@ class Config:
 
     Types are checked from the annotations: int, float, bool, str, ``Literal``, tuples (fixed or variadic), unions with
     None, and nested configurations. An int is taken where a float is asked for (and becomes one), a list where a tuple
-    is; a bool is no int; NaN and infinities are refused.
+    is; NumPy's numbers become Python's; a bool is no int; NaN and infinities are refused.
 
     Raises:
         ConfigError: with every fault of every field. What :meth:`check` finds is reported once the fields are right.
@@ -227,7 +230,7 @@ def _checked(
                 _checked(f"{name}[{i}]", member, item, bounds, faults)
                 for i, (member, item) in enumerate(zip(types_, value, strict=True))
             )
-    elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif annotation is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:  # an int beyond the largest float
@@ -236,8 +239,8 @@ def _checked(
             faults.append(f"{name}: must be finite, was {number}")
             return value
         return _in_bounds(name, number, bounds, faults)
-    elif annotation is int and isinstance(value, int) and not isinstance(value, bool):
-        return _in_bounds(name, value, bounds, faults)
+    elif annotation is int and (integer := as_int(value)) is not None:
+        return _in_bounds(name, integer, bounds, faults)
     elif annotation in (bool, str) and isinstance(value, annotation):
         return value
     faults.append(f"{name}: must be {expected}, was {value!r}")

@@ -70,16 +70,16 @@ def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, An
     words = [_word(f"counter[{i}]", word) for i, word in enumerate(counter)]
     words += [_word(f"key[{i}]", word) for i, word in enumerate(key)]
     if not any(isinstance(word, (np.ndarray, np.uint64)) for word in words):
-        return _rounds(*words)
+        return _rounds(words)
     if any(isinstance(word, Tensor) for word in words):
         raise TypeError("counter and key must hold NumPy arrays or torch tensors, got both")
     # NumPy before 2 makes floats of a uint64 and an int.
-    return _rounds(*(np.asarray(word, np.uint64) for word in words), constants=_PHILOX_UINT64)
+    return _rounds([np.asarray(word, np.uint64) for word in words], _PHILOX_UINT64)
 
 
-def _rounds(
-    c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constants: tuple[Any, ...] = _PHILOX
-) -> tuple[Any, Any, Any, Any]:
+def _rounds(words: Sequence[Any], constants: Sequence[Any] = _PHILOX) -> tuple[Any, Any, Any, Any]:
+    """Philox's words of a counter and a key, which are of the kind of the constants or tensors."""
+    c0, c1, c2, c3, k0, k1 = words
     m0, m1, w0, w1, half, mask = constants
     for _ in range(10):
         product0, product1 = c0 * m0, c2 * m1
@@ -278,7 +278,7 @@ class Key:
             # The same arithmetic on Python ints is quicker than a hundred operations on one-element tensors.
             seed = int(seed)
         low, high, _, _ = _rounds(
-            n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG, seed & _MASK32, (seed >> 32) & _MASK32
+            (n & _MASK32, (n >> 32) & _MASK32, 0, _FOLD_TAG, seed & _MASK32, (seed >> 32) & _MASK32)
         )
         folded = low | high << 32
         return self._with(0, _wrap_int64("seed", folded) if isinstance(folded, int) else folded)

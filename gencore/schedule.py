@@ -117,7 +117,11 @@ class Schedule:
     __hash__ = None  # type: ignore[assignment]
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
-        """What stands for a schedule in a graph of ``torch.fx``: an attribute of the module that is traced."""
+        """What stands for a schedule in a graph of ``torch.fx``: an attribute of the module that is traced.
+
+        It stays there (``_schedule0``, ...) if the module has none that is this schedule: whoever makes a GraphModule
+        of the module and the graph, at any time, finds it there.
+        """
         root = tracer.root
         held = [name for name, value in vars(root).items() if value is self]
         name = held[0] if held else f"_schedule{sum(isinstance(v, Schedule) for v in vars(root).values())}"

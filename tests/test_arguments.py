@@ -47,7 +47,7 @@ Int, Float = np.int64, np.float32
             lambda: ops.reparameterize(X, X, Key(1), num_samples=2),
         ),
         (lambda: ops.normal((Int(2), np.int8(3)), Key(1)), lambda: ops.normal((2, 3), Key(1))),
-        (lambda: ops.uniform(np.array([2, 3]).tolist(), Key(1)), lambda: ops.uniform((2, 3), Key(1))),
+        (lambda: ops.uniform(np.array([2, 3]), Key(1)), lambda: ops.uniform((2, 3), Key(1))),
         (lambda: ops.add_noise(STATE, Int(4), SCHEDULE, Key(1)), lambda: ops.add_noise(STATE, 4, SCHEDULE, Key(1))),
         (
             lambda: diffusion.sample(

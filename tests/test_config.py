@@ -4,6 +4,7 @@ import pickle
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,22 @@ def test_int_becomes_float_and_list_becomes_tuple():
     assert config.hidden == (3, 4)
     assert type(config.optimizer.lr) is float
     assert hash(config) == hash(Model(hidden=(3, 4), optimizer=Optimizer(lr=1.0)))
+
+
+def test_numbers_of_numpy_become_pythons():
+    model = Model(
+        hidden=(np.int64(8), 4), latent_size=np.uint8(3), seed=np.array(5),
+        optimizer=Optimizer(lr=np.float32(0.5), betas=(np.int32(0), np.float64(0.5)), clip=np.float16(2)),
+    )  # fmt: skip
+    wanted = Model(hidden=(8, 4), latent_size=3, seed=5, optimizer=Optimizer(lr=0.5, betas=(0.0, 0.5), clip=2.0))
+    assert model == wanted
+    assert json.dumps(model.to_dict()) == json.dumps(wanted.to_dict())
+    with pytest.raises(ConfigError, match="latent_size: must be >= 1, was 0"):
+        Model(latent_size=np.int64(0))
+    with pytest.raises(ConfigError, match="latent_size: must be an integer, was"):
+        Model(latent_size=np.True_)
+    with pytest.raises(ConfigError, match="lr: must be finite, was nan"):
+        Optimizer(lr=np.float32("nan"))
 
 
 def test_from_dict_reports_unknown_keys_and_every_fault():

@@ -289,6 +289,30 @@ def test_vmap_goes_over_the_rows_of_a_key():
         torch.func.vmap(lambda key: gencore.ops.normal((4, 3), key, out=torch.empty(4, 3)))(keys)
 
 
+def test_vmap_goes_over_seeds_in_other_transforms_and_modes():
+    seeds = torch.tensor([[3, 5, 8], [2, 4, 6]])
+
+    def draw(seed):
+        return gencore.ops.normal((2, 3), Key(seed))
+
+    nested = torch.func.vmap(torch.func.vmap(draw))(seeds)
+    assert torch.equal(nested[1, 2], draw(6))
+    assert torch.equal(torch.func.vmap(torch.func.vmap(draw), in_dims=1)(seeds), nested.movedim(1, 0))
+    with FakeTensorMode():
+        assert torch.func.vmap(draw)(torch.tensor([3, 5])).shape == (2, 2, 3)
+    compiled = torch.compile(torch.func.vmap(draw), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(seeds[0]), nested[0])
+
+
+def test_vmap_keeps_the_memory_format():
+    def draw(seed):
+        return gencore.ops.normal((2, 3, 4, 5), Key(seed), memory_format=torch.channels_last)
+
+    mapped = torch.func.vmap(draw)(torch.tensor([3, 5]))
+    assert mapped[1].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(mapped[1], draw(5))
+
+
 def test_keys_have_values_in_a_transform_for_gradients():
     def loss(x):
         key = Key(3).stream(1)
@@ -303,6 +327,9 @@ def test_a_filled_tensor_is_mapped_with_its_key():
     out, keys = torch.empty(3, 4, 2), Key(torch.tensor([3, 5]))
     torch.func.vmap(lambda key, out: gencore.ops.normal((3, 4), key, out=out), in_dims=(0, 2))(keys, out)
     assert torch.equal(out[..., 1], gencore.ops.normal((3, 4), Key(5)))
+    rows = torch.empty(3, 2, 4)  # Samples of one key lie apart from each other.
+    torch.func.vmap(lambda key, out: gencore.ops.normal((3, 4), key, out=out), in_dims=(0, 1))(keys, rows)
+    assert torch.equal(rows, out.movedim(2, 1))
 
 
 def test_keys_in_structures_are_moved_with_their_tensors():
@@ -361,6 +388,23 @@ def test_philox_widens_narrow_words(narrow):
 
 def test_philox_takes_bytes_of_numpy():
     assert noise.philox4x32((np.uint8(200), np.int16(7), 0, 0), (1, 2)) == noise.philox4x32((200, 7, 0, 0), (1, 2))
+
+
+@pytest.mark.parametrize("word", [np.uint32(5), np.int64(5), np.array(5), np.array([5], np.uint8)])
+def test_philox_of_numpy_is_of_uint64(word):
+    want = noise.philox4x32((5, 0, 1 << 31, 0), (1, 5))
+    for got, number in zip(noise.philox4x32((word, 0, 1 << 31, 0), (1, word)), want, strict=True):
+        assert got.dtype == np.uint64
+        assert got.item() == number
+
+
+def test_keys_take_arrays_of_ids():
+    for ids in (np.arange(3), np.array([5, 0, 7], np.uint8), np.array([], np.int32)):
+        assert Key(2).samples(ids) == Key(2).samples(ids.tolist())
+    assert Key(2).samples(np.array(4)) == Key(2).samples(4)
+    for ids in (np.array([1.0]), np.array([True]), np.array([[1, 2]])):
+        with pytest.raises(TypeError, match="samples must be an int"):
+            Key(2).samples(ids)
 
 
 @pytest.mark.parametrize(

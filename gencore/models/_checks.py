@@ -54,9 +54,9 @@ def check_labels(labels: Tensor, n: int, num_classes: int) -> None:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, or -1 for no class, got {low} to {high}")
 
 
-def check_num_samples(num_samples: int) -> None:
-    """Raises TypeError or ValueError unless ``num_samples`` is an int of at least 1."""
-    integer("num_samples", num_samples, least=1)
+def check_num_samples(num_samples: int) -> int:
+    """``num_samples`` as an int; raises TypeError or ValueError unless it is one of at least 1."""
+    return integer("num_samples", num_samples, least=1)
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencore.arguments import as_int
 from gencore.nn.attention import SpatialCrossAttention, SpatialSelfAttention
 from gencore.nn.unet import UNet
 
@@ -254,7 +255,8 @@ def _attention_faults(settings: Mapping[str, Any], attends: list[bool]) -> Itera
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    number = as_int(value)
+    return number is not None and number >= 1
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

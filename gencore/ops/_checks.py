@@ -179,6 +179,8 @@ def check_out(
         return
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{own_name} must not have several elements in one place, as an expanded tensor has")
+    if out.is_meta:  # It has no memory.
+        return
     memory = out.untyped_storage().data_ptr()
     for other_name, tensor in tensors.items():
         if tensor is not None and tensor.untyped_storage().data_ptr() == memory and _share(out, tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,12 @@ def define_filling(name: str) -> Op:
         out = out.movedim(of_out, 0)
         key = key.expand(info.batch_size, *key.shape) if of_key is None else key.movedim(of_key, 0)
         rows = key if key.dim() == 3 else rows_of(key, out.shape[1])
-        flat = out.flatten(0, 1)
+        keys, samples, *sizes = out.shape
+        # Of the strides alone: other transforms and modes may be around, in which tensors have no memory to look at.
+        is_view = keys == 1 or samples == 1 or out.stride(0) == samples * out.stride(1)
+        flat = out.view(keys * samples, *sizes) if is_view else out.new_empty(keys * samples, *sizes)
         op(flat, rows.flatten(0, 1))
-        if flat.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        if not is_view:
             out.copy_(flat.view(out.shape))
         return None, None
 
@@ -86,9 +90,9 @@ def fill(
         if memory_format is not torch.contiguous_format:
             raise ValueError(f"memory_format must be left out when out is given, got {memory_format}")
     packed = resolve_key(key, out)
-    if given is None and not torch.compiler.is_compiling() and is_wrapped(packed):
-        # Under vmap each key has a tensor of its own.
-        out = packed.new_empty(shape, dtype=out.dtype, device=out.device).to(memory_format=memory_format)
+    if given is None and (torch.compiler.is_compiling() or is_wrapped(packed)):
+        # Under vmap each key has a tensor of its own, which the compiler does not tell.
+        out = _empty_beside(packed, shape, out, memory_format)
     if not torch.compiler.is_compiling() and out.is_neg():
         # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
         dense = torch.empty(shape, dtype=out.dtype, device=out.device)
@@ -99,7 +103,18 @@ def fill(
     return out
 
 
+def _empty_beside(packed: Tensor, shape: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A tensor in the transforms that the key's words are in, and otherwise as ``like`` is."""
+    if memory_format is torch.contiguous_format:
+        return packed.new_empty(shape, dtype=like.dtype, device=like.device)
+    # Under vmap tensors have one dimension more, and no memory format.
+    samples, channels, *sizes = shape
+    return packed.new_empty((samples, *sizes, channels), dtype=like.dtype, device=like.device).movedim(-1, 1)
+
+
 def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, np.ndarray) and shape.ndim == 1:
+        shape = shape.tolist()
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
     if len(shape) == 0:

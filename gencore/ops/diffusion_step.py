@@ -257,7 +257,8 @@ def diffusion_step(
     ):
         rows = coefficients.unsqueeze(0)
         return choice.kernel("diffusion_step", x)(x, output, None, None, None, None, None, rows, packed)
-    relevant = (x, output, coefficients, key, second, *history, known, mask, prediction, out)
+    earlier = history if isinstance(history, (tuple, list)) else (history,)
+    relevant = (x, output, coefficients, key, second, *earlier, known, mask, prediction, out)
     if is_overridden(*relevant):
         options: dict[str, Any] = {
             "second": second, "history": history, "known": known, "mask": mask, "guidance_rescale": guidance_rescale,

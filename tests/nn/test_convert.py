@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -207,6 +208,13 @@ def test_diffusers_is_not_needed():
 def test_says_what_it_cannot_express(changes, fault):
     with pytest.raises(ValueError, match=re.escape(f"UNet2DModel:\n  {fault}")):
         nn.unet_from_diffusers({**TINY, **changes}, {})
+
+
+def test_numbers_may_be_numpys():
+    model = theirs(TINY)
+    numbers = {"norm_num_groups": np.int64(TINY["norm_num_groups"]), "attention_head_dim": np.int32(8)}
+    unet = nn.unet_from_diffusers({**TINY, **numbers}, model.state_dict())
+    assert not [v for module in unet.modules() for v in vars(module).values() if isinstance(v, np.generic)]
 
 
 def test_every_fault_is_named():

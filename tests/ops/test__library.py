@@ -81,6 +81,18 @@ def test_the_meta_device(dtype, autocast):
         assert ops.denoising_loss(x, x, t, SCHEDULE, key).shape == (2,)
 
 
+def test_tensors_without_memory_lie_apart():
+    x, out, prediction = (torch.empty(2, 3, 4, device="meta") for _ in range(3))
+    assert ops.diffusion_step(x, x, ROWS, Key(0), prediction=prediction).is_meta
+    assert ops.diffusion_step(x, x, ROWS, Key(0), out=out, prediction=prediction) is out
+    assert ops.add_noise(x, 3, SCHEDULE, Key(0), out=out) is out
+    with pytest.raises(ValueError, match="out must not have several elements in one place"):
+        ops.add_noise(x, 3, SCHEDULE, Key(0), out=out[:1].expand(2, 3, 4))
+    drawn = diffusion.sample(lambda x, t: x, (2, 3), diffusion.ddpm(SCHEDULE, 3), Key(1), device="meta")
+    assert drawn.is_meta
+    assert drawn.shape == (2, 3)
+
+
 # ------------------------------------------------------------------------------------------------ counters
 
 

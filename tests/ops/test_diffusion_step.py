@@ -432,6 +432,8 @@ ROW = ops.step_coefficients(x=1.0)
         ((X, X, ROW), {"second": X[:1]}, ValueError, "second must have the shape of x"),
         ((X, None, ROW), {"second": X}, ValueError, "output must be given with second, got None"),
         ((X, X, ROW), {"history": X}, TypeError, "history must be a sequence of tensors, got Tensor"),
+        ((X, X, ROW), {"history": None}, TypeError, "history must be a sequence of tensors, got NoneType"),
+        ((X, X, ROW), {"history": 3}, TypeError, "history must be a sequence of tensors, got int"),
         ((X, X, ROW), {"history": (X, X, X)}, ValueError, "history must hold at most two tensors, got 3"),
         ((X, X, ROW), {"history": (X, X[:1])}, ValueError, r"history\[1\] must have the shape of x"),
         ((X, X, ROW), {"known": X}, ValueError, "mask must be given with known, got None"),

@@ -222,7 +222,7 @@ class DDPM(GenerativeModel):
             TypeError: ``num_samples`` is no int, or the images are no tensor.
             ValueError: it is below 1, or the images have another shape.
         """
-        check_num_samples(num_samples)
+        num_samples = check_num_samples(num_samples)
         check_images(images, self.config.image_shape)
         # The decoder's bins lie around the 256 levels.
         x0 = _centered((images.float() * 255).round() / 255)

@@ -140,7 +140,7 @@ class VAE(GenerativeModel):
             TypeError: ``num_samples`` is no int.
             ValueError: it is below 1, the images have another shape, or are gray but should be binary.
         """
-        check_num_samples(num_samples)
+        num_samples = check_num_samples(num_samples)
         check_images(images, self.config.image_shape)
         observed = self.likelihood.observe(images, key.stream(STREAM_OBSERVE))
         self.likelihood.check_observed(observed)
