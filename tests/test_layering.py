@@ -272,7 +272,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     imported, cuda_initialized = json.loads(done.stdout)
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
-        "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule",
+        "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule", "progress",
         "arguments", "_torch",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names

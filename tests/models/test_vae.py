@@ -1,6 +1,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -73,7 +74,7 @@ def test_every_purpose_has_a_stream_of_its_own():
     assert len(set(numbers)) == len(numbers) == 3
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 23])
+@pytest.mark.parametrize("num_samples", [1, np.int64(2), 23])
 def test_bound_does_not_depend_on_the_batch(model, num_samples):
     images, key = images_for(model.config), Key(5)
     together = model.log_likelihood_bound(images, key, num_samples)
