@@ -84,6 +84,18 @@ def check_device(name: str, device: torch.device) -> None:
         raise
 
 
+_served: dict[torch.device, bool] = {}
+
+
+# The compiler takes the answer as it is.
+@torch.compiler.assume_constant_result
+def is_served(device: torch.device) -> bool:
+    """Whether a backend has kernels for tensors on ``device``: without one, ops raise. It is found out once."""
+    if device not in _served:
+        _served[device] = any(choice.refusal(name, device) is None for name in choice.NAMES)
+    return _served[device]
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on such devices; None where it is not enabled, or unknown as on the meta device."""
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):

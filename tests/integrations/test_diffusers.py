@@ -318,7 +318,8 @@ def hooked():
 
 def with_own_forward():
     made = block()
-    made[0].forward = made[0].forward
+    former = made[0].forward
+    made[0].forward = lambda *args, **kwargs: former(*args, **kwargs)
     return made
 
 

@@ -97,10 +97,12 @@ class Acceleration:
 
     def undo(self) -> None:
         """Makes everything as it was before, but for what somebody else has replaced since; again, it does nothing."""
-        if self._last is None:
-            self._last = self.explain()
-        while self._replacements:
-            self._replacements.pop().undo()
+        try:
+            if self._last is None:
+                self._last = self.explain()
+        finally:
+            while self._replacements:
+                self._replacements.pop().undo()
 
     def __enter__(self) -> Acceleration:
         return self

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from diffusers.models import attention_processor, resnet
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.overrides import has_torch_function
 from gencore import nn as ours
 from gencore import ops
 from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
+from gencore.integrations.diffusers.originals import is_differentiated_forward, original
 
 try:
     from torch.nn.modules.module import _has_any_global_hook
@@ -35,10 +37,14 @@ except ImportError:  # Private names, which another PyTorch may not have: every 
 
 
 # What our kernels stand in for. Whoever puts something else in these places means it to run.
-_GROUP_NORM, _GROUP_NORM_FORWARD = F.group_norm, nn.GroupNorm.forward
-_SILU, _SILU_FORWARD = F.silu, nn.SiLU.forward
-_ATTENTION, _PROCESS = F.scaled_dot_product_attention, AttnProcessor2_0.__call__
-_ATTENTION_FORWARD, _BLOCK_FORWARD = attention_processor.Attention.forward, resnet.ResnetBlock2D.forward
+_GROUP_NORM, _GROUP_NORM_FORWARD = original(F, "group_norm"), original(nn.GroupNorm, "forward")
+_GROUP_NORM_KERNEL = original(torch, "group_norm")
+_SILU, _SILU_FORWARD = original(F, "silu"), original(nn.SiLU, "forward")
+_ATTENTION, _PROCESS = original(F, "scaled_dot_product_attention"), original(AttnProcessor2_0, "__call__")
+_ATTENTION_FORWARD = original(attention_processor.Attention, "forward")
+_BLOCK_FORWARD = original(resnet.ResnetBlock2D, "forward")
+_CALL = original(nn.Module, "__call__", "Module._wrapped_call_impl")
+_OWN_FORWARD = "has a forward of its own"
 # Modes of PyTorch's own, which place tensors or trace, and leave the meaning of functions as it is.
 _HARMLESS_MODES = ("torch.utils._device", "torch._export", "torch.export", "torch.fx")
 
@@ -120,6 +126,8 @@ class Attention(attention_processor.Attention):
             or hidden_states.dim() not in (3, 4)
             or not (encoder_hidden_states is None or _is_context(encoder_hidden_states, hidden_states))
             or _why_attention_is_theirs(self) is not None
+            # Of an image, they are given tokens that lie in memory in another way.
+            or (hidden_states.dim() == 4 and _are_projections_seen(self))
         ):
             output = super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
             return output
@@ -172,7 +180,9 @@ def _is_served(x: Tensor) -> bool:
     for mode in modes:
         if not (isinstance(x, Tensor) and type(mode).__module__.startswith(_HARMLESS_MODES)):
             return False
-    return x.is_cpu or x.is_cuda or x.is_meta
+    if is_differentiated_forward():
+        return False
+    return x.is_cpu or x.is_meta or (x.is_cuda and ops.is_served(x.device))
 
 
 def _is_context(context: Any, hidden_states: Tensor) -> bool:
@@ -183,7 +193,11 @@ def _is_context(context: Any, hidden_states: Tensor) -> bool:
 
 
 def _why_norm_is_theirs() -> str | None:
-    if nn.GroupNorm.forward is not _GROUP_NORM_FORWARD or F.group_norm is not _GROUP_NORM:
+    if (
+        nn.GroupNorm.forward is not _GROUP_NORM_FORWARD
+        or F.group_norm is not _GROUP_NORM
+        or torch.group_norm is not _GROUP_NORM_KERNEL
+    ):
         return "PyTorch's group norm was replaced"
     return None
 
@@ -205,7 +219,7 @@ def _why_block_is_theirs(block: Any) -> str | None:
     ):
         if (reason := _why_must_be_called(module, kind)) is not None:
             return f"its {name or 'activation'} {reason}"
-    if _has_any_global_hook():
+    if _are_calls_seen(GroupNorm, nn.SiLU):
         return "hooks of every module see its norms"
     if resnet.ResnetBlock2D.forward is not _BLOCK_FORWARD:
         return "diffusers' ResnetBlock2D was replaced"
@@ -228,7 +242,7 @@ def _why_attention_is_theirs(attention: Any) -> str | None:
     if (norm := attention.group_norm) is not None:
         if (reason := _why_must_be_called(norm, GroupNorm)) is not None:
             return f"its group_norm {reason}"
-        if _has_any_global_hook():
+        if _are_calls_seen(GroupNorm):
             return "hooks of every module see its group_norm"
         if (reason := _why_norm_is_theirs()) is not None:
             return reason
@@ -239,16 +253,65 @@ def _why_attention_is_theirs(attention: Any) -> str | None:
     return None
 
 
+def _why(ask: Callable[[Any], str | None], module: nn.Module) -> str | None:
+    try:
+        return ask(module)
+    except AttributeError as error:
+        return f"it has lost what a {type(module).__name__} has: {error}"
+
+
 def _why_must_be_called(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a kernel may not do this module's work without a call of it."""
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if _has_own_forward(module, kind):
+        return _OWN_FORWARD
+    if _has_hooks(module):
         return "has hooks"
     if type(module) is not kind:
         name = type(module).__name__
         return "is not accelerated" if name == kind.__name__ else f"is a {name}, which may compute something else"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _are_projections_seen(attention: Any) -> bool:
+    return bool(_has_any_global_hook()) or any(map(_has_hooks, (attention.to_q, attention.to_k, attention.to_v)))
+
+
+def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether somebody gave a module of a class of ours, or of the class below, a forward of its own.
+
+    Hooks of diffusers and accelerate that are removed leave the method of the class there, bound: that is none.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    if getattr(forward, "__self__", None) is not module:
+        return True
+    theirs: Any = kind.__bases__[0]
+    return getattr(forward, "__func__", None) not in (kind.forward, theirs.forward)
+
+
+def _drop_bound_forward(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Lets the class say what ``forward`` is, where removed hooks left the method of a former one."""
+    if "forward" in vars(module) and not _has_own_forward(module, kind):
+        del module.forward
+
+
+def _are_calls_seen(*kinds: type[nn.Module]) -> bool:
+    """Whether somebody sees each call of modules of these classes."""
+    if _has_any_global_hook():
+        return True
+    # While it exports a program, PyTorch notes which module it is in.
+    return any(
+        kind.__call__ is not _CALL
+        and not getattr(kind.__call__, "__globals__", {}).get("__name__", "").startswith(_HARMLESS_MODES)
+        for kind in kinds
+    )
 
 
 # What an Acceleration can undo. A copy of a module is not in here until it is accelerated itself.
@@ -264,21 +327,29 @@ class _Replaced:
         self.block = block
 
     def told(self) -> tuple[Part, bool] | None:
+        block = self.block
+        if isinstance(block, ResnetBlock2D) and _why(_why_block_is_theirs, block) is None:
+            return None
+        what, reason = self._told()
+        if _has_own_forward(self.module, _OURS[self.kind]):
+            reason = f"it {_OWN_FORWARD}"
+        return Part(self.name, self.kind.__name__, what if reason is None else reason), reason is None
+
+    def _told(self) -> tuple[str, str | None]:
         module: Any = self.module
         if self.kind is nn.GroupNorm:
-            if isinstance(self.block, ResnetBlock2D) and _why_block_is_theirs(self.block) is None:
-                return None
-            what, reason = "group_norm", _why_norm_is_theirs()
-        elif self.kind is resnet.ResnetBlock2D:
-            scaled = module.time_embedding_norm == "scale_shift"
-            embedding = "" if module.time_emb_proj is None else f", the embedding {'scaling' if scaled else 'added'}"
-            what, reason = f"group_norm with SiLU, twice{embedding}", _why_block_is_theirs(module)
-        else:
-            what, reason = "attention on views of the projections", _why_attention_is_theirs(module)
-        return Part(self.name, self.kind.__name__, what if reason is None else reason), reason is None
+            return "group_norm", _why_norm_is_theirs()
+        if self.kind is attention_processor.Attention:
+            return "attention on views of the projections", _why(_why_attention_is_theirs, module)
+        embedding = ""
+        if getattr(module, "time_emb_proj", None) is not None:
+            scaled = getattr(module, "time_embedding_norm", None) == "scale_shift"
+            embedding = f", the embedding {'scaling' if scaled else 'added'}"
+        return f"group_norm with SiLU, twice{embedding}", _why(_why_block_is_theirs, module)
 
     def undo(self) -> None:
         _held.discard(self.module)
+        _drop_bound_forward(self.module, _OURS[self.kind])
         self.module.__class__ = _given_back(type(self.module), _OURS[self.kind], self.kind)
 
 
@@ -329,9 +400,10 @@ def _replace(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return ALREADY
     elif type(module) is not kind:
         return f"it is a {type(module).__name__}, which may compute something else"
-    elif "forward" in vars(module):
-        return "it has a forward of its own"
+    elif _has_own_forward(module, _OURS[kind]):
+        return f"it {_OWN_FORWARD}"
     else:
+        _drop_bound_forward(module, _OURS[kind])
         module.__class__ = _OURS[kind]
     _held.add(module)
     return None

@@ -18,12 +18,22 @@ from torch import Tensor
 
 from gencore import ops
 from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
+from gencore.integrations.diffusers.originals import is_differentiated_forward, original
 from gencore.noise import Key
 
 # For a step whose noise is a tensor: a key of its own would be a draw of torch's generator.
 _NO_NOISE = Key(0)
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+# What our steps stand in for. Whoever puts something else in these places means it to run.
+_METHODS = {
+    kind: {
+        name: original(kind, name)
+        for name in ("step", "_get_variance", "_threshold_sample", "previous_timestep")
+        if hasattr(kind, name)
+    }
+    for kind in (DDPMScheduler, DDIMScheduler)
+}
 
 
 def is_scheduler(target: Any) -> bool:
@@ -42,7 +52,7 @@ def _replace(scheduler: Any) -> str | None:
     if "step" not in vars(scheduler):
         if kind not in _STEPS:
             return f"only {' and '.join(known.__name__ for known in _STEPS)} are served"
-        if (reason := _refuse_settings(scheduler)) is not None:
+        if (reason := _refuse(scheduler)) is not None:
             return reason
         scheduler.step = Step(scheduler)
     elif not isinstance(scheduler.step, Step):
@@ -85,7 +95,7 @@ class _Replaced:
         self.name, self.scheduler, self.step = name, scheduler, scheduler.step
 
     def told(self) -> tuple[Part, bool]:
-        reason = _refuse_settings(self.scheduler)
+        reason = _refuse(self.scheduler)
         what = "diffusion_step, with the noise that diffusers draws" if reason is None else reason
         return Part(self.name, type(self.scheduler).__name__, what), reason is None
 
@@ -97,7 +107,11 @@ class _Replaced:
             del self.scheduler.step
 
 
-def _refuse_settings(scheduler: Any) -> str | None:
+def _refuse(scheduler: Any) -> str | None:
+    for name, method in _METHODS[type(scheduler)].items():
+        # Where the step of its own is not ours, ours is not asked.
+        if getattr(type(scheduler), name) is not method or (name != "step" and name in vars(scheduler)):
+            return f"its {name} was replaced"
     config = scheduler.config
     if config.thresholding:
         return "its thresholding takes a number of the whole sample"
@@ -123,7 +137,7 @@ def _ddpm_step(
     before = self.previous_timestep(timestep)
     alpha_bar_before = self.alphas_cumprod[before] if before >= 0 else self.one
     is_noisy = bool(timestep > 0)
-    row = _ddpm_row(*_of(alpha_bar, alpha_bar_before), *_settings(self), self.variance_type if is_noisy else None)
+    row = _ddpm_row(alpha_bar, float(alpha_bar_before), *_settings(self), self.variance_type if is_noisy else None)
     noise: tuple[Tensor, ...] = ()
     if is_noisy:
         drawn = scheduling_ddpm.randn_tensor(
@@ -154,7 +168,7 @@ def _ddim_step(
         return DDIMScheduler.step(self, model_output, timestep, sample, *options)
     before = timestep - self.config.num_train_timesteps // self.num_inference_steps
     alpha_bar_before = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
-    row = _ddim_row(*_of(alpha_bar, alpha_bar_before), *_settings(self), float(eta), bool(use_clipped_model_output))
+    row = _ddim_row(alpha_bar, float(alpha_bar_before), *_settings(self), float(eta), bool(use_clipped_model_output))
     noise: tuple[Tensor, ...] = ()
     if eta > 0:
         if variance_noise is None:
@@ -168,7 +182,7 @@ def _ddim_step(
 _STEPS: dict[type, Callable[..., Any]] = {DDPMScheduler: _ddpm_step, DDIMScheduler: _ddim_step}
 
 
-def _served_level(scheduler: Any, output: Any, timestep: Any, sample: Any) -> Tensor | None:
+def _served_level(scheduler: Any, output: Any, timestep: Any, sample: Any) -> float | None:
     """alpha_bar of a step that the op takes: of tensors that are alike, on a device with kernels, without a gradient.
 
     None where alpha_bar is 0 and the network predicts the noise: diffusers' x0, a difference divided by 0, is then an
@@ -178,24 +192,26 @@ def _served_level(scheduler: Any, output: Any, timestep: Any, sample: Any) -> Te
         isinstance(output, Tensor)
         and isinstance(sample, Tensor)
         and (output.shape, output.dtype, output.device) == (sample.shape, sample.dtype, sample.device)
-        and (sample.is_cpu or sample.is_cuda)
+        and (sample.is_cpu or (sample.is_cuda and ops.is_served(sample.device)))
         and sample.is_floating_point()
         and not (torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad))
+        and not is_differentiated_forward()
         and (not isinstance(timestep, Tensor) or timestep.dim() == 0)
-        and _refuse_settings(scheduler) is None
+        and _refuse(scheduler) is None
     ):
         return None
-    alpha_bar: Tensor = scheduler.alphas_cumprod[timestep]
+    # Once: each of these waits for a GPU where the table is on one.
+    alpha_bar = float(scheduler.alphas_cumprod[timestep])
     return None if scheduler.config.prediction_type == "epsilon" and alpha_bar == 0 else alpha_bar
 
 
-def _of(alpha_bar: Tensor, alpha_bar_before: Tensor) -> tuple[float, float, torch.dtype]:
-    return float(alpha_bar), float(alpha_bar_before), alpha_bar.dtype
-
-
-def _settings(scheduler: Any) -> tuple[str, float]:
+def _settings(scheduler: Any) -> tuple[torch.dtype, str, float]:
     config = scheduler.config
-    return config.prediction_type, float(config.clip_sample_range) if config.clip_sample else math.inf
+    return (
+        scheduler.alphas_cumprod.dtype,
+        config.prediction_type,
+        float(config.clip_sample_range) if config.clip_sample else math.inf,
+    )
 
 
 def _step(row: Tensor, output: Tensor, sample: Tensor, noise: tuple[Tensor, ...], kind: Any) -> Any:
