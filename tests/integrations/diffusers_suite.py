@@ -5,7 +5,8 @@
 ``~/diffusers`` is a checkout of diffusers' sources, best of the installed version; the paths are relative to it and
 default to ``PATHS``. With ``accelerate``, every model and scheduler of diffusers is accelerated when its outermost
 constructor returns, whether a test calls that or ``from_pretrained`` does. The exit status is 1 if a test that passes
-without fails with it. ``--json FILE`` keeps the outcomes; ``--baseline FILE`` takes those without from such a file.
+without fails with it, and 2 if a path gives no outcome or pytest itself fails there. ``--json FILE`` keeps them;
+``--baseline FILE`` takes those without from such a file.
 
 Most tests make small models with random weights. The exception is the tokenizer of the text encoders, which they
 download; where there is no network (``HF_HUB_OFFLINE=1``), a tokenizer of single letters stands in for it, both times.
@@ -78,10 +79,20 @@ def accelerate_every_constructor() -> None:
             wrap(kind)
             wrap_later(kind)
 
+    def wrap_when_defined(base: type) -> None:
+        former = vars(base).get("__init_subclass__")
+
+        def init_subclass(kind, **options):
+            inherited = super(base, kind).__init_subclass__ if former is None else former.__get__(None, kind)
+            inherited(**options)
+            wrap(kind)
+
+        base.__init_subclass__ = classmethod(init_subclass)
+
     for base in (ModelMixin, SchedulerMixin):
         wrap_later(base)
         # diffusers imports a model's module when its name is first used.
-        base.__init_subclass__ = classmethod(lambda kind, **_: wrap(kind))
+        wrap_when_defined(base)
 
 
 def replace_tokenizer() -> None:
@@ -127,8 +138,13 @@ def pytest_configure(config):
             accelerate_every_constructor()
 
 
-def outcomes(source: Path, paths: list[str], accelerated: bool, options: list[str]) -> dict[str, list[str]]:
-    """Each test's outcome, and the last line of its error. Every path is run by a process of its own."""
+def outcomes(
+    source: Path, paths: list[str], accelerated: bool, options: list[str], broken: list[str]
+) -> dict[str, list[str]]:
+    """Each test's outcome, and the last line of its error. Every path is run by a process of its own.
+
+    What has no outcome, such as a path that is mistyped, and where pytest did not come to its end, joins ``broken``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes"
         file.touch()
@@ -143,7 +159,12 @@ def outcomes(source: Path, paths: list[str], accelerated: bool, options: list[st
         for path in paths:
             command = [sys.executable, "-m", "pytest", "-q", "-p", here.stem, "-p", "no:cacheprovider", *options, path]
             print(f"{'with' if accelerated else 'without'} accelerate: {path}", flush=True)
-            subprocess.run(command, cwd=source, env=environment, stdout=subprocess.DEVNULL, check=False)
+            size = file.stat().st_size
+            status = subprocess.run(command, cwd=source, env=environment, stdout=subprocess.DEVNULL).returncode
+            # All tests passed, or some failed.
+            if status not in (0, 1) or file.stat().st_size == size:
+                broken.append(path)
+                print(f"BROKEN {path}: no outcome, or not all of them; pytest's exit status is {status}", flush=True)
         lines = (json.loads(line) for line in file.read_text().splitlines())
         return {name: rest for name, *rest in lines}
 
@@ -156,7 +177,9 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, help="a file of --json, in place of the run without accelerate")
     parser.add_argument("--pytest", default="", help="more options for pytest, such as '--timeout 300'")
     given = parser.parse_args()
-    run = functools.partial(outcomes, given.source.resolve(), list(given.paths), options=given.pytest.split())
+    broken: list[str] = []
+    options = given.pytest.split()
+    run = functools.partial(outcomes, given.source.resolve(), list(given.paths), options=options, broken=broken)
     without = json.loads(given.baseline.read_text())["without"] if given.baseline else run(accelerated=False)
     with_it = run(accelerated=True)
     if given.json:
@@ -166,7 +189,7 @@ def main() -> int:
     for name in lost:
         print(f"LOST {name}: {' '.join(with_it.get(name, ['not run']))}")
     print(f"{len(passed)} pass without accelerate, {len(passed) - len(lost)} of them with it")
-    return int(bool(lost))
+    return 2 if broken else int(bool(lost))
 
 
 if __name__ == "__main__":
