@@ -136,7 +136,8 @@ def accelerate(target: Any) -> Acceleration:
 
     What is added later has its effect: a call runs diffusers' own code where a norm, an activation or an attention that
     the kernel would pass by has hooks, another class or another ``forward``, such as those of offloading, pruning,
-    parametrization, sharding and adapters; and where somebody watches or replaces PyTorch's functions.
+    parametrization, sharding and adapters; and where somebody watches PyTorch's functions, or replaced
+    them or diffusers', before this call too.
 
     A copy (``copy.deepcopy``, ``pickle``) is accelerated as its original is, and stays so if that is undone; it is
     undone by ``accelerate(copy).undo()``. What is loaded from a checkpoint is not accelerated.
