@@ -279,7 +279,12 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _are_projections_seen(attention: Any) -> bool:
-    return bool(_has_any_global_hook()) or any(map(_has_hooks, (attention.to_q, attention.to_k, attention.to_v)))
+    return (
+        bool(_has_any_global_hook())
+        or _has_hooks(attention.to_q)
+        or _has_hooks(attention.to_k)
+        or _has_hooks(attention.to_v)
+    )
 
 
 def _has_own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -306,12 +311,12 @@ def _are_calls_seen(*kinds: type[nn.Module]) -> bool:
     """Whether somebody sees each call of modules of these classes."""
     if _has_any_global_hook():
         return True
-    # While it exports a program, PyTorch notes which module it is in.
-    return any(
-        kind.__call__ is not _CALL
-        and not getattr(kind.__call__, "__globals__", {}).get("__name__", "").startswith(_HARMLESS_MODES)
-        for kind in kinds
-    )
+    for kind in kinds:
+        call = kind.__call__
+        # While it exports a program, PyTorch notes which module it is in.
+        if call is not _CALL and not getattr(call, "__globals__", {}).get("__name__", "").startswith(_HARMLESS_MODES):
+            return True
+    return False
 
 
 # What an Acceleration can undo. A copy of a module is not in here until it is accelerated itself.
