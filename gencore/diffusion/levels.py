@@ -90,7 +90,7 @@ def grid(
     if spacing not in get_args(Grid):
         raise ValueError(f"spacing must be one of {', '.join(get_args(Grid))}, got {spacing!r}")
     steps_offset = integer("steps_offset", steps_offset)
-    total, counted = len(schedule), steps is None or as_int(steps) is not None
+    total, counted = len(schedule), steps is None or isinstance(steps, bool) or as_int(steps) is not None
     if not counted and spacing != "trailing":
         raise ValueError(f"spacing must be left out where steps names the steps to take, got {spacing!r}")
     if steps_offset and (steps is None or not counted or spacing != "leading"):

@@ -152,7 +152,7 @@ def test_an_unwritable_folder_is_one_line(gencore, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_saves_the_step_and_says_how_to_go_on(gencore, tmp_path, monkeypatch, name):
+def test_a_signal_saves_the_step_and_says_how_to_go_on(gencore, tmp_path, monkeypatch, interruptible, name):
     number, out = getattr(signal, name), tmp_path / "my run"
     one_step = Trainer.advance
 
@@ -179,7 +179,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(gencore, tmp_path, monkey
             assert torch.equal(tensor, whole[key])
 
 
-def test_a_second_signal_ends_at_once(gencore, tmp_path, monkeypatch):
+def test_a_second_signal_ends_at_once(gencore, tmp_path, monkeypatch, interruptible):
     def advance(self):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -22,7 +22,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, former)
 
 
-def test_handlers_are_as_before_after_an_error():
+def test_handlers_are_as_before_after_an_error(interruptible):
     before = signal.getsignal(signal.SIGINT)
 
     def fail() -> None:
