@@ -141,6 +141,16 @@ def on_cpu(function: Function) -> Function:
     return computed  # type: ignore[return-value]
 
 
+def compiled_as_constant(function: Function) -> Function:
+    """Lets the compiler take what a function answers as it is.
+
+    That is ``torch.compiler.assume_constant_result`` without the import of the compiler, which takes a second. A
+    PyTorch that knows another mark looks into the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def register_node(cls: type, leaf: str, make: Callable[[Any], Any]) -> None:
     """Lets a class stand for the tensor that is its attribute ``leaf`` in arguments of torch.func and torch.export.
 

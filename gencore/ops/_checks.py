@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore._torch import is_distributed, is_faking, lifted
+from gencore._torch import compiled_as_constant, is_distributed, is_faking, lifted
 from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
@@ -87,8 +87,7 @@ def check_device(name: str, device: torch.device) -> None:
 _served: dict[torch.device, bool] = {}
 
 
-# The compiler takes the answer as it is.
-@torch.compiler.assume_constant_result
+@compiled_as_constant
 def is_served(device: torch.device) -> bool:
     """Whether a backend has kernels for tensors on ``device``: without one, ops raise. It is found out once."""
     if device not in _served:
