@@ -22,7 +22,7 @@ def shown(text: str) -> str:
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """``1 file``, ``2 files``."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def listed(names: Iterable[str], most: int = NAMED) -> str:
