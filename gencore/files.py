@@ -67,17 +67,17 @@ def writing(path: Path | str) -> Iterator[BinaryIO]:
         OSError: as :func:`write_atomically`; it names ``path``.
     """
     path = Path(path)
-    with _named(path):
+    # A link stays where it is.
+    target = Path(os.path.realpath(path))
+    # A long name is cut, so that this one is not too long.
+    temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with _named(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = _opened_through(path)
         if stream is not None:
             with stream:
                 yield stream
             return
-        # A link stays where it is.
-        target = Path(os.path.realpath(path))
-        # A long name is cut, so that this one is not too long.
-        temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -122,16 +122,15 @@ def check_writable(path: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Lets an ``OSError`` that names no file, or a temporary one beside ``path``, name ``path``."""
+def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Lets an ``OSError`` that names no file, or the ``temporary`` one, name ``path``."""
     try:
         yield
     except BrokenPipeError as error:
         # Not the error of a stdout whose reader has gone, which ends a program in silence.
         raise OSError(errno.EIO, "whoever read it has gone", str(path)) from error
     except OSError as error:
-        name = error.filename
-        if error.errno is None or not (name is None or str(name).endswith(".tmp")):
+        if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

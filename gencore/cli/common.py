@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO
@@ -19,12 +19,10 @@ from gencore.data import DataError, ImageDataset, MissingSplitError, Split
 from gencore.files import check_writable, is_output_stream
 from gencore.models.base import GenerativeModel, ModelConfig
 from gencore.noise import Key
-from gencore.text import counted, shown
+from gencore.text import counted, listed, shown
 from gencore.train.checkpoint import Checkpoint, Run, read, restore_model
 from gencore.train.trainer import choose_device
 
-# So many names are listed in a message, of more the first ones.
-MANY = 20
 # The notes that this command has shown.
 _said: set[str] = set()
 
@@ -203,15 +201,9 @@ def _class_of(name: str, names: list[str], num_classes: int) -> int:
     if numbers and name.isdecimal() and len(name) < 10 and int(name) < num_classes:
         return int(name)
     close = [] if name.isdecimal() else close_names(name, names)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the classes are {shortened(names)}"
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the classes are {listed(map(repr, names))}"
     what = f"names of classes or numbers from 0 to {num_classes - 1}" if numbers else "names of classes"
     raise UserError(f"--labels takes {what}, got {name!r}; {hint}")
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The names with commas between; of many the first ones and their number."""
-    more = f", ... ({len(names)} in all)" if len(names) > MANY else ""
-    return ", ".join(map(repr, names[:MANY])) + more
 
 
 def load_images(

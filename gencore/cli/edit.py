@@ -83,7 +83,7 @@ def command(
     classes = None if labels is None else chosen_classes(labels, len(images), loaded)
     loaded.model.check_finite = True
     pictures.save(edit_picture(loaded.model, images, known, fills, Key(seed), batch_size, classes), path)
-    report(path, f"{len(images)} test images with a part filled in {fills} times, {loaded.title}")
+    report(path, f"{len(images)} {dataset.split} images with a part filled in {fills} times, {loaded.title}")
 
 
 def known_pixels(mask: str, shape: tuple[int, int, int]) -> Tensor:

@@ -60,7 +60,7 @@ def reconstruct(
     check_output(path)
     images = load_images(loaded, data_name, "test", only_data(settings), or_train=True)
     pictures.save(reconstruction_picture(loaded.model, images, n, seed), path)
-    report(path, f"test images and their reconstructions, {loaded.title}")
+    report(path, f"{images.split} images and their reconstructions, {loaded.title}")
 
 
 def interpolate(
@@ -85,7 +85,7 @@ def interpolate(
         if len(images) < 2:
             raise UserError(f"an interpolation needs 2 {images.split} images; data set {images.name} has 1")
         rows = min(_PAIRS, len(images) // 2) if rows is None else rows
-        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], "test images"
+        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], f"{images.split} images"
     else:
         rows = rows or _PAIRS
         codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"

@@ -114,8 +114,10 @@ def _write_files(path: Path, batches: Iterator[Tensor], n: int) -> None:
                 number += 1
         for file in sorted(temporary.iterdir()):
             file.rename(path / file.name)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(path if new else temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     temporary.rmdir()
 

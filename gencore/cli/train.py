@@ -17,6 +17,7 @@ from gencore.cli.common import (
     DeviceOption,
     Settings,
     UserError,
+    check_output,
     collect,
     data_settings,
     folder_or_file,
@@ -78,6 +79,7 @@ def command(
             parsed.train[name] = str(value)
     if start is not None and resume:
         raise UserError("--from begins a new run, --resume goes on with one; give one of them")
+    check_output(out / "run.json")
     # Killed before it wrote what it is, a run begins anew.
     there = (out / "run.json").exists()
     if resume and model is None and not there:

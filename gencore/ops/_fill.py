@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gencore._torch import is_wrapped
+from gencore._torch import hand_over, is_overridden, is_wrapped
 from gencore.arguments import as_int
 from gencore.noise import Key
 from gencore.ops._checks import check_device, check_elements, check_floating, check_tensor, resolve_key, rows_of
@@ -48,12 +48,20 @@ def define_filling(name: str) -> Op:
     return op
 
 
-def relevant(shape: Any, key: Any, out: Any) -> tuple[Any, ...]:
-    """The arguments that may stand for what is known later only, such as the sizes of a tensor of ``torch.fx``."""
-    return (*shape, key, out) if isinstance(shape, (tuple, list)) else (shape, key, out)
+def fill(function: Callable[..., Tensor], op: Op, shape: Any, key: Any, **options: Any) -> Tensor:
+    """What ``function(shape, key, **options)``, ``normal`` or ``uniform``, gives: a tensor that ``op`` has filled."""
+    try:
+        return _filled(op, shape, key, **options)
+    except TypeError:
+        # Sizes, keys and tensors may stand for what is known later only, as in ``torch.fx``.
+        sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
+        if not is_overridden(*(given := (*sizes, key, options["out"]))):
+            raise
+    filled: Tensor = hand_over(function, given, shape, key, **options)
+    return filled
 
 
-def fill(
+def _filled(
     op: Op,
     shape: Sequence[int],
     key: Key | None,

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencore._torch import hand_over, is_overridden
 from gencore.noise import Key
-from gencore.ops._fill import define_filling, fill, relevant
+from gencore.ops._fill import define_filling, fill
 
 _normal_ = define_filling("normal_")
 
@@ -54,10 +53,4 @@ def normal(
 
     Source: Salmon et al. (2011) for the bits, Box and Muller (1958) for the transform.
     """
-    try:
-        return fill(_normal_, shape, key, dtype, device, memory_format, out)
-    except TypeError:
-        if not is_overridden(*(given := relevant(shape, key, out))):
-            raise
-    options = {"dtype": dtype, "device": device, "memory_format": memory_format, "out": out}
-    return hand_over(normal, given, shape, key, **options)
+    return fill(normal, _normal_, shape, key, dtype=dtype, device=device, memory_format=memory_format, out=out)

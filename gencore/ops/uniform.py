@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencore._torch import hand_over, is_overridden
 from gencore.noise import Key
-from gencore.ops._fill import define_filling, fill, relevant
+from gencore.ops._fill import define_filling, fill
 
 _uniform_ = define_filling("uniform_")
 
@@ -31,10 +30,4 @@ def uniform(
 
     Source: Salmon et al. (2011) for the bits.
     """
-    try:
-        return fill(_uniform_, shape, key, dtype, device, memory_format, out)
-    except TypeError:
-        if not is_overridden(*(given := relevant(shape, key, out))):
-            raise
-    options = {"dtype": dtype, "device": device, "memory_format": memory_format, "out": out}
-    return hand_over(uniform, given, shape, key, **options)
+    return fill(uniform, _uniform_, shape, key, dtype=dtype, device=device, memory_format=memory_format, out=out)

@@ -35,6 +35,7 @@ from gencore.files import sync_directory, write_atomically, write_synced
 from gencore.models.base import GenerativeModel
 from gencore.plugins import build_model
 from gencore.plugins import load_model as load_plugin
+from gencore.text import listed
 
 FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -85,7 +86,8 @@ class Run:
                     [name for name in a if name not in b]
                     for a, b in ((self.class_names, other.class_names), (other.class_names, self.class_names))
                 )
-                which = f"lacks {_first(lost)}" if lost else f"has {_first(new)} too" if new else "has another order"
+                first = listed(map(repr, lost or new), most=1)
+                which = f"lacks {first}" if lost else f"has {first} too" if new else "has another order"
                 faults.append(f"classes: data set {other.data} {which}")
             faults = faults or [f"data: the images of {other.data} differ from those that the run was trained on"]
         pairs = [("model", self.model, other.model)]
@@ -314,11 +316,6 @@ def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], directory:
     ][:1]
     if faults:
         raise CheckpointError(f"the weights in {directory} do not fit the model: {'; '.join(faults)}")
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]!r}{more}"
 
 
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
