@@ -40,7 +40,7 @@ _TIMED = (
 )
 # What these small digits need; the models' own defaults are made for larger images.
 _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "vae": ({}, {"steps": 3000, "schedule": "cosine", "ema": 0.99}),
+    "vae": ({}, {"steps": 1500, "schedule": "cosine", "ema": 0.99}),
     "gan": (
         {
             "dropout": 0.0,
@@ -48,7 +48,7 @@ _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "generator_optimizer": {"lr": 5e-4},
             "discriminator_optimizer": {"lr": 1e-3},
         },
-        {"steps": 4000, "ema": 0.995},
+        {"steps": 2000, "ema": 0.995},
     ),
     "ddpm": (
         {
@@ -60,7 +60,7 @@ _RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optimizer": {"lr": 2e-3},
             "sampling": {"sampler": "ddim", "steps": 25, "resamples": 5},
         },
-        {"steps": 1000, "batch_size": 64, "schedule": "cosine", "warmup": 50, "ema": 0.99},
+        {"steps": 600, "batch_size": 64, "schedule": "cosine", "warmup": 50, "ema": 0.99},
     ),
 }
 

@@ -118,7 +118,7 @@ def test_losses_with_their_gradients_and_noise():
 
 
 def test_a_gradient_of_a_gradient_belongs_to_the_same():
-    x, weight = (torch.randn(256, 256).requires_grad_() for _ in range(2))
+    x, weight = (torch.randn(512, 512).requires_grad_() for _ in range(2))
 
     def step():
         (gradient,) = torch.autograd.grad((x @ weight).square().sum(), x, create_graph=True)

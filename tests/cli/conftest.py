@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
+from gencore import metrics
 from gencore.cli import main
 
 
@@ -20,6 +22,22 @@ class Result(NamedTuple):
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Every test here trains small networks."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_training_of_a_classifier() -> Iterator[None]:
+    """What judges the samples of a data set takes seconds to train, and is the same each time."""
+
+    train_classifier, known = metrics.train_classifier, {}
+
+    def trained(train: Any, test: Any, **options: Any) -> Any:
+        what = train.fingerprint, test.fingerprint, *sorted(options.items())
+        if what not in known:
+            known[what] = train_classifier(train, test, **options)
+        return known[what]
+
+    with mock.patch.object(metrics, "train_classifier", trained):
+        yield
 
 
 @pytest.fixture

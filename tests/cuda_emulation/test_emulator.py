@@ -469,7 +469,6 @@ SANITIZED_FAULTS = {
     "dynamic_shared_out_of_bounds": "AddressSanitizer: heap-buffer-overflow",
     "static_shared_out_of_bounds": "index 64 out of bounds",
     "local_array_out_of_bounds": "index 4 out of bounds",
-    "misaligned_store": "store to misaligned address",
     "copy_from_beyond": "RuntimeError: .*out of bounds: 16 bytes",
     "store_to_shared": "RuntimeError: .*not global memory",
     "store_to_stack": "RuntimeError: .*not global memory",

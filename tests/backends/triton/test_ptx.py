@@ -188,16 +188,22 @@ def test_instructions_of_group_norm(tmp_path):
 
 # Rows of several tiles, several rows in a tile, both formats; where the coefficients are.
 DIFFUSION = [
-    (90, {"shape": (8, 4, 32, 32)}, "float32", "launch"),
-    (80, {"shape": (8, 4, 32, 32)}, "bfloat16", "index"),
     (90, {"shape": (64, 4, 2, 2)}, "float16", "memory"),
     (80, {"shape": (4, 8, 16, 16), "layout": "channels_last"}, "bfloat16", "launch"),
+]
+EVERY_DIFFUSION = [
+    *DIFFUSION,
+    (90, {"shape": (8, 4, 32, 32)}, "float32", "launch"),
+    (80, {"shape": (8, 4, 32, 32)}, "bfloat16", "index"),
     (90, {"shape": (4, 4, 16, 16), "layout": "channels_last"}, "float64", "index"),
 ]
 
 
-def test_instructions_of_diffusion(tmp_path):
-    for (_, case, dtype, _), results in zip(DIFFUSION, run("ptx_diffusion.py", DIFFUSION, tmp_path), strict=True):
+@pytest.mark.parametrize(
+    "variants", [DIFFUSION, pytest.param(EVERY_DIFFUSION, marks=pytest.mark.slow)], ids=["some", "every"]
+)
+def test_instructions_of_diffusion(variants, tmp_path):
+    for (_, case, dtype, _), results in zip(variants, run("ptx_diffusion.py", variants, tmp_path), strict=True):
         size = {"float32": 4, "float64": 8}.get(dtype, 2)
         kernels = [found["kernel"] for found in results if found["kernel"] != "mean_kernel"]
         losses = ["loss_kernel", "loss_backward_kernel"] * 2
