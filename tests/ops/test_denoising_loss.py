@@ -288,6 +288,8 @@ def test_gradcheck(learned, kernels):
 @pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
 @pytest.mark.parametrize("learned", [False, True])
 def test_opcheck(learned, kernels):
+    if kernels.emulated and not learned:
+        pytest.skip("what the check sees does not depend on what runs the op")
     case = cases.Case((2, 3, 5, 5), "", layout="channels_last")
     output, x0, t = inputs(case, torch.float32, learned, kernels.device)
     table = table_of("eps", variance="learned_range" if learned else None, bound_weight=0.1).to(kernels.device)

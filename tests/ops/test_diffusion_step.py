@@ -87,6 +87,8 @@ def definition(x, output, coefficients, key, second=None, history=(), known=None
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_forward(case, dtype, kernels):
     for number, (name, uses) in enumerate(USES.items()):
+        if kernels.interpreted and name not in ("ddpm", "noise alone", "everything"):
+            continue
         key = Key(number).stream(3) if number % 2 else Key(torch.arange(case.shape[0]) + number)
         rows = "one" if number % 3 == 0 else "each"
         x, output, coefficients, kwargs = inputs(case, dtype, uses, kernels.device, rows)
@@ -324,6 +326,8 @@ def test_gradcheck(uses, kernels):
 @pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
 @pytest.mark.parametrize("uses", list(USES))
 def test_opcheck(uses, kernels):
+    if kernels.emulated and uses != "everything":
+        pytest.skip("what the check sees does not depend on what runs the op")
     x, output, coefficients, kwargs = inputs(
         cases.Case((2, 3, 5, 5), "", layout="channels_last"), torch.float32, USES[uses], kernels.device
     )

@@ -307,6 +307,8 @@ def test_nothing_of_the_noise_is_saved():
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 5, 5)])
 @pytest.mark.parametrize("draws", [None, 2])
 def test_opcheck(shape, draws, kernels):
+    if kernels.emulated and (len(shape) == 2 or draws is None):
+        pytest.skip("what the check sees does not depend on what runs the op")
     case = cases.Case(shape, "", layout="channels_last" if len(shape) == 4 else "contiguous")
     mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float32, device=kernels.device))
     for name in ("reparameterize", "reparameterize_kl"):
