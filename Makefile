@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests/cpp tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
+# Where it forbids Python to keep what it has compiled, each of a hundred processes would compile PyTorch's files again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
