@@ -1,4 +1,4 @@
-"""``gencore quickstart``: everything at work in about three minutes, on data that needs no download."""
+"""``gencore quickstart``: everything at work in two to three minutes, on data that needs no download."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def command(
     started = time.monotonic()
     _claim(out)
     print("\n".join(info_lines(info())), end="\n\n", flush=True)
-    _say("Three models are trained and measured, then kernels are timed: two to three minutes on two cores.")
+    _say("Three models are trained and measured, then kernels are timed: some two minutes on two cores.")
     train, test = data.load("digits", "train"), data.load("digits", "test")
     paths: list[Path] = []
     results: dict[str, dict[str, Any]] = {}
