@@ -93,6 +93,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     parameters = getattr(request.node, "callspec", None)
     if request.param == "triton" and parameters is not None and not torch.cuda.is_available():
         case, dtype = (parameters.params.get(name) for name in ("case", "dtype"))
+        if dtype in (torch.float16, torch.float64):
+            pytest.skip("Triton's interpreter is slow: tests/backends/triton has the other types")
         if case is not None and case.elements * (case.draws or 1) > (1024 if dtype == torch.float32 else 256):
             pytest.skip("Triton's interpreter is slow: tests/backends/triton has the large cases, once each")
     with running(request.param) as kernels:

@@ -244,8 +244,14 @@ def test_dropout_is_for_training_and_follows_the_seed():
     assert torch.equal(unet(x, t), without(x, t))
 
 
-@pytest.mark.parametrize("options", [{"num_classes": 3}, {"scale_shift": True, "asymmetric_downsampling": True}])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("options", "memory_format"),
+    [
+        ({"num_classes": 3}, torch.channels_last),
+        ({"scale_shift": True, "asymmetric_downsampling": True}, torch.contiguous_format),
+    ],
+    ids=["classes", "scale and shift"],
+)
 def test_compiles_as_one_graph(options, memory_format):
     torch._dynamo.reset()
     unet = randomized(nn.UNet(in_channels=1, **{**SMALL, **options})).to(memory_format=memory_format)
