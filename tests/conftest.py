@@ -32,7 +32,7 @@ bars = gencore_toy:bars
 
 
 # What takes minutes whatever the order: begun last, they would be waited for alone.
-_FIRST = ("test_sanitized_ops.py", "test_cuda_build.py", "test_cpp_package.py")
+_FIRST = ("test_cuda_build.py", "test_cpp_package.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

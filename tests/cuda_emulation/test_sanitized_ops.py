@@ -1,6 +1,7 @@
 """The CUDA kernels once more, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-These see what the emulator's own checks do not: overflows of local arrays and undefined arithmetic.
+These see what the emulator's own checks do not: overflows of local arrays and undefined arithmetic. All kernels are
+compiled once more for it, which is why it is marked slow; .ci/run runs it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WHICH = "cuda and not (check or compiles or torch.float16 or (attention and torch.float64))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")
 def test_the_ops_are_clean():
     missing = sanitizer_missing()
