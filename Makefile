@@ -12,20 +12,19 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc tests/cpp tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
-# Where it forbids Python to keep what it has compiled, each of a hundred processes would compile PyTorch's files again.
+# Some machines set this. Python then keeps nothing of what it compiles, and each of a hundred processes compiles PyTorch's
+# files again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help build quickstart test test-slow bench bench-guard performance gpu-check lint typecheck wheel wheels clean
+.PHONY: help quickstart test test-slow bench bench-guard performance gpu-check lint typecheck wheel wheels clean
 
 help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
-
-build: $(VENV)/.dev  ## compile what changed, warnings being errors, and install it
 
 quickstart: $(VENV)/.train  ## install, train a VAE, a GAN and a DDPM on real digits, draw pictures, time the kernels
 	$(BIN)/gencore quickstart $(ARGS)
@@ -99,8 +98,6 @@ $(VENV)/.torch:
 	$(PIP) '$(TORCH)'
 	@touch $@
 
-# What is developed has no warnings. Others' compilers may warn of what ours do not.
-$(VENV)/.dev: export CMAKE_ARGS := -DGENCORE_WERROR=ON $(CMAKE_ARGS)
 # PyTorch is there before, so it is not resolved anew. pip shows nothing of a build: it is done before, by the same tools,
 # and pip finds all of it up to date.
 $(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(BUILT_FROM)

@@ -1,4 +1,4 @@
-"""The C++ and CUDA side of this checkout as CMake builds it, warnings being errors: once, for all tests of it.
+"""The C++ and CUDA side of this checkout as CMake builds it, once for all tests of it. Warnings of nvcc are errors.
 
 It stays in ``build/library``, where the next run compiles only what changed. No GPU is needed.
 """
@@ -19,8 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "library"
-# One is enough to see warnings and spilled registers, as the sources do not ask which it is; .ci/run makes a wheel for
-# the oldest that csrc/cuda must do on.
+# The sources do not ask which it is. .ci/run makes a wheel for the oldest that csrc/cuda must do on.
 ARCHITECTURES = ("sm_90",)
 # Where setup.py builds.
 MODULE = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -71,7 +70,7 @@ def configured() -> Path:
         if stamp.exists() and stamp.read_text() == this_run:
             return FOLDER
         if not (FOLDER / ".ninja_log").exists() and MODULE.exists():
-            # What the Python module was made of: ninja compiles again what it would compile otherwise.
+            # The module's objects. Ninja compiles again what is out of date, or was compiled by another command.
             shutil.copytree(MODULE, FOLDER, dirs_exist_ok=True)
         # Whether there is nvcc is looked for again.
         (FOLDER / "CMakeCache.txt").unlink(missing_ok=True)
@@ -79,10 +78,9 @@ def configured() -> Path:
             ROOT,
             FOLDER,
             "-Werror=dev",
-            "-DGENCORE_WERROR=ON",
             f"-DGENCORE_CUDA={'on' if has_nvcc() else 'off'}",
             f"-DGENCORE_CUDA_ARCHITECTURES={architectures}",
-            "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+            "-DCMAKE_CUDA_FLAGS=-Xptxas=-v -Werror=all-warnings",
             f"-DCMAKE_CUDA_COMPILER_LAUNCHER={sys.executable};{KEPT_OUTPUT}",
             "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
