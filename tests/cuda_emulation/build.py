@@ -47,8 +47,8 @@ _KERNEL = {
         *("-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"),
         *("-include", str(HERE / "runtime" / "prelude.h")),
     ],
-    # Of undefined behaviour, what addresses do not show, nor the alignment that the other flavour checks. All of it takes
-    # more than twice as long to compile.
+    # Neither null pointers, which AddressSanitizer sees, nor alignment, which the other flavour sees: all of
+    # UndefinedBehaviorSanitizer takes more than twice as long to compile.
     "sanitized": [
         *("-Og", "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero"),
         *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
