@@ -5,7 +5,7 @@
 ... class Optimizer(Config):
 ...     lr: float = field(1e-3, gt=0, doc="step size")
 ...     betas: tuple[float, float] = field((0.9, 0.999), ge=0, lt=1)
->>> Optimizer.from_strings({"lr": "0.01"})
+>>> Optimizer.from_settings({"lr": "0.01"})
 Optimizer(lr=0.01, betas=(0.9, 0.999))
 >>> Optimizer.from_dict({"lr": 0, "beta": 1})
 Traceback (most recent call last):
@@ -62,14 +62,10 @@ def field(
     le: float | None = None,
     lt: float | None = None,
     doc: str = "",
-    offered: bool = True,
 ) -> Any:
-    """A field of a :class:`Config`, with bounds on its number, or on each number of its tuple.
-
-    With ``offered=False`` no fault of a command line's settings names it as one that there is.
-    """
+    """A field of a :class:`Config`, with bounds on its number, or on each number of its tuple."""
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "doc": doc, "offered": offered})
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "doc": doc})
 
 
 @dataclass(frozen=True)
@@ -112,18 +108,18 @@ class Config:
         return config
 
     @classmethod
-    def from_strings(
+    def from_settings(
         cls: type[ConfigType],
-        settings: Mapping[str, str],
+        settings: Mapping[str, Any],
         base: Mapping[str, Any] | None = None,
         *,
         prefix: str = "",
         known: Iterable[str] | None = None,
     ) -> ConfigType:
-        """A configuration from ``key=value`` settings of a command line, on top of ``base`` (as in :meth:`to_dict`).
+        """A configuration from settings by name, on top of ``base`` (as in :meth:`to_dict`).
 
-        Values are read by the field's type: ``3``, ``1e-3``, ``true``, ``none``, ``256,256``. Dots name nested fields:
-        ``optimizer.lr``.
+        Dots name nested fields: ``optimizer.lr``; so does a mapping. A string, as of a command line, is read by the
+        field's type: ``3``, ``1e-3``, ``true``, ``none``, ``256,256``. Any other value is taken as it is.
 
         Args:
             prefix: what every name begins with in the faults, such as ``train.``.
@@ -133,11 +129,11 @@ class Config:
         Raises:
             ConfigError: with every fault, of the settings and of ``base``.
         """
-        values = _merged(base or {}, {})
+        values = merged(base or {}, {})
         faults: list[str] = []
-        known = [prefix + name for name in cls.offered()] if known is None else list(known)
-        for name, text in settings.items():
-            _set_from_text(cls, values, name, text, prefix, known, faults)
+        known = [prefix + name for name in cls.setting_names()] if known is None else list(known)
+        for name, value in settings.items():
+            _set(cls, values, name, value, prefix, known, faults)
         unread = {fault.split(":", 1)[0] for fault in faults}
         try:
             config = cls.from_dict(values)
@@ -152,10 +148,9 @@ class Config:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
-    def offered(cls) -> list[str]:
-        """The dotted name of every setting, those aside that are not offered."""
-        hidden = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("offered", True)}
-        return [setting.name for setting in cls.describe() if setting.name not in hidden]
+    def setting_names(cls) -> list[str]:
+        """The dotted name of every setting."""
+        return [setting.name for setting in cls.describe()]
 
     @classmethod
     def describe(cls) -> list[Setting]:
@@ -164,14 +159,15 @@ class Config:
         annotations = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             annotation = annotations[f.name]
-            if _is_config(annotation):
+            doc = f.metadata.get("doc", "")
+            group = _without_none(annotation)
+            if not _is_config(annotation):
+                settings.append(Setting(f.name, _type_name(annotation), _default(f), doc))
+            if _is_config(group):
                 defaults = getattr(_default(f), "__dict__", {})
-                for inner in annotation.describe():
+                for inner in group.describe():
                     default = defaults.get(inner.name, inner.default)
                     settings.append(inner._replace(name=f"{f.name}.{inner.name}", default=default))
-            else:
-                doc = f.metadata.get("doc", "")
-                settings.append(Setting(f.name, _type_name(annotation), _default(f), doc))
         return settings
 
 
@@ -269,7 +265,7 @@ def _from_mapping(cls: type[ConfigType], values: Mapping[str, Any], prefix: str,
             default = _default(f)
             if isinstance(default, Config) and isinstance(value, Mapping):
                 # Settings that a nested mapping leaves out are those of this field's default, not of its class.
-                value = _merged(default.to_dict(), value)
+                value = merged(default.to_dict(), value)
             arguments[name] = _checked(prefix + name, annotations[name], value, _bounds(f), faults)
         elif _default(f) is dataclasses.MISSING:
             faults.append(f"{prefix}{name}: must be given")
@@ -315,10 +311,10 @@ def _meant_names(name: str, known: list[str]) -> list[str]:
     return []
 
 
-def _set_from_text(
-    cls: type[Config], values: dict[str, Any], name: str, text: str, prefix: str, known: list[str], faults: list[str]
+def _set(
+    cls: type[Config], values: dict[str, Any], name: str, value: Any, prefix: str, known: list[str], faults: list[str]
 ) -> None:
-    """Puts the value that ``text`` spells into the nested dict ``values``, under the dotted ``name``."""
+    """Puts the value, or what a text spells, into the nested dict ``values``, under the dotted ``name``."""
     target, owner = values, cls
     *parents, last = name.split(".")
     for depth, part in enumerate([*parents, last]):
@@ -328,14 +324,18 @@ def _set_from_text(
             return
         inner = _without_none(annotation)
         if depth == len(parents):
-            if _is_config(inner) and text.lower() not in _NONE:
+            is_none = value is None or (isinstance(value, str) and value.lower() in _NONE)
+            if _is_config(inner) and isinstance(value, Mapping):
+                for key, each in value.items():
+                    _set(cls, values, f"{name}.{key}", each, prefix, known, faults)
+            elif _is_config(inner) and not is_none:
                 settings = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(inner))
                 faults.append(f"{name}: is a group of settings, set one of {settings}")
-                return
-            try:
-                target[part] = _parsed(annotation, text)
-            except ValueError:
-                faults.append(f"{name}: must be {_type_name(annotation)}, was {text!r}")
+            else:
+                try:
+                    target[part] = _parsed(annotation, value) if isinstance(value, str) else value
+                except ValueError:
+                    faults.append(f"{name}: must be {_type_name(annotation)}, was {value!r}")
         elif _is_config(inner):
             owner = inner
             nested = target.get(part)
@@ -348,7 +348,13 @@ def _set_from_text(
 
 
 # What other libraries call a setting.
-_SYNONYMS = {"learning_rate": "lr", "batchsize": "batch_size", "num_epochs": "epochs", "num_steps": "steps"}
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "ema": "decay",
+    "batchsize": "batch_size",
+    "num_epochs": "epochs",
+    "num_steps": "steps",
+}
 _NONE = ("none", "null")
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -428,9 +434,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {name: _merged(value, {}) if isinstance(value, Mapping) else value for name, value in base.items()}
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the nested settings ``base`` with those of ``over`` in place of them, group by group."""
+    result = {name: merged(value, {}) if isinstance(value, Mapping) else value for name, value in base.items()}
     for name, value in over.items():
-        inner = merged.get(name)
-        merged[name] = _merged(inner if isinstance(inner, dict) else {}, value) if isinstance(value, Mapping) else value
-    return merged
+        inner = result.get(name)
+        result[name] = merged(inner if isinstance(inner, dict) else {}, value) if isinstance(value, Mapping) else value
+    return result

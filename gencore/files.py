@@ -14,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 # The descriptors of stdout and stderr.
 _OUTPUTS = (1, 2)
@@ -168,9 +168,25 @@ def _opened_through(path: Path) -> BinaryIO | None:
     return io.BufferedWriter(_Through(path, "wb"))
 
 
+# The files of the locks that this process holds.
+_locks: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """In a process that was forked: a lock is held until the last one that has the file open is gone."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock on the file ``path`` (made if it is not there); the system lets go of it when a process dies.
+    """Holds a lock on the file ``path`` (made if it is not there); the system lets go of it when this process dies,
+    whatever becomes of those that it has forked.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -182,4 +198,8 @@ def locked(path: Path) -> Iterator[None]:
         return
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)

@@ -16,22 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Generic, TypeVar
 
 from gencore.config import Config, ConfigError, close_names
+from gencore.models.base import GenerativeModel, ModelConfig, ModelPlugin
+from gencore.spec import DataSpec
 
-if TYPE_CHECKING:
-    from gencore.data.base import DatasetPlugin
-    from gencore.models.base import GenerativeModel, ModelConfig, ModelPlugin
-
-Kind = Literal["model", "dataset"]
-
-_GROUPS: dict[Kind, str] = {"model": "gencore.models", "dataset": "gencore.datasets"}
-_WORDS: dict[Kind, str] = {"model": "model", "dataset": "data set"}
+Plugin = TypeVar("Plugin")
 
 
 class PluginError(ValueError):
@@ -43,68 +37,118 @@ class Entry:
     """One plugin as its package's metadata announces it, before anything of it is imported."""
 
     name: str
-    kind: Kind
+    kind: str
     package: str
     version: str
     value: str
 
     def __str__(self) -> str:
-        return f"{_WORDS[self.kind]} plugin {self.name!r} ({self.value}) of package {self.package} {self.version}"
+        return f"{self.kind} plugin {self.name!r} ({self.value}) of package {self.package} {self.version}"
 
 
-def list_models() -> list[Entry]:
-    """The model plugins of every installed package, by name; clashing ones each have their entry."""
-    return [entry for entry, _ in _entry_points("model")]
+class Registry(Generic[Plugin]):
+    """The plugins of one kind.
 
-
-def list_datasets() -> list[Entry]:
-    """The data set plugins of every installed package, by name; clashing ones each have their entry."""
-    return [entry for entry, _ in _entry_points("dataset")]
-
-
-def load_model(name: str) -> ModelPlugin:
-    """The model plugin of this name.
-
-    Raises:
-        PluginError: no package has it (close matches are named), two packages have it, or it is broken.
+    Args:
+        group: of entry points.
+        kind: what a plugin is called in messages.
+        fault: what is wrong with the plugin that an entry leads to, one line, or None.
     """
-    return typing.cast("ModelPlugin", _load("model", name))
+
+    def __init__(self, group: str, kind: str, fault: Callable[[Entry, Any], str | None]):
+        self.group, self.kind, self._fault = group, kind, fault
+
+    def entries(self) -> list[Entry]:
+        """The plugins of every installed package, by name; clashing ones each have their entry."""
+        return [entry for entry, _ in self._found()]
+
+    def names(self) -> list[str]:
+        """The names of all plugins, each once."""
+        return list(dict.fromkeys(entry.name for entry in self.entries()))
+
+    def load(self, name: str) -> Plugin:
+        """The plugin of this name.
+
+        Raises:
+            PluginError: no package has it (close matches are named), two packages have it, or it is broken.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        available = self._found()
+        found = [pair for pair in available if pair[0].name == name]
+        if not found:
+            names = sorted({entry.name for entry, _ in available})
+            close = close_names(name, names)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            known = ", ".join(names) if names else "none (is gencore installed, or only on the path?)"
+            raise PluginError(f"no {self.kind} plugin is called {name!r}; {hint}available: {known}")
+        if len(found) > 1:
+            owners = " and ".join(f"{entry.package} {entry.version} ({entry.value})" for entry, _ in found)
+            raise PluginError(
+                f"two {self.kind} plugins are called {name!r}: in {owners}; uninstall one of the packages"
+            )
+        return self._imported(*found[0])
+
+    def status(self, entry: Entry) -> str:
+        """``"ok"``, ``"clash: ..."`` or ``"broken: ..."`` and the cause, for listings. Imports the plugin, and
+        raises nothing."""
+        found = self._found()
+        others = [other for other, _ in found if other.name == entry.name and other != entry]
+        if others:
+            return "clash: also in " + ", ".join(f"{other.package} {other.version}" for other in others)
+        for other, entry_point in found:
+            if other == entry:
+                try:
+                    self._imported(entry, entry_point)
+                except PluginError as error:
+                    return f"broken: {reason(error.__cause__ or error)}"
+                return "ok"
+        return "broken: no longer installed"
+
+    def broken(self, name: str, what: str) -> PluginError:
+        """The error for a plugin that is found, imported and then does wrong; raise it from the cause."""
+        found = [str(entry) for entry in self.entries() if entry.name == name]
+        plugin = found[0] if len(found) == 1 else f"{self.kind} plugin {name!r}"
+        return PluginError(f"{plugin} is broken: {what}")
+
+    def _found(self) -> list[tuple[Entry, metadata.EntryPoint]]:
+        found = []
+        for point in metadata.entry_points(group=self.group):
+            package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+            found.append((Entry(point.name, self.kind, package, version, point.value), point))
+        return sorted(found, key=lambda pair: (pair[0].name, pair[0].package))
+
+    def _imported(self, entry: Entry, entry_point: metadata.EntryPoint) -> Any:
+        try:
+            plugin = entry_point.load()
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{entry} is broken: {reason(error)}") from error
+        fault = self._fault(entry, plugin)
+        if fault:
+            raise PluginError(f"{entry} is broken: {fault}") from TypeError(fault)
+        return plugin
 
 
-def load_dataset(name: str) -> DatasetPlugin:
-    """The data set plugin of this name.
+def build_model(plugin: ModelPlugin, config: ModelConfig, spec: DataSpec) -> GenerativeModel:
+    """The model that the plugin builds for such data, looked at before anything relies on it.
 
     Raises:
-        PluginError: no package has it (close matches are named), two packages have it, or it is broken.
-    """
-    return typing.cast("DatasetPlugin", _load("dataset", name))
-
-
-def build_model(plugin: ModelPlugin, config: ModelConfig) -> GenerativeModel:
-    """The model that the plugin builds, looked at before anything relies on it: its ``config`` and its phases.
-
-    Raises:
-        ConfigError: the plugin's own, for a configuration that it refuses.
+        ConfigError: the configuration does not go with the data, or the plugin refuses it.
         PluginError: building it raises anything else, or gives what is no model that can be trained.
     """
     try:
-        model = plugin.build(config)
-        fault = _built_fault(plugin, model)
+        if faults := list(config.faults_with(spec)):
+            raise ConfigError(plugin.name, faults)
+        model = plugin.build(config, spec)
+        fault = _built_fault(plugin, model, spec)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        raise broken("model", plugin.name, reason(error)) from error
+        raise MODELS.broken(plugin.name, reason(error)) from error
     if fault:
-        raise broken("model", plugin.name, fault) from TypeError(fault)
+        raise MODELS.broken(plugin.name, fault) from TypeError(fault)
     model.plugin_name = plugin.name
     return model
-
-
-def broken(kind: Kind, name: str, what: str) -> PluginError:
-    """The error for a plugin that is found, imported and then does wrong; raise it from the cause."""
-    found = [str(entry) for entry, _ in _entry_points(kind) if entry.name == name]
-    plugin = found[0] if len(found) == 1 else f"{_WORDS[kind]} plugin {name!r}"
-    return PluginError(f"{plugin} is broken: {what}")
 
 
 @contextlib.contextmanager
@@ -122,97 +166,34 @@ def blamed(name: str, what: str, *allowed: type[Exception]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if not name or isinstance(error, (PluginError, MemoryError, *allowed)):
             raise
-        raise broken("model", name, f"{what}: {reason(error)}") from error
-
-
-def status(entry: Entry) -> str:
-    """``"ok"``, ``"clash: ..."`` or ``"broken: ..."`` and the cause, for listings. Imports the plugin; never raises."""
-    others = [other for other, _ in _entry_points(entry.kind) if other.name == entry.name and other != entry]
-    if others:
-        return "clash: also in " + ", ".join(f"{other.package} {other.version}" for other in others)
-    for other, entry_point in _entry_points(entry.kind):
-        if other == entry:
-            try:
-                _import(entry, entry_point)
-            except PluginError as error:
-                return f"broken: {reason(error.__cause__ or error)}"
-            return "ok"
-    return "broken: no longer installed"
-
-
-def _entry_points(kind: Kind) -> list[tuple[Entry, metadata.EntryPoint]]:
-    found = []
-    for point in metadata.entry_points(group=_GROUPS[kind]):
-        package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
-        found.append((Entry(point.name, kind, package, version, point.value), point))
-    return sorted(found, key=lambda pair: (pair[0].name, pair[0].package))
-
-
-def _load(kind: Kind, name: str) -> Any:
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {type(name).__name__}")
-    available = _entry_points(kind)
-    found = [pair for pair in available if pair[0].name == name]
-    if not found:
-        names = sorted({entry.name for entry, _ in available})
-        close = close_names(name, names)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        known = ", ".join(names) if names else "none (is gencore installed, or only on the path?)"
-        raise PluginError(f"no {_WORDS[kind]} plugin is called {name!r}; {hint}available: {known}")
-    if len(found) > 1:
-        owners = " and ".join(f"{entry.package} {entry.version} ({entry.value})" for entry, _ in found)
-        raise PluginError(f"two {_WORDS[kind]} plugins are called {name!r}: in {owners}; uninstall one of the packages")
-    return _import(*found[0])
-
-
-def _import(entry: Entry, entry_point: metadata.EntryPoint) -> Any:
-    try:
-        plugin = entry_point.load()
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{entry} is broken: {reason(error)}") from error
-    fault = _model_fault(entry, plugin) if entry.kind == "model" else _dataset_fault(entry, plugin)
-    if fault:
-        raise PluginError(f"{entry} is broken: {fault}") from TypeError(fault)
-    return plugin
+        raise MODELS.broken(name, f"{what}: {reason(error)}") from error
 
 
 def _model_fault(entry: Entry, plugin: Any) -> str | None:
-    from gencore.models.base import Family, ModelConfig, ModelPlugin
-
     if not isinstance(plugin, ModelPlugin):
-        return f"it must be a gencore.models.ModelPlugin, but is {_kind_of(plugin)}"
+        return f"it must be a gencore.models.ModelPlugin, but is {kind_of(plugin)}"
     if plugin.name != entry.name:
         return f"its entry point is called {entry.name!r}, but the plugin calls itself {plugin.name!r}"
-    if plugin.family not in typing.get_args(Family):
-        return f"its family must be one of {', '.join(typing.get_args(Family))}, but is {plugin.family!r}"
+    if not isinstance(plugin.family, str) or not plugin.family:
+        return f"its family must be a word, but is {plugin.family!r}"
     config = plugin.config
     if not (isinstance(config, type) and issubclass(config, ModelConfig)):
-        return f"its config must be a subclass of gencore.models.ModelConfig, but is {_kind_of(config)}"
-    if fault := _config_fault("config", config):
+        return f"its config must be a subclass of gencore.models.ModelConfig, but is {kind_of(config)}"
+    if fault := config_fault("config", config):
         return fault
     if not callable(plugin.build):
-        return f"its build must be callable, but is {_kind_of(plugin.build)}"
+        return f"its build must be callable, but is {kind_of(plugin.build)}"
+    if not isinstance(plugin.defaults, Mapping):
+        return f"its defaults must be a mapping, but are {kind_of(plugin.defaults)}"
+    try:
+        plugin.config_of({})
+    except ConfigError as error:
+        return f"its defaults are wrong: {'; '.join(error.faults)}"
     return None
 
 
-def _dataset_fault(entry: Entry, plugin: Any) -> str | None:
-    from gencore.data.base import DatasetPlugin
-
-    if not isinstance(plugin, DatasetPlugin):
-        return f"it must be a gencore.data.DatasetPlugin, but is {_kind_of(plugin)}"
-    if plugin.name != entry.name:
-        return f"its entry point is called {entry.name!r}, but the plugin calls itself {plugin.name!r}"
-    if not callable(plugin.load):
-        return f"its load must be callable, but is {_kind_of(plugin.load)}"
-    settings = plugin.settings
-    if settings is None:
-        return None
-    if not (isinstance(settings, type) and issubclass(settings, Config)):
-        return f"its settings must be None or a subclass of gencore.config.Config, but are {_kind_of(settings)}"
-    return _config_fault("settings", settings)
-
-
-def _config_fault(what: str, config: type[Config]) -> str | None:
+def config_fault(what: str, config: type[Config]) -> str | None:
+    """What keeps a plugin's class of settings, called ``what``, from being one; None if nothing does."""
     if "__dataclass_params__" not in vars(config):
         return f"its {what} {config.__name__} must be decorated with @dataclass(frozen=True)"
     required = [f.name for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]
@@ -221,26 +202,28 @@ def _config_fault(what: str, config: type[Config]) -> str | None:
     return None
 
 
-def _built_fault(plugin: ModelPlugin, model: Any) -> str | None:
-    from gencore.models.base import GenerativeModel, Phase
-
+def _built_fault(plugin: ModelPlugin, model: Any, spec: DataSpec) -> str | None:
     if not isinstance(model, GenerativeModel):
-        return f"build must return a gencore.models.GenerativeModel, but what it returns is {_kind_of(model)}"
+        return f"build must return a gencore.models.GenerativeModel, but what it returns is {kind_of(model)}"
     config = getattr(model, "config", None)
     if not isinstance(config, plugin.config):
-        return f"its model must keep its {plugin.config.__name__} as config, but config is {_kind_of(config)}"
-    try:
-        phases = model.phases()
-    except NotImplementedError:
+        return f"its model must keep its {plugin.config.__name__} as config, but config is {kind_of(config)}"
+    if getattr(model, "spec", None) != spec:
+        return "its model must keep the DataSpec that it is built with as spec"
+    if type(model).phases is GenerativeModel.phases:
         return f"its model {type(model).__name__} does not implement phases()"
-    if not (isinstance(phases, Sequence) and all(isinstance(phase, Phase) for phase in phases)):
-        return "phases() of its model must return a sequence of gencore.models.Phase"
-    if not phases:
-        return "its model lists no training phases"
+    if not isinstance(model.takes, Mapping):
+        return f"takes of its model must be a mapping, but is {kind_of(model.takes)}"
+    for name, need in model.takes.items():
+        if name not in spec:
+            return f"its model takes the condition {name!r}, which its data set does not give"
+        if need not in ("required", "optional"):
+            return f"takes[{name!r}] of its model must be 'required' or 'optional', but is {need!r}"
     return None
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, for messages: its type, or for a class its name."""
     return f"the class {value.__qualname__}" if isinstance(value, type) else f"of type {type(value).__qualname__}"
 
 
@@ -249,3 +232,6 @@ def reason(error: BaseException) -> str:
     message = " ".join(str(error).split())
     kind = type(error).__name__
     return f"{kind}: {message}" if message else kind
+
+
+MODELS: Registry[ModelPlugin] = Registry("gencore.models", "model", _model_fault)

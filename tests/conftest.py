@@ -25,9 +25,15 @@ _ENTRY_POINTS = """\
 [gencore.models]
 toy = gencore_toy:toy
 toy-sampler = gencore_toy:toy_sampler
+toy-translator = gencore_toy:toy_translator
+toy-captions = gencore_toy:toy_captions
+toy-stage = gencore_toy:toy_stage
+toy-mean = gencore_toy:toy_mean
 
 [gencore.datasets]
 bars = gencore_toy:bars
+toy-pairs = gencore_toy:toy_pairs
+toy-texts = gencore_toy:toy_texts
 """
 
 

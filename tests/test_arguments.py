@@ -8,6 +8,8 @@ import torch
 
 from gencore import Key, diffusion, nn, ops
 from gencore.arguments import as_int, integer
+from gencore.models.vae import VAE, VAEConfig
+from gencore.spec import DataSpec
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.array(3), np.gcd(6, 9)])
@@ -30,6 +32,7 @@ def test_the_least_is_held():
 
 X, STATE = torch.randn(2, 6, 4), torch.randn(2, 3)
 SCHEDULE = diffusion.linear(10)
+MODEL = VAE(VAEConfig(hidden_sizes=(4,), latent_size=2), DataSpec((1, 2, 2)))
 Int, Float = np.int64, np.float32
 
 
@@ -65,6 +68,7 @@ Int, Float = np.int64, np.float32
             lambda: torch.tensor(diffusion.timesteps(10, 3, "leading", 1)),
         ),
         (lambda: diffusion.cosine(Int(5)).alpha, lambda: diffusion.cosine(5).alpha),
+        (lambda: MODEL.sample(Int(3), Key(1)), lambda: MODEL.sample(3, Key(1))),
     ],
 )
 def test_numpy_numbers_are_numbers(with_numpy, without):
@@ -95,6 +99,7 @@ def test_modules_keep_ints_where_they_are_given_numpys():
         lambda: diffusion.linear(True),
         lambda: diffusion.ddpm(SCHEDULE, True),
         lambda: ops.normal((True, 3), Key(1)),
+        lambda: MODEL.sample(True, Key(1)),
     ],
 )
 def test_bools_are_none(call):

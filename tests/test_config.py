@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gencore.config import Config, ConfigError, Setting, field
+from gencore.config import Config, ConfigError, Setting, field, merged
 from gencore.models.vae import VAEConfig
 
 
@@ -158,8 +158,8 @@ def test_nested_settings_left_out_keep_the_default_of_their_field():
     assert config.optimizer == Optimizer(lr=2e-4, clip=2.0)
 
 
-def test_from_strings():
-    config = Model.from_strings(
+def test_from_settings():
+    config = Model.from_settings(
         {
             "hidden": "256, 128",
             "bias": "False",
@@ -173,18 +173,18 @@ def test_from_strings():
         base={"latent_size": 4, "optimizer": {"clip": 1.0}},
     )
     assert config == Model("conv", (256, 128), 4, False, "a=b,c", 7, Optimizer(1e-3, (0.5, 0.9), None))
-    assert Model.from_strings({"seed": "None", "hidden": ""}) == Model(hidden=())
-    assert Model.from_strings({"hidden": "3"}).hidden == (3,)
-    assert Model.from_strings({"optimizer.clip": "1"}).optimizer == Optimizer(lr=2e-4, clip=1.0)
+    assert Model.from_settings({"seed": "None", "hidden": ""}) == Model(hidden=())
+    assert Model.from_settings({"hidden": "3"}).hidden == (3,)
+    assert Model.from_settings({"optimizer.clip": "1"}).optimizer == Optimizer(lr=2e-4, clip=1.0)
 
 
-def test_from_strings_leaves_base_alone():
+def test_from_settings_leaves_base_alone():
     base = {"optimizer": {"lr": 0.1}}
-    Model.from_strings({"optimizer.lr": "0.2"}, base)
+    Model.from_settings({"optimizer.lr": "0.2"}, base)
     assert base == {"optimizer": {"lr": 0.1}}
 
 
-def test_from_strings_reports_every_fault():
+def test_from_settings_reports_every_fault():
     settings = {
         "latent_size": "many",
         "hidden": "3,x",
@@ -196,7 +196,7 @@ def test_from_strings_reports_every_fault():
         "latent": "3",
         "optimizer.lr": "-1",
     }
-    assert faults_of(lambda: Model.from_strings(settings)) == [
+    assert faults_of(lambda: Model.from_settings(settings)) == [
         "latent_size: must be an integer, was 'many'",
         "hidden: must be a tuple, each item an integer, was '3,x'",
         "bias: must be true or false, was 'maybe'",
@@ -210,23 +210,108 @@ def test_from_strings_reports_every_fault():
 
 
 def test_names_are_suggested_whatever_their_case():
-    assert faults_of(lambda: Model.from_strings({"LATENT": "3"})) == [
+    assert faults_of(lambda: Model.from_settings({"LATENT": "3"})) == [
         "LATENT: is not a setting; did you mean latent_size?"
     ]
 
 
-def test_settings_that_are_not_offered_are_not_named():
-    @dataclass(frozen=True)
-    class Hidden(Config):
-        shape: int = field(3, offered=False)
-        size: int = field(3)
-
-    assert faults_of(lambda: Hidden.from_strings({"x": "3"})) == ["x: is not a setting; there are size"]
-    assert faults_of(lambda: Hidden.from_strings({"shap": "3"})) == ["shap: is not a setting; there are size"]
-    assert Hidden.from_dict({"shape": 4}).shape == 4
-    assert faults_of(lambda: VAEConfig.from_strings({"xyzzy": "3"}))[0].startswith(
+def test_the_settings_that_there_are_are_named():
+    assert faults_of(lambda: Required.from_settings({"xyzzy": "3", "size": "1"})) == [
+        "xyzzy: is not a setting; there are size, other"
+    ]
+    assert faults_of(lambda: VAEConfig.from_settings({"xyzzy": "3"}))[0].startswith(
         "xyzzy: is not a setting; there are network, hidden_sizes, latent_size, "
     )
+    assert Model.setting_names() == [
+        "network", "hidden", "latent_size", "bias", "note", "seed", "optimizer.lr", "optimizer.betas", "optimizer.clip",
+    ]  # fmt: skip
+
+
+def test_settings_that_are_no_strings_are_taken_as_they_are():
+    config = Model.from_settings(
+        {"hidden": [3, 4], "bias": False, "seed": None, "optimizer.lr": 1, "optimizer.clip": np.float32(0.5)}
+    )
+    assert config == Model(hidden=(3, 4), bias=False, optimizer=Optimizer(lr=1.0, clip=0.5))
+    assert faults_of(lambda: Model.from_settings({"latent_size": 2.5, "bias": 1, "optimizer": 3})) == [
+        "optimizer: is a group of settings, set one of optimizer.lr, optimizer.betas, optimizer.clip",
+        "latent_size: must be an integer, was 2.5",
+        "bias: must be true or false, was 1",
+    ]
+
+
+def test_a_mapping_names_the_settings_of_a_group():
+    assert Model.from_settings({"optimizer": {"clip": "2", "betas": (0, 0.5)}}) == Model(
+        optimizer=Optimizer(lr=2e-4, betas=(0.0, 0.5), clip=2.0)
+    )
+    base = {"optimizer": {"lr": 0.1, "clip": 1.0}}
+    assert Model.from_settings({"optimizer": {"clip": "none"}}, base).optimizer == Optimizer(lr=0.1)
+    assert base == {"optimizer": {"lr": 0.1, "clip": 1.0}}
+    assert faults_of(lambda: Model.from_settings({"optimizer": {"lrr": 1, "lr": "x"}})) == [
+        "optimizer.lrr: is not a setting; did you mean optimizer.lr?",
+        "optimizer.lr: must be a number, was 'x'",
+    ]
+
+
+def test_faults_bear_the_prefix():
+    assert faults_of(lambda: Model.from_settings({"latent": "3", "bias": "x", "seed": 0.5}, prefix="model.")) == [
+        "model.latent: is not a setting; did you mean model.latent_size?",
+        "model.bias: must be true or false, was 'x'",
+        "model.seed: must be an integer or none, was 0.5",
+    ]
+
+
+def test_a_name_of_another_group_may_have_been_meant():
+    """Such as one of the trainer's among those of the model: only the caller knows them."""
+    known = ["latent_size", "optimizer.lr", "train.batch_size", "train.steps"]
+    for name, meant in (
+        ("batchsize", "train.batch_size"),
+        ("num_steps", "train.steps"),
+        ("learning_rate", "optimizer.lr"),
+        ("Latent", "latent_size"),
+    ):
+        assert faults_of(lambda name=name: Model.from_settings({name: "3"}, known=known)) == [
+            f"{name}: is not a setting; did you mean {meant}?"
+        ]
+
+
+@dataclass(frozen=True)
+class Averaged(Config):
+    """With a group that there may be or not."""
+
+    average: Optimizer | None = field(None, doc="none: no average")
+    steps: int = field(3)
+
+
+def test_a_group_that_may_be_none():
+    assert Averaged.from_settings({"average.lr": "0.5"}) == Averaged(Optimizer(lr=0.5))
+    assert Averaged.from_settings({"average": {"clip": 2}}, {"average": {"lr": 0.5}}) == Averaged(
+        Optimizer(0.5, clip=2)
+    )
+    assert Averaged.from_settings({"average": "none"}, {"average": {"lr": 0.5}}) == Averaged()
+    assert Averaged.from_settings({"average": None}, {"average": {"lr": 0.5}}) == Averaged()
+    # From a base without it, setting by setting.
+    assert Averaged.from_settings({"average.lr": "0.5", "average.clip": "1"}, {"average": None}) == Averaged(
+        Optimizer(0.5, clip=1.0)
+    )
+    assert faults_of(lambda: Averaged.from_settings({"average": "yes"})) == [
+        "average: is a group of settings, set one of average.lr, average.betas, average.clip"
+    ]
+    assert faults_of(lambda: Averaged.from_dict({"average": {"lr": 0}})) == ["average.lr: must be > 0, was 0.0"]
+    assert Averaged.from_dict(Averaged(Optimizer()).to_dict()) == Averaged(Optimizer())
+    settings = {setting.name: setting for setting in Averaged.describe()}
+    assert (settings["average"].default, settings["average"].doc) == (None, "none: no average")
+    assert settings["average.lr"] == Setting("average.lr", "a number", 1e-3, "step size")
+
+
+def test_merging_leaves_both_alone():
+    base, over = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": {"f": 6}, "d": {"g": 7}}
+    result = merged(base, over)
+    assert result == {"a": {"b": 5, "c": 2}, "d": {"g": 7}, "e": {"f": 6}}
+    result["a"]["b"] = result["e"]["f"] = 0
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+    assert over == {"a": {"b": 5}, "e": {"f": 6}, "d": {"g": 7}}
+    # What is no group stands in place of one.
+    assert merged(base, {"a": None}) == {"a": None, "d": 3}
 
 
 finite = st.floats(1e-6, 9.0)

@@ -38,16 +38,20 @@ def run(tmp_path_factory):
 def test_is_listed_before_it_is_imported(run):
     code = """
         import sys
-        from gencore import plugins
-        entries = {entry.name: entry for entry in plugins.list_models() + plugins.list_datasets()}
+        from gencore.data import DATASETS
+        from gencore.plugins import MODELS
+        entries = [
+            (registry, entry) for registry in (MODELS, DATASETS) for entry in registry.entries()
+            if entry.package == "gencore-mixture"
+        ]
         assert not any(name.startswith("gencore_mixture") for name in sys.modules)
-        for name in ("mixture", "rings"):
-            entry = entries[name]
-            print(entry.name, entry.kind, entry.package, entry.version, plugins.status(entry))
+        for registry, entry in entries:
+            print(entry.name, entry.kind, entry.package, entry.version, registry.status(entry))
     """
     assert run("-c", textwrap.dedent(code)).splitlines() == [
         "mixture model gencore-mixture 1.0.0 ok",
-        "rings dataset gencore-mixture 1.0.0 ok",
+        "small-mixture model gencore-mixture 1.0.0 ok",
+        "rings data set gencore-mixture 1.0.0 ok",
     ]
 
 
@@ -75,13 +79,14 @@ def test_likelihood_is_one_of_binary_images(run):
     code = """
         import torch
         from gencore import Key
-        from gencore.plugins import load_model
-        plugin = load_model("mixture")
+        from gencore.plugins import MODELS, build_model
+        from gencore.spec import Batch, DataSpec
+        plugin = MODELS.load("mixture")
         torch.manual_seed(0)
-        model = plugin.build(plugin.config(image_shape=(1, 2, 2), components=3))
+        model = build_model(plugin, plugin.config_of({"components": 3}), DataSpec((1, 2, 2)))
         model.weights.data = torch.tensor([0.0, 1.0, -1.0])
         images = torch.tensor([[i >> bit & 1 for bit in range(4)] for i in range(16)]).float().reshape(16, 1, 2, 2)
-        probabilities = model.log_likelihood_bound(images, Key(0)).exp().detach()
+        probabilities = model.log_likelihood_bound(Batch(images), Key(0)).exp().detach()
         samples = model.sample(20000, Key(1))
         assert torch.equal(samples[5:9], model.sample(4, Key(1).samples(5)))
         codes = (samples.flatten(1) @ torch.tensor([1.0, 2.0, 4.0, 8.0])).long()
@@ -90,6 +95,18 @@ def test_likelihood_is_one_of_binary_images(run):
     total, difference = map(float, run("-c", textwrap.dedent(code)).split())
     assert total == pytest.approx(1, abs=1e-5)
     assert difference < 0.015
+
+
+def test_the_preset_differs_in_its_defaults(run):
+    code = """
+        from gencore.plugins import MODELS
+        small, plugin = MODELS.load("small-mixture"), MODELS.load("mixture")
+        assert small.preset_of == plugin.name and small.config is plugin.config
+        print(plugin.config_of({}).components, small.config_of({}).components, small.config_of({"components": 3}))
+    """
+    told = run("-c", textwrap.dedent(code)).split(maxsplit=2)
+    assert told[:2] == ["100", "10"]
+    assert told[2].startswith("MixtureConfig(components=3, ")
 
 
 def test_every_purpose_has_a_stream_of_its_own(run):
@@ -102,16 +119,16 @@ def test_every_purpose_has_a_stream_of_its_own(run):
 
 
 def test_trains_evaluates_and_samples(run):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("safetensors")
     code = """
         import torch
         from gencore import Key
         from gencore.data import load
         from gencore.metrics import likelihood_bound
-        from gencore.plugins import load_model
+        from gencore.plugins import MODELS
         from gencore.train import TrainConfig, Trainer
-        data, test, plugin = load("rings", "train"), load("rings", "test"), load_model("mixture")
-        config = plugin.config.from_strings({"components": "60"}, {"image_shape": data.image_shape, "num_classes": 2})
+        data, test, plugin = load("rings", "train"), load("rings", "test"), MODELS.load("mixture")
+        config = plugin.config.from_settings({"components": "60"})
         trainer = Trainer(
             plugin, config, data, TrainConfig(steps=300), "run", data_name="rings", device="cpu", progress=False
         )

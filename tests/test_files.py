@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -178,3 +180,29 @@ def test_errors_of_other_files_are_theirs(tmp_path):
         fail()
     assert caught.value.filename == str(tmp_path / "missing" / "b")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_ends_with_the_process_that_took_it(tmp_path):
+    # One that it has forked, such as a worker that reads images, may live a little longer.
+    code = f"""
+        import os, signal, sys, time
+        from pathlib import Path
+        from gencore.files import locked
+        with locked(Path({str(tmp_path / ".lock")!r})):
+            child = os.fork()
+            if child == 0:
+                os.close(1)
+                time.sleep(60)
+                os._exit(0)
+            print(child, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    child = int(done.stdout)
+    try:
+        os.kill(child, 0)
+        with files.locked(tmp_path / ".lock"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 # What serves who installed no extra.
-BASE = ("__init__.py", "backends", "config.py", "files.py", "info.py", "models", "noise.py", "ops", "plugins.py")
+BASE = (
+    "__init__.py", "backends", "config.py", "files.py", "info.py", "models", "noise.py", "ops", "plugins.py", "spec.py",
+)  # fmt: skip
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -28,11 +28,12 @@ from gencore.bench import plain
 from gencore.bench.machine import commit, describe, versions
 from gencore.bench.measure import interleave, median_interval, quiet_profiler
 from gencore.config import ConfigError
+from gencore.data import NamedDataset
 from gencore.files import write_atomically
-from gencore.models.base import Batch, GenerativeModel
+from gencore.models.base import GenerativeModel
 from gencore.noise import Key
+from gencore.spec import Batch, Conditions
 from gencore.train import Trainer
-from gencore.train.trainer import ImageSource
 
 CONVOLUTION = "convolution"
 PRODUCT = "matrix product"
@@ -195,45 +196,37 @@ def training_step(trainer: Trainer) -> Callable[[], None]:
     return trainer.advance
 
 
-def sampling_step(model: GenerativeModel, n: int) -> tuple[Callable[[], Tensor], int]:
+def sampling_step(model: GenerativeModel, n: int, conditions: Conditions) -> tuple[Callable[[], Tensor], int]:
     """Sampling ``n`` images, and the number of steps that it takes of a sampler; 1 for a model that knows none.
 
-    Where the model's settings of sampling have ``steps``, there are ten of them at most: each does the same. The model
-    keeps these settings.
+    Where the model's settings of sampling have ``steps``, there are ten of them at most: each does the same.
     """
-    steps = 1
-    if model.sampling is not None and hasattr(model.sampling, "steps"):
-        wanted = model.sampling.steps
-        steps = _SAMPLING_STEPS if wanted is None else min(wanted, _SAMPLING_STEPS)
+    steps, sampling = 1, model.sampling
+    if sampling is not None and hasattr(sampling, "steps"):
+        steps = _SAMPLING_STEPS if sampling.steps is None else min(sampling.steps, _SAMPLING_STEPS)
         try:
-            model.sampling = type(model.sampling).from_dict({**model.sampling.to_dict(), "steps": steps})
+            fewer = type(sampling).from_dict({**sampling.to_dict(), "steps": steps})
+            model.sample(1, Key(0), {name: values[:1] for name, values in conditions.items()}, sampling=fewer)
+            sampling = fewer
         except ConfigError:  # The model has fewer.
             steps = 1
     model.eval()
-    key = Key(0)
-    return lambda: model.sample(n, key), steps
+    return lambda: model.sample(n, Key(0), conditions, sampling=sampling), steps
 
 
-class _Marked:
+class _Marked(NamedDataset):
     """A data set whose batches are seen in a profile."""
 
-    def __init__(self, data: ImageSource):
+    def __init__(self, data: NamedDataset):
+        super().__init__(data.name, data.split, data.spec, data.notes)
         self.data = data
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.data.class_names
-
-    @property
-    def fingerprint(self) -> str:
-        return self.data.fingerprint
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor) -> Batch:
+    def batch(self, indices: Tensor, key: Key | None = None) -> Batch:
         with torch.profiler.record_function(_DATA):
-            return self.data.batch(indices)
+            return self.data.batch(indices, key)
 
 
 def _divided(step: Callable[[], object], calls: int, device: str) -> tuple[list[dict[str, float]], int]:

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
-_TRAIN_EXTRA = ("accelerate", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "tqdm", "typer")
+_TRAIN_EXTRA = ("jinja2", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "tqdm", "typer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

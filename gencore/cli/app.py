@@ -13,11 +13,26 @@ import typer
 
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
-from gencore.cli import bench, edit, evaluate, info, latents, list_plugins, profile, quickstart, sample, train
+from gencore.cli import (
+    bench,
+    data,
+    edit,
+    evaluate,
+    info,
+    latents,
+    list_plugins,
+    profile,
+    quickstart,
+    runs,
+    sample,
+    train,
+)
 from gencore.cli.common import UserError, begin, one_line
 from gencore.config import ConfigError
 from gencore.data import DataError
+from gencore.pictures import NotFiniteError
 from gencore.plugins import PluginError
+from gencore.processes import OtherProcessError, is_joined, leave, started
 from gencore.train import CheckpointError, NotEnoughMemoryError, TrainingError
 from gencore.train.interruption import exit_code, raised_signals
 from gencore.train.memory import enough_memory
@@ -31,8 +46,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+# The commands that processes share, where torchrun starts several; others are the first one's alone.
+_SHARED = ("train", "sample", "evaluate")
 # Whether a fault is shown with the calls that led to it; set anew by every run.
 _traceback = False
+
+
+def _rank() -> int:
+    try:
+        return started()[0]
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -43,6 +67,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
@@ -52,6 +77,11 @@ def _options(
 ) -> None:
     global _traceback
     _traceback = show_traceback
+    if _rank() > 0:
+        if context.invoked_subcommand not in _SHARED:
+            raise typer.Exit
+        # What is told to a person is told once.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 app.command("quickstart")(quickstart.command)
@@ -64,6 +94,8 @@ app.command("traverse")(latents.traverse)
 app.command("edit")(edit.command)
 app.command("profile")(profile.command)
 app.command("bench")(bench.command)
+app.command("runs")(runs.command)
+app.command("data")(data.command)
 app.command("list")(list_plugins.command)
 app.command("info")(info.command)
 
@@ -77,6 +109,8 @@ _TOLD = (
     CheckpointError,
     TrainingError,
     NotEnoughMemoryError,
+    NotFiniteError,
+    OtherProcessError,
 )
 # What every mistake on the command line itself derives from, whichever click typer is built on.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -87,6 +121,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     global _traceback
     _traceback = False
     begin()
+    out = sys.stdout
     try:
         with raised_signals() as raised, enough_memory("this command"):
             code = app(args=None if arguments is None else list(arguments), prog_name="gencore", standalone_mode=False)
@@ -116,13 +151,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
         return _refuse(error.format_message())
+    finally:
+        sys.stdout = out
+        leave()
     return code if isinstance(code, int) else 0
 
 
 def _refuse(*faults: str) -> int:
     if _traceback:
         traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    # What is wrong before the processes meet is wrong in all of them.
+    if rank != "0" and not is_joined():
+        return 2
+    name = "gencore" if rank == "0" else f"gencore, process {rank}"
     for fault in faults:
         # One fault is one line, whatever a file name or a foreign message brings along.
-        print(f"gencore: {one_line(fault)}", file=sys.stderr)
+        print(f"{name}: {one_line(fault)}", file=sys.stderr)
     return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO
@@ -13,14 +13,19 @@ import torch
 import typer
 from torch import Tensor
 
-from gencore import data, ops, plugins
-from gencore.config import Config, ConfigError, close_names
-from gencore.data import DataError, ImageDataset, MissingSplitError, Split
+from gencore import data, ops
+from gencore.config import close_names
+from gencore.data import DataError, MissingSplitError, NamedDataset, Split
 from gencore.files import check_writable, is_output_stream
-from gencore.models.base import GenerativeModel, ModelConfig
+from gencore.models.base import NO_CONDITIONS, GenerativeModel, ModelConfig, SamplingConfig
 from gencore.noise import Key
+from gencore.plugins import MODELS
+from gencore.processes import ALONE, Processes, join
+from gencore.spec import Batch, Conditions, DataSpec
 from gencore.text import counted, listed, shown
-from gencore.train.checkpoint import Checkpoint, Run, read, restore_model
+from gencore.train.checkpoint import Checkpoint, read, restore_model
+from gencore.train.settings import Settings, data_settings
+from gencore.train.settings import apart as split_settings
 from gencore.train.trainer import choose_device
 
 # The notes that this command has shown.
@@ -42,9 +47,6 @@ def folder_or_file(text: str | Path) -> Path:
         raise typer.BadParameter("must not be empty")
     return Path(text)
 
-
-# What is learned where nothing is named.
-DEFAULT_DATA = "digits"
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 RunFolder = Annotated[
@@ -79,6 +81,18 @@ Labels = Annotated[
     str | None,
     typer.Option(metavar="NAME,...", help="Classes to sample, in turns, by name or number, for a model with classes."),
 ]
+Prompt = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="A text to sample, for a model with texts; repeatable.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", parser=folder_or_file, help="Texts, one a line.")
+]
+ConditionData = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="NAME[:PATH]", help="Take the conditions of these test images, such as the source images."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -88,10 +102,15 @@ class Loaded:
     model: GenerativeModel
     checkpoint: Checkpoint
     directory: Path
+    processes: Processes = ALONE
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    @property
+    def spec(self) -> DataSpec:
+        return self.model.spec
 
     @property
     def title(self) -> str:
@@ -107,16 +126,14 @@ def picture_file(text: str | Path) -> Path:
     return path
 
 
-def load(directory: Path, ema: bool | None, device: DeviceName, settings: list[str] | None = None) -> Loaded:
-    """The trained model in ``directory``, which samples with ``settings`` and says on a terminal how far it is."""
-    checkpoint = read(directory)
-    model = restore_model(checkpoint, ema=ema, device=str(choose_device(device)))
-    set_sampling(model, checkpoint.run.model, settings or [])
-    model.progress = True
+def load(directory: Path, ema: bool | None, device: DeviceName) -> Loaded:
+    """The trained model in ``directory``."""
+    checkpoint, place = read(directory), choose_device(device)
+    model = restore_model(checkpoint, ema=ema, device=str(place))
     if checkpoint.directory == directory and directory.resolve().parent.name == "checkpoints":
         # A checkpoint is removed when newer ones come; what belongs to the run is to stay.
         directory = directory.resolve().parents[1]
-    return Loaded(model, checkpoint, directory)
+    return Loaded(model, checkpoint, directory, join(place))
 
 
 def beside(path: Path) -> TextIO:
@@ -153,34 +170,123 @@ def one_line(text: str) -> str:
     return shown(re.sub(r"\s*\n\s*", " ", text.strip()))
 
 
-def set_sampling(model: GenerativeModel, name: str, settings: list[str]) -> None:
-    """Replaces what ``settings``, each name=value, name of the way in which the model samples."""
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Prints rows of cells in columns, all but the last as wide as their widest cell; an empty one takes no place."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False) if width]
+        print("  ".join([*cells, row[-1]]).rstrip())
+
+
+def sampling_of(loaded: Loaded, settings: list[str]) -> SamplingConfig | None:
+    """How to sample: the model's own way, as ``settings``, each name=value, change it."""
+    own = loaded.model.sampling
     if not settings:
-        return
-    if model.sampling is None:
-        raise UserError(f"--set: model {name} has no settings of sampling")
-    model.sampling = type(model.sampling).from_strings(pairs(settings), model.sampling.to_dict())
+        return own
+    if own is None:
+        raise UserError(f"--set: model {loaded.checkpoint.run.model} has no settings of sampling")
+    return type(own).from_settings(pairs(settings), own.to_dict())
 
 
-def check_guidance(settings: list[str] | None, labels: str | None) -> None:
-    """Refuses settings of guidance, which have no effect on samples of no class."""
-    for name in pairs(settings or []):
-        if name.startswith("guidance_") and labels is None:
-            raise UserError(f"--set {name}: guides to classes, and has no effect without --labels")
+class Asked(NamedTuple):
+    """The options that say what to generate."""
+
+    labels: str | None = None
+    prompts: list[str] | None = None
+    prompt_file: Path | None = None
+    source: str | None = None
+
+    @property
+    def is_any(self) -> bool:
+        return any(option is not None for option in self)
 
 
-def chosen_classes(text: str, n: int, loaded: Loaded) -> Tensor:
-    """The classes of ``--labels``, in turns, (n,)."""
-    num_classes = loaded.config.num_classes
-    if not loaded.model.conditional:
-        raise UserError(f"--labels: model {loaded.checkpoint.run.model} samples without classes")
-    if num_classes == 0:
-        raise UserError("--labels: the model was trained on images without classes")
-    classes = _classes_of(text, loaded.checkpoint.run.class_names, num_classes)
-    return torch.tensor(classes).repeat(-(-n // len(classes)))[:n]
+def check_guidance(loaded: Loaded, settings: list[str], asked: Asked) -> None:
+    """Refuses settings that have no effect on samples without conditions; a model that takes none says so itself."""
+    own = loaded.model.sampling
+    for name in pairs(settings):
+        if own is not None and loaded.model.takes and name in own.of_conditions and not asked.is_any:
+            raise UserError(f"--set {name}: has no effect without a condition, such as --labels")
 
 
-def _classes_of(text: str, names: list[str], num_classes: int) -> list[int]:
+def conditions_of(
+    asked: Asked, n: int, loaded: Loaded, of_data: dict[str, str], own: Conditions = NO_CONDITIONS
+) -> dict[str, Tensor | Sequence[str]]:
+    """The conditions of ``n`` samples that the options ask for, in turns.
+
+    Args:
+        own: those of the images that the samples are made of, for what is needed and not asked for.
+    """
+    model, spec, name = loaded.model, loaded.model.spec, loaded.checkpoint.run.model
+    found = {each: own[each] for each, need in model.takes.items() if need == "required" and each in own}
+    if asked.source is not None:
+        if not model.takes:
+            raise UserError(f"--from: model {name} samples without conditions")
+        images = load_images(loaded, asked.source, "test", of_data, or_train=True)
+        found.update(conditions_of_images(model, images, n))
+        if not found:
+            raise UserError(f"--from: data set {images.name} has no {' and no '.join(model.takes)}")
+    if asked.labels is not None:
+        classes = next((each for each in model.takes if spec[each].kind == "class"), None)
+        if classes is None:
+            raise UserError(f"--labels: model {name} samples without classes")
+        numbers = torch.tensor(_classes_of(asked.labels, list(spec[classes].names)))
+        found[classes] = numbers.repeat(-(-n // len(numbers)))[:n]
+    if asked.prompts or asked.prompt_file is not None:
+        texts = next((each for each in model.takes if spec[each].kind == "text"), None)
+        if texts is None:
+            raise UserError(f"--prompt: model {name} samples without texts")
+        prompts = list(asked.prompts or []) + _prompts(asked.prompt_file)
+        found[texts] = tuple(prompts[i % len(prompts)] for i in range(n))
+    lacking = [each for each, need in model.takes.items() if need == "required" and each not in found]
+    if lacking:
+        how = {"class": "--labels", "text": "--prompt", "image": "--from DATA"}
+        options = " and ".join(dict.fromkeys(how[spec[each].kind] for each in lacking))
+        raise UserError(f"model {name} needs {' and '.join(lacking)} to sample: give {options}")
+    return found
+
+
+def conditions_of_images(
+    model: GenerativeModel, images: NamedDataset, n: int, *, required: bool = False
+) -> dict[str, Tensor | Sequence[str]]:
+    """What the model takes of the conditions of the first ``n`` images, which begin anew if there are less.
+
+    Args:
+        required: give those alone that the model cannot do without, all of them.
+
+    Raises:
+        UserError: the images have a condition of that name that is not the model's, or lack one that is required.
+    """
+    needs = model.takes.items()
+    names = [name for name, need in needs if (need == "required" if required else name in images.spec)]
+    for name in names:
+        if name not in images.spec:
+            raise UserError(f"data set {images.name} has no {name}, which model {model.plugin_name} needs")
+        ours, theirs = model.spec[name], images.spec[name]
+        if (ours.kind, ours.names, ours.shape) != (theirs.kind, theirs.names, theirs.shape):
+            what = {"class": "other classes", "image": "another shape"}[ours.kind] if ours.kind == theirs.kind else ""
+            differs = f"has {what}" if what else f"is of kind {theirs.kind}"
+            raise UserError(f"data set {images.name}: its {name} {differs} than the model was trained with")
+    if not names:
+        return {}
+    given = images.batch(torch.arange(n) % len(images)).conditions
+    return {name: given[name] for name in names}
+
+
+def _prompts(path: Path | None) -> list[str]:
+    """The lines of a file that are not empty."""
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts: {path} must be text in UTF-8: {error}") from error
+    if not any(lines):
+        raise UserError(f"--prompts: {path} holds no line of text")
+    return [line for line in lines if line]
+
+
+def _classes_of(text: str, names: list[str]) -> list[int]:
     """The classes of a list with commas between names or numbers; a name may hold commas itself."""
     parts, classes, first = text.split(","), [], 0
     while first < len(parts):
@@ -188,21 +294,21 @@ def _classes_of(text: str, names: list[str], num_classes: int) -> list[int]:
         spelled = [(end, ",".join(parts[first:end])) for end in range(len(parts), first, -1)]
         spelled += [(end, name.strip()) for end, name in spelled]
         end, name = next(((end, name) for end, name in spelled if name in names), (first + 1, parts[first].strip()))
-        classes.append(_class_of(name, names, num_classes))
+        classes.append(_class_of(name, names))
         first = end
     return classes
 
 
-def _class_of(name: str, names: list[str], num_classes: int) -> int:
+def _class_of(name: str, names: list[str]) -> int:
     if name in names:
         return names.index(name)
     # Where a class is called by a number, numbers are names.
     numbers = not any(other.isdecimal() for other in names)
-    if numbers and name.isdecimal() and len(name) < 10 and int(name) < num_classes:
+    if numbers and name.isdecimal() and len(name) < 10 and int(name) < len(names):
         return int(name)
     close = [] if name.isdecimal() else close_names(name, names)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the classes are {listed(map(repr, names))}"
-    what = f"names of classes or numbers from 0 to {num_classes - 1}" if numbers else "names of classes"
+    what = f"names of classes or numbers from 0 to {len(names) - 1}" if numbers else "names of classes"
     raise UserError(f"--labels takes {what}, got {name!r}; {hint}")
 
 
@@ -213,7 +319,7 @@ def load_images(
     settings: dict[str, str] | None = None,
     *,
     or_train: bool = False,
-) -> ImageDataset:
+) -> NamedDataset:
     """The images that the model was trained on, or others of the same shape.
 
     The settings of the data set are those of the training where it is of the same kind, with ``settings`` changed. With
@@ -228,13 +334,13 @@ def load_images(
             raise
         say([f"{error}; training images are shown"])
         images = read_images(name, "train", of_data)
-    if images.image_shape != loaded.config.image_shape:
-        ours, theirs = ("x".join(map(str, shape)) for shape in (loaded.config.image_shape, images.image_shape))
+    if images.spec.image_shape != loaded.spec.image_shape:
+        ours, theirs = ("x".join(map(str, spec.image_shape)) for spec in (loaded.spec, images.spec))
         raise UserError(f"the model makes images of {ours}, data set {images.name} has images of {theirs}")
     return images
 
 
-def read_images(name: str, split: Split, settings: dict[str, Any]) -> ImageDataset:
+def read_images(name: str, split: Split, settings: dict[str, Any]) -> NamedDataset:
     """A data set; what it has to say of its files is shown."""
     try:
         with data.showing_progress():
@@ -257,55 +363,7 @@ def say(notes: Iterable[str]) -> None:
             print(f"gencore: {one_line(note)}", file=sys.stderr)
 
 
-def data_settings(
-    saved: Run | None, name: str | None, settings: dict[str, str], others: Iterable[str] = ()
-) -> dict[str, Any]:
-    """The settings of the data set ``name`` (default: that of the run), as ``--set data.NAME=VALUE`` changes them.
-
-    They begin with those of the run, if the data set is of the same kind.
-
-    Args:
-        others: faults found before, to be told with those found here, if there are any.
-
-    Raises:
-        ConfigError: with every fault, named as on the command line.
-    """
-    spec = name or (saved.data if saved else DEFAULT_DATA)
-    same = saved is not None and spec.partition(":")[0] == saved.data.partition(":")[0]
-    kind = data.settings_type(spec)
-    if kind is None:
-        faults = [f"data.{key}: is not a setting; data set {spec.partition(':')[0]} has none" for key in settings]
-    else:
-        faults = []
-        found = collect(kind, settings, saved.data_settings if saved and same else {}, "data.", faults)
-    if faults:
-        raise ConfigError("data", [*others, *faults])
-    return {} if kind is None else found.to_dict()
-
-
-def collect(
-    config: type[Config],
-    settings: dict[str, str],
-    base: Any,
-    prefix: str,
-    faults: list[str],
-    known: Iterable[str] | None = None,
-) -> Any:
-    """The configuration; its faults go to ``faults``, so that those of model, trainer and data are told together.
-
-    Args:
-        prefix: what the settings' names begin with on the command line.
-        known: all names of the command line that one may have been meant as.
-    """
-    known = [prefix + name for name in config.offered()] if known is None else known
-    try:
-        return config.from_strings(settings, base, prefix=prefix, known=known)
-    except ConfigError as error:
-        faults += error.faults
-        return None
-
-
-def chosen_images(images: ImageDataset, n: int, seed: int, *, at_most: bool = False) -> Tensor:
+def chosen_images(images: NamedDataset, n: int, seed: int, *, at_most: bool = False) -> Batch:
     """``n`` of the images, chosen by the seed; with ``at_most``, all if there are less."""
     if n > len(images) and not at_most:
         there = counted(len(images), f"{images.split} image")
@@ -313,15 +371,15 @@ def chosen_images(images: ImageDataset, n: int, seed: int, *, at_most: bool = Fa
     return first_in_random_order(images, n, Key(seed))
 
 
-def first_in_random_order(images: ImageDataset, n: int, key: Key) -> Tensor:
+def first_in_random_order(images: NamedDataset, n: int, key: Key) -> Batch:
     """``n`` of the images, or all if there are less, in an order that the key decides."""
     order = ops.uniform((len(images), 1), key)[:, 0].argsort(stable=True)
-    return images.batch(order[:n]).images
+    return images.batch(order[:n])
 
 
 def model_names() -> list[str]:
     """The names of all model plugins."""
-    return [entry.name for entry in plugins.list_models()]
+    return MODELS.names()
 
 
 def pairs(settings: list[str]) -> dict[str, str]:
@@ -336,14 +394,6 @@ def pairs(settings: list[str]) -> dict[str, str]:
             raise UserError(f"--set {name} is given twice")
         found[name] = value
     return found
-
-
-class Settings(NamedTuple):
-    """``--set`` options apart, those of the trainer (``train.``) and of the data set (``data.``) without prefix."""
-
-    model: dict[str, str]
-    train: dict[str, str]
-    data: dict[str, str]
 
 
 def apart(settings: list[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -362,11 +412,4 @@ def only_data(settings: list[str] | None) -> dict[str, str]:
 
 def parsed_settings(settings: list[str]) -> Settings:
     """The ``--set`` options by what they set."""
-    parsed = Settings({}, {}, {})
-    for name, value in pairs(settings).items():
-        group, dot, key = name.partition(".")
-        if dot and group in ("train", "data"):
-            getattr(parsed, group)[key] = value
-        else:
-            parsed.model[name] = value
-    return parsed
+    return split_settings(pairs(settings))

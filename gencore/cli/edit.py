@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from PIL import Image
 from torch import Tensor
 
-from gencore import plugins
-from gencore.cli import pictures
+from gencore import pictures, plugins
 from gencore.cli.common import (
+    Asked,
     BatchSize,
     DataName,
     DeviceOption,
     Labels,
+    Prompt,
+    PromptFile,
     RunFolder,
     SamplingSettings,
     Seed,
@@ -25,18 +27,20 @@ from gencore.cli.common import (
     apart,
     check_guidance,
     check_output,
-    chosen_classes,
     chosen_images,
+    conditions_of,
     load,
     load_images,
     picture_file,
     report,
+    sampling_of,
 )
 from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.data.images import read_image
-from gencore.models.base import Edits, GenerativeModel, checked_images
+from gencore.models.base import NO_CONDITIONS, Edits, GenerativeModel, SamplingConfig, checked_images
 from gencore.noise import Key
+from gencore.spec import Conditions
 
 MASKS = ("center", "left", "right", "top", "bottom", "border")
 _HIDDEN_GRAY = 0.5
@@ -59,6 +63,8 @@ def command(
     ] = None,
     fills: Annotated[int, typer.Option(min=1, max=64, help="How many times each is filled in.")] = 3,
     labels: Labels = None,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
     settings: SamplingSettings = None,
     seed: Seed = 0,
     out: Annotated[
@@ -70,19 +76,22 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Draw test images, the same with a part hidden, and what the model fills in there; the rest stays as it is."""
-    check_guidance(settings, labels)
-    sampling, of_data = apart(settings)
-    loaded = load(directory, ema, device, sampling)
+    asked, (of_sampling, of_data) = Asked(labels, prompt, prompts), apart(settings)
+    loaded = load(directory, ema, device)
+    check_guidance(loaded, of_sampling, asked)
+    sampling = sampling_of(loaded, of_sampling)
     if not isinstance(loaded.model, Edits):
         raise UserError(f"model {loaded.checkpoint.run.model} cannot edit images")
     path = out or loaded.directory / "edits.png"
     check_output(path)
-    known = known_pixels(mask, loaded.config.image_shape)
+    known = known_pixels(mask, loaded.spec.image_shape)
     dataset = load_images(loaded, data_name, "test", of_data, or_train=True)
-    images = chosen_images(dataset, n or _IMAGES, seed, at_most=n is None)
-    classes = None if labels is None else chosen_classes(labels, len(images), loaded)
-    loaded.model.check_finite = True
-    pictures.save(edit_picture(loaded.model, images, known, fills, Key(seed), batch_size, classes), path)
+    batch = chosen_images(dataset, n or _IMAGES, seed, at_most=n is None)
+    images, conditions = batch.images, conditions_of(asked, len(batch), loaded, of_data, batch.conditions)
+    picture = edit_picture(
+        loaded.model, images, known, fills, Key(seed), batch_size, conditions=conditions, sampling=sampling
+    )
+    pictures.save(picture, path)
     report(path, f"{len(images)} {dataset.split} images with a part filled in {fills} times, {loaded.title}")
 
 
@@ -114,19 +123,31 @@ def edit_picture(
     fills: int,
     key: Key,
     batch_size: int = 256,
-    labels: Tensor | None = None,
+    *,
+    conditions: Conditions = NO_CONDITIONS,
+    sampling: SamplingConfig | None = None,
 ) -> Image.Image:
     """Rows of images, the same with the hidden part gray, and ``fills`` of what the model makes of it."""
     hidden = torch.where(known.bool(), images, _HIDDEN_GRAY)
     key = key.fold_in(_FILLS)
-    filled = [edited(model, images, known, key.fold_in(fill), batch_size, labels) for fill in range(fills)]
+    filled = [
+        edited(model, images, known, key.fold_in(fill), batch_size, conditions=conditions, sampling=sampling)
+        for fill in range(fills)
+    ]
     pictures.check_finite(torch.cat(filled), "fills")
     row_labels = ["image", "known", *["model"] * fills]
     return pictures.grid(torch.cat([images, hidden, *filled]), len(images), row_labels)
 
 
 def edited(
-    model: GenerativeModel, images: Tensor, known: Tensor, key: Key, batch_size: int, labels: Tensor | None = None
+    model: GenerativeModel,
+    images: Tensor,
+    known: Tensor,
+    key: Key,
+    batch_size: int,
+    *,
+    conditions: Conditions = NO_CONDITIONS,
+    sampling: SamplingConfig | None = None,
 ) -> Tensor:
     """The images filled in, on the CPU; image ``i`` has the noise of sample id ``i`` of ``key``."""
     if not isinstance(model, Edits):
@@ -134,10 +155,11 @@ def edited(
     parts = []
     for first in range(0, len(images), batch_size):
         some = images[first : first + batch_size].to(model.device)
-        chosen = None if labels is None else labels[first : first + batch_size].to(model.device)
-        with plugins.blamed(model.plugin_name, "edit()", ConfigError, FloatingPointError):
-            filled = model.edit(some, known.to(model.device), key.samples(first), chosen)
-            parts.append(checked_images(filled, len(some), model.config))
+        chosen = {name: values[first : first + batch_size] for name, values in conditions.items()}
+        options: dict[str, Any] = {"sampling": sampling, "progress": len(images) <= batch_size, "check_finite": True}
+        with torch.no_grad(), plugins.blamed(model.plugin_name, "edit()", ConfigError, FloatingPointError):
+            filled = model.edit(some, known.to(model.device), key.samples(first), chosen, **options)
+            parts.append(checked_images(filled, len(some), model.spec))
     return torch.cat(parts)
 
 

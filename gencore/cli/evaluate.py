@@ -26,15 +26,18 @@ from gencore.cli.common import (
     apart,
     beside,
     check_output,
+    conditions_of_images,
     first_in_random_order,
     folder_or_file,
     load,
     load_images,
+    sampling_of,
 )
-from gencore.data import ImageDataset
+from gencore.data import NamedDataset
 from gencore.files import write_atomically
-from gencore.models.base import GenerativeModel, HasLikelihoodBound
+from gencore.models.base import GenerativeModel, HasLikelihoodBound, SamplingConfig
 from gencore.noise import Key
+from gencore.processes import ALONE, Processes
 
 # Folded into the key, one number per purpose, so that no two figures share noise.
 _BOUND, _BOUND_K, _CLASSES, _CONDITIONAL, _FLOOR = 1, 2, 3, 4, 5
@@ -58,14 +61,15 @@ def command(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure the likelihood bound on test images and what a classifier says of samples, whichever can be measured."""
-    sampling, of_data = apart(settings)
-    loaded = load(directory, ema, device, sampling)
+    of_sampling, of_data = apart(settings)
+    loaded = load(directory, ema, device)
+    sampling = sampling_of(loaded, of_sampling)
     path = out or loaded.directory / "evaluation.json"
-    check_output(path)
+    loaded.processes.by_first(lambda: check_output(path))
     test = load_images(loaded, data_name, "test", of_data)
     differ = _differing_classes(loaded, test)
     classifier = train = None
-    if test.num_classes > 0:
+    if test.spec.num_classes > 0:
         train = load_images(loaded, data_name, "train", of_data)
         try:
             classifier = metrics.train_classifier(train, test, seed=seed)
@@ -82,17 +86,21 @@ def command(
         limit,
         train,
         with_classes=not differ,
-        progress=True,
+        sampling=sampling,
+        processes=loaded.processes,
+        progress=loaded.processes.is_first,
     )
     if not found:
         raise UserError("nothing to measure: the model has no likelihood bound and the images have no classes")
+    if not loaded.processes.is_first:
+        return
     run = loaded.checkpoint.run
     told = {
         "model": run.model,
         "data": run.data if data_name is None else data_name,
         "step": loaded.checkpoint.step,
         "seed": seed,
-        **({} if loaded.model.sampling is None else {"sampling": loaded.model.sampling.to_dict()}),
+        **({} if sampling is None else {"sampling": sampling.to_dict()}),
         **found,
     }
     write_atomically(path, json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
@@ -101,15 +109,20 @@ def command(
     print(*said, sep="\n", file=beside(path))
 
 
-def _differing_classes(loaded: Loaded, test: ImageDataset) -> str:
+def _differing_classes(loaded: Loaded, test: NamedDataset) -> str:
     """Why the data's classes are not those that the model can be asked for; empty if they are, or nothing is asked."""
-    run, ours = loaded.checkpoint.run, loaded.config.num_classes
-    if not loaded.model.conditional or test.num_classes == 0:
+    run, ours, theirs = loaded.checkpoint.run, _taken_classes(loaded.model), test.spec.class_names
+    if ours is None or not theirs:
         return ""
-    if test.num_classes != ours:
-        return f"data set {test.name} has {test.num_classes} classes, the model has {ours}"
-    same = list(test.class_names) == run.class_names
-    return "" if same else f"data set {test.name} has other classes than {run.data}"
+    names = loaded.spec[ours].names
+    if len(theirs) != len(names):
+        return f"data set {test.name} has {len(theirs)} classes, the model has {len(names)}"
+    return "" if theirs == names else f"data set {test.name} has other classes than {run.data}"
+
+
+def _taken_classes(model: GenerativeModel) -> str | None:
+    """The condition of kind class that the model takes, if any."""
+    return next((name for name in model.takes if model.spec[name].kind == "class"), None)
 
 
 def _finite(value: Any) -> Any:
@@ -121,24 +134,26 @@ def _finite(value: Any) -> Any:
 
 def measure(
     model: GenerativeModel,
-    test: ImageDataset,
+    test: NamedDataset,
     classifier: metrics.Classifier | None,
     key: Key,
     num_samples: int,
     n: int,
     batch_size: int = 250,
     limit: int | None = None,
-    train: ImageDataset | None = None,
+    train: NamedDataset | None = None,
     with_classes: bool = True,
+    sampling: SamplingConfig | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Everything that can be measured of a model.
 
     ``bound`` and ``bound_k`` are of one draw per image and of ``num_samples``; ``classes`` are those of ``n`` samples,
-    drawn without asking for any; ``frechet`` is their distance from the test images, and that of as many images of
-    ``train``. For a model with classes, ``conditional`` is what is found in ``n`` samples of all classes in turns, if
-    ``with_classes``: the images' classes must be those of the model. What cannot be said of samples that are not finite
-    is NaN.
+    drawn without asking for any class; ``frechet`` is their distance from the test images, and that of as many of
+    ``train``. A condition that the model needs is that of test images. For a model with classes, ``conditional`` is
+    what is found in ``n`` samples of all classes in turns, if ``with_classes``: the images' classes must be those of
+    the model. What cannot be said of samples that are not finite is NaN.
     """
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
@@ -151,15 +166,19 @@ def measure(
                     num_samples=draws,
                     batch_size=batch_size,
                     limit=limit,
+                    processes=processes,
                     progress=progress,
                 )
             except ValueError as error:
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
                 raise UserError(f"model {model.plugin_name or type(model).__name__}: {error}") from error
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
-    if classifier is not None:
+    if classifier is not None and model.can_sample:
         images = test.batch(torch.arange(len(test))).images
-        samples = metrics.draw_samples(model, key.fold_in(_CLASSES), n=n, batch_size=batch_size, progress=progress)
+        options: dict[str, Any] = {"n": n, "batch_size": batch_size, "sampling": sampling, "progress": progress}
+        options["processes"] = processes
+        needed = conditions_of_images(model, test, n, required=True)
+        samples = metrics.draw_samples(model, key.fold_in(_CLASSES), conditions=needed, **options)
         report = metrics.class_report(classifier, samples)
         found["classes"] = {
             **asdict(report),
@@ -169,11 +188,11 @@ def measure(
         reference = classifier.features(images)
         if n > 1 and len(images) > 1:
             found["frechet"] = _frechet(classifier, samples, reference, train, key.fold_in(_FLOOR))
-        if model.conditional and with_classes:
+        classes = _taken_classes(model)
+        if classes is not None and with_classes:
             labels = torch.arange(n) % len(classifier.class_names)
-            samples = metrics.draw_samples(
-                model, key.fold_in(_CONDITIONAL), n=n, batch_size=batch_size, labels=labels, progress=progress
-            )
+            conditions = {**needed, classes: labels}
+            samples = metrics.draw_samples(model, key.fold_in(_CONDITIONAL), conditions=conditions, **options)
             found["conditional"] = {
                 "accuracy": metrics.conditional_accuracy(classifier, samples, labels),
                 "confident": metrics.class_report(classifier, samples).confident,
@@ -184,7 +203,7 @@ def measure(
 
 
 def _frechet(
-    classifier: metrics.Classifier, samples: Tensor, reference: Tensor, train: ImageDataset | None, key: Key
+    classifier: metrics.Classifier, samples: Tensor, reference: Tensor, train: NamedDataset | None, key: Key
 ) -> dict[str, Any]:
     """The samples' distance from the test images with these features, and that of as many training images."""
     told: dict[str, Any] = {
@@ -195,7 +214,7 @@ def _frechet(
         "features": reference.shape[1],
     }
     if train is not None and len(train) > 1:
-        features = classifier.features(first_in_random_order(train, len(samples), key))
+        features = classifier.features(first_in_random_order(train, len(samples), key).images)
         told |= {"train_distance": metrics.frechet_distance(features, reference), "train_images": len(features)}
     return told
 

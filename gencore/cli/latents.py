@@ -10,8 +10,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from gencore import ops, plugins
-from gencore.cli import pictures
+from gencore import ops, pictures, plugins
 from gencore.cli.common import (
     DataName,
     DataSettings,
@@ -28,7 +27,7 @@ from gencore.cli.common import (
     picture_file,
     report,
 )
-from gencore.data import ImageDataset
+from gencore.data import NamedDataset
 from gencore.models.base import Autoencodes, GenerativeModel, HasLatents, checked_images
 from gencore.noise import Key
 
@@ -85,7 +84,7 @@ def interpolate(
         if len(images) < 2:
             raise UserError(f"an interpolation needs 2 {images.split} images; data set {images.name} has 1")
         rows = min(_PAIRS, len(images) // 2) if rows is None else rows
-        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed))[0], f"{images.split} images"
+        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed).images)[0], f"{images.split} images"
     else:
         rows = rows or _PAIRS
         codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"
@@ -116,9 +115,9 @@ def traverse(
     report(path, f"dimensions of the code from -{_REACH} to {_REACH}, {loaded.title}")
 
 
-def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int | None, seed: int) -> Image.Image:
+def reconstruction_picture(model: GenerativeModel, images: NamedDataset, n: int | None, seed: int) -> Image.Image:
     """Rows of ``n`` images, each above the row of their reconstructions; with None, some or all."""
-    originals = chosen_images(images, n or _IMAGES, seed, at_most=n is None)
+    originals = chosen_images(images, n or _IMAGES, seed, at_most=n is None).images
     pairs = torch.stack((originals, _decoded(model, _encoded(model, originals)[0]).cpu()))
     columns = min(len(originals), 8)
     rows = -(-len(originals) // columns)
@@ -130,7 +129,7 @@ def reconstruction_picture(model: GenerativeModel, images: ImageDataset, n: int 
 
 
 def traversal_picture(
-    model: GenerativeModel, images: ImageDataset | None, rows: int, columns: int, seed: int
+    model: GenerativeModel, images: NamedDataset | None, rows: int, columns: int, seed: int
 ) -> Image.Image:
     """A row for each dimension, its value rising from left to right, the others those of one code.
 
@@ -142,7 +141,7 @@ def traversal_picture(
     rows = min(rows, size)
     order, labels = list(range(size)), [f"z{i}" for i in range(rows)]
     if images is not None and isinstance(model, Autoencodes):
-        mu, logvar = _encoded(model, chosen_images(images, min(len(images), 512), seed))
+        mu, logvar = _encoded(model, chosen_images(images, min(len(images), 512), seed).images)
         divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
         order = divergence.argsort(descending=True, stable=True).tolist()
         labels = [f"z{i}  {float(divergence[i]):.2f} nats" for i in order[:rows]]
@@ -198,4 +197,4 @@ def _decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
     if not isinstance(model, HasLatents):
         raise UserError("this model has no latent code")
     with plugins.blamed(model.plugin_name, "decode()"):
-        return checked_images(model.decode(codes), len(codes), model.config)
+        return checked_images(model.decode(codes), len(codes), model.spec)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
 
-from gencore import plugins
+from gencore.cli.common import print_table
 from gencore.config import Config
+from gencore.data import DATASETS
+from gencore.plugins import MODELS
 from gencore.train import TrainConfig
+from gencore.train.settings import flat
 
 
 def _names() -> list[str]:
-    return [entry.name for entry in (*plugins.list_models(), *plugins.list_datasets())]
+    return [*MODELS.names(), *DATASETS.names()]
 
 
 def command(
@@ -24,7 +29,7 @@ def command(
     """List the models and data sets that are installed, or the settings of one."""
     if name is None:
         _list_plugins()
-    elif name in {entry.name for entry in plugins.list_datasets()}:
+    elif name in DATASETS.names():
         _list_data_settings(name)
     else:
         _list_settings(name)
@@ -32,60 +37,53 @@ def command(
 
 def _list_plugins() -> None:
     rows: list[tuple[str, ...]] = [("model", "family", "package", "state", "")]
-    for entry in plugins.list_models():
+    for entry in MODELS.entries():
         family, summary = "", ""
-        state = plugins.status(entry)
+        state = MODELS.status(entry)
         if state == "ok":
-            plugin = plugins.load_model(entry.name)
+            plugin = MODELS.load(entry.name)
             family, summary = plugin.family, plugin.summary
+            if plugin.preset_of is not None:
+                changes = ", ".join(f"{name}={value}" for name, value in flat(plugin.defaults).items())
+                summary = f"{summary} (preset of {plugin.preset_of}: {changes})"
         rows.append((entry.name, family, f"{entry.package} {entry.version}", state, summary))
-    _print_table(rows)
+    print_table(rows)
     print()
     rows = [("data set", "", "package", "state", "")]
-    for entry in plugins.list_datasets():
+    for entry in DATASETS.entries():
         kind, summary = "", ""
-        state = plugins.status(entry)
+        state = DATASETS.status(entry)
         if state == "ok":
-            dataset = plugins.load_dataset(entry.name)
+            dataset = DATASETS.load(entry.name)
             kind, summary = (":PATH" if dataset.needs_path else ""), dataset.summary
         rows.append((entry.name + kind, "", f"{entry.package} {entry.version}", state, summary))
-    _print_table(rows)
+    print_table(rows)
 
 
 def _list_settings(name: str) -> None:
-    plugin = plugins.load_model(name)
+    plugin = MODELS.load(name)
     print(f"settings of {name}, for --set:")
-    _print_settings(plugin.config, "", hidden=("image_shape", "num_classes"))
+    _print_settings(plugin.config, "", flat(plugin.defaults))
     print("\nsettings of the trainer:")
-    _print_settings(TrainConfig, "train.", hidden=())
+    _print_settings(TrainConfig, "train.")
 
 
 def _list_data_settings(name: str) -> None:
-    settings = plugins.load_dataset(name).settings
+    settings = DATASETS.load(name).settings
     if settings is None:
         print(f"data set {name} has no settings")
         return
     print(f"settings of data set {name}, for --set:")
-    _print_settings(settings, "data.", hidden=())
+    _print_settings(settings, "data.")
 
 
-def _print_settings(config: type[Config], prefix: str, hidden: tuple[str, ...]) -> None:
+def _print_settings(config: type[Config], prefix: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
     rows: list[tuple[str, ...]] = []
     for setting in config.describe():
-        if setting.name not in hidden:
-            default = "none" if setting.default is None else str(setting.default)
-            rows.append(
-                (
-                    f"  {prefix}{setting.name}",
-                    default,
-                    f"{setting.doc} ({setting.type})" if setting.doc else setting.type,
-                )
-            )
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False) if width]
-        print("  ".join([*cells, row[-1]]).rstrip())
+        value = defaults.get(setting.name, setting.default)
+        default = "none" if value is None else str(value)
+        if setting.name in defaults:
+            default += " (preset)"
+        doc = f"{setting.doc} ({setting.type})" if setting.doc else setting.type
+        rows.append((f"  {prefix}{setting.name}", default, doc))
+    print_table(rows)

@@ -13,7 +13,6 @@ import typer
 from gencore.bench import profiling
 from gencore.bench.machine import describe
 from gencore.bench.profiling import Profile
-from gencore.cli import train
 from gencore.cli.common import (
     DeviceName,
     DeviceOption,
@@ -22,10 +21,13 @@ from gencore.cli.common import (
     model_names,
     parsed_settings,
     picture_file,
+    read_images,
 )
 from gencore.files import write_atomically
 from gencore.train import Trainer
-from gencore.train.checkpoint import read_run
+from gencore.train.checkpoint import read
+from gencore.train.reports import conditions_of
+from gencore.train.runs import make_trainer
 
 # Of Okabe and Ito (2008), which who sees colours in another way can tell apart too; neighbours differ in lightness.
 _COLOURS = dict(
@@ -38,6 +40,7 @@ _COLOURS = dict(
 _DARK = ("#0072B2", "#4D4D4D")
 # Below it a family's gain is one of rounding.
 _LEAST_SHARE = 0.005
+_MANY_STEPS = 1 << 40
 
 
 def command(
@@ -88,17 +91,26 @@ def command(
 def _trainer(
     model: str, data_name: str | None, settings: list[str], batch_size: int | None, device: DeviceName, folder: Path
 ) -> Trainer:
-    """That of the plugin of that name; if there is none, of the run in that folder, though with new weights."""
+    """That of the plugin of that name; if there is none, of the run in that folder, though with new weights.
+
+    A run of several stages keeps its weights, since those of the stages before are among them.
+    """
     parsed = parsed_settings(settings)
     if batch_size is not None:
         if "batch_size" in parsed.train:
             raise UserError("--batch-size and --set train.batch_size are the same setting")
         parsed.train["batch_size"] = str(batch_size)
-    saved = None
+    # The images of a run end with its last step, and a profile takes as many steps as it needs.
+    parsed.train["steps"] = str(_MANY_STEPS)
+    begun = None
     if model not in model_names() and Path(model).is_dir():
-        saved = read_run(Path(model))
-    name = None if saved else model
-    return train.trainer_of(saved, name, data_name, parsed, folder, device)
+        begun = read(Path(model))
+    name = None if begun else model
+    saved = None if begun is None else begun.run
+    start = begun if saved is not None and saved.parts else None
+    trainer = make_trainer(name, data_name, folder, parsed, saved=saved, start=start, device=device, read=read_images)
+    trainer.begin()
+    return trainer
 
 
 def _profiled(trainer: Trainer, step: str) -> tuple[Profile, dict[str, Any]]:
@@ -108,11 +120,10 @@ def _profiled(trainer: Trainer, step: str) -> tuple[Profile, dict[str, Any]]:
     if step == "training":
         call: Any = profiling.training_step(trainer)
     else:
-        call, parts = profiling.sampling_step(trainer.model, n)
-        try:
-            call()
-        except NotImplementedError:
-            raise UserError(f"--step sampling: model {trainer.run.model} does not sample") from None
+        if not trainer.model.can_sample:
+            raise UserError(f"--step sampling: model {trainer.run.model} cannot sample")
+        conditions = conditions_of(trainer.model, trainer.data, n, required=True)
+        call, parts = profiling.sampling_step(trainer.model, n, conditions)
     found = profiling.profile(call, device=device, parts=parts)
     about = {
         "model": trainer.run.model,

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gencore import data, metrics, plugins
+from gencore import data, metrics, pictures
 from gencore.bench import run as benchmark
 from gencore.bench import suite, text
 from gencore.bench.results import Report
-from gencore.cli import pictures
 from gencore.cli.common import UserError, chosen_images, folder_or_file
 from gencore.cli.edit import edit_picture, known_pixels
 from gencore.cli.evaluate import measure
@@ -27,8 +26,11 @@ from gencore.files import write_atomically
 from gencore.info import info
 from gencore.models.base import Autoencodes, Edits, HasLatents
 from gencore.noise import Key
-from gencore.train import TrainConfig, Trainer
+from gencore.train import Trainer, load
 from gencore.train.log import read_metrics
+from gencore.train.reports import conditions_of
+from gencore.train.runs import make_trainer
+from gencore.train.settings import DEFAULT_DATA, apart
 
 _TIMED = (
     ("normal", "forward into a given tensor"),
@@ -39,30 +41,28 @@ _TIMED = (
     ("group_norm", "forward"),
 )
 # What these small digits need; the models' own defaults are made for larger images.
-_RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "vae": ({}, {"steps": 1500, "schedule": "cosine", "ema": 0.99}),
-    "gan": (
-        {
-            "dropout": 0.0,
-            "gradient_penalty": 0.05,
-            "generator_optimizer": {"lr": 5e-4},
-            "discriminator_optimizer": {"lr": 1e-3},
+_RECIPES: dict[str, dict[str, Any]] = {
+    "vae": {"train": {"steps": 1500, "schedule": "cosine", "average": {"decay": 0.99}}},
+    "gan": {
+        "dropout": 0.0,
+        "gradient_penalty": 0.05,
+        "generator_optimizer": {"lr": 5e-4},
+        "discriminator_optimizer": {"lr": 1e-3},
+        "train": {"steps": 2000, "average": {"decay": 0.995}},
+    },
+    "ddpm": {
+        "channels": [16, 32],
+        "parameterization": "v",
+        "schedule": "cosine",
+        "conditional": True,
+        "label_dropout": 0.2,
+        "optimizer": {"lr": 2e-3},
+        "sampling": {"sampler": "ddim", "steps": 25, "resamples": 5},
+        "train": {
+            "steps": 600, "batch_size": 64, "schedule": "cosine", "warmup": 50, "average": {"decay": 0.99},
         },
-        {"steps": 2000, "ema": 0.995},
-    ),
-    "ddpm": (
-        {
-            "channels": [16, 32],
-            "parameterization": "v",
-            "schedule": "cosine",
-            "conditional": True,
-            "label_dropout": 0.2,
-            "optimizer": {"lr": 2e-3},
-            "sampling": {"sampler": "ddim", "steps": 25, "resamples": 5},
-        },
-        {"steps": 600, "batch_size": 64, "schedule": "cosine", "warmup": 50, "ema": 0.99},
-    ),
-}
+    },
+}  # fmt: skip
 
 
 def command(
@@ -85,13 +85,12 @@ def command(
     classifier = metrics.train_classifier(train, test)
     curves = {}
     for name in _RECIPES:
-        trainer = _trained(name, train, out / name)
+        trainer = _trained(name, out / name)
         model = trainer.model
         _say(f"drawing samples of {name} and measuring them")
         curves[name.upper()] = read_metrics(out / name / "metrics.jsonl")
         paths.append(out / name / "samples.png")
-        labels = torch.arange(80) % train.num_classes if model.conditional else None
-        samples = metrics.draw_samples(model, Key(0), n=80, labels=labels)
+        samples = metrics.draw_samples(model, Key(0), n=80, conditions=conditions_of(model, test, 80))
         pictures.save(pictures.grid(samples, columns=10), paths[-1])
         if isinstance(model, Autoencodes):
             paths.append(out / name / "reconstructions.png")
@@ -102,8 +101,8 @@ def command(
             pictures.save(traversal_picture(model, images, 8, 11, seed=0), paths[-1])
         if isinstance(model, Edits):
             paths.append(out / name / "edits.png")
-            known = known_pixels("bottom", test.image_shape)
-            pictures.save(edit_picture(model, chosen_images(test, 10, seed=0), known, 3, Key(0)), paths[-1])
+            known = known_pixels("bottom", test.spec.image_shape)
+            pictures.save(edit_picture(model, chosen_images(test, 10, seed=0).images, known, 3, Key(0)), paths[-1])
         results[name] = measure(model, test, classifier, Key(0), num_samples=50, n=1000, train=train)
         results[name]["seconds"] = trainer.seconds
     paths.append(out / "losses.png")
@@ -135,18 +134,11 @@ def _claim(out: Path) -> None:
     write_atomically(marker, json.dumps({"gencore": info()["gencore"], "models": list(_RECIPES)}) + "\n")
 
 
-def _trained(name: str, images: data.ImageDataset, out: Path) -> Trainer:
+def _trained(name: str, out: Path) -> Trainer:
     """A run of the recipe, anew; its model is in evaluation mode, with the averaged weights."""
-    model_settings, train_settings = _RECIPES[name]
-    plugin = plugins.load_model(name)
-    shape = {"image_shape": images.image_shape, "num_classes": images.num_classes}
-    config = TrainConfig.from_dict(train_settings)
-    trainer = Trainer(
-        plugin, plugin.config.from_dict({**shape, **model_settings}), images, config, out, data_name="digits"
-    )
+    trainer = make_trainer(name, DEFAULT_DATA, out, apart(_RECIPES[name]))
     run(trainer)
-    if trainer.average is not None:
-        trainer.model.load_state_dict(trainer.average.tensors)
+    trainer.model = load(out)
     return trainer
 
 

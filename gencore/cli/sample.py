@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
 from torch import Tensor
 
-from gencore import metrics
-from gencore.cli import pictures
+from gencore import metrics, pictures
 from gencore.cli.common import (
+    Asked,
     BatchSize,
+    ConditionData,
     DeviceOption,
     Labels,
     Loaded,
+    Prompt,
+    PromptFile,
     RunFolder,
     SamplingSettings,
     Seed,
     UseEma,
     UserError,
+    apart,
     check_guidance,
     check_output,
-    chosen_classes,
+    conditions_of,
     folder_or_file,
     load,
     report,
+    sampling_of,
 )
 from gencore.files import writing
+from gencore.models.base import SamplingConfig
 from gencore.noise import Key
+from gencore.spec import Conditions
 
 # More are no picture that anybody could look at.
 _MOST_IN_GRID = 4096
 _SUFFIXES = {"grid": ("", ".png"), "npz": ("", ".npz")}
-_DEFAULTS = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}
+# DIR/samples/ has the pictures of train.sample_every.
+_DEFAULTS = {"grid": "samples.png", "png": "images", "npz": "samples.npz"}
 
 
 def command(
@@ -58,10 +65,13 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", parser=folder_or_file, help="[default: DIR/samples.png, DIR/samples/ or DIR/samples.npz]"
+            metavar="PATH", parser=folder_or_file, help="[default: DIR/samples.png, DIR/images/ or DIR/samples.npz]"
         ),
     ] = None,
     labels: Labels = None,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
+    source: ConditionData = None,
     settings: SamplingSettings = None,
     batch_size: BatchSize = 256,
     ema: UseEma = None,
@@ -72,30 +82,54 @@ def command(
         raise UserError(f"-n must be at most {_MOST_IN_GRID} for a grid, got {n}; --format png or npz takes any number")
     if out is not None and form in _SUFFIXES and out.suffix.lower() not in _SUFFIXES[form]:
         raise UserError(f"--out must end in {_SUFFIXES[form][1]} with --format {form}, got a name in {out.suffix}")
-    if any(setting.strip().startswith("data.") for setting in settings or []):
-        raise UserError("--set data.NAME: sample reads no data set")
-    check_guidance(settings, labels)
-    loaded = load(directory, ema, device, settings)
-    if form == "png" and loaded.config.image_shape[0] not in pictures.MODES:
-        channels = loaded.config.image_shape[0]
+    asked, (of_sampling, of_data) = Asked(labels, prompt, prompts, source), apart(settings)
+    if of_data and source is None:
+        raise UserError("--set data.NAME: sample reads a data set with --from only")
+    loaded = load(directory, ema, device)
+    check_guidance(loaded, of_sampling, asked)
+    sampling = sampling_of(loaded, of_sampling)
+    if not loaded.model.can_sample:
+        raise UserError(f"model {loaded.checkpoint.run.model} cannot sample")
+    if form == "png" and loaded.spec.image_shape[0] not in pictures.MODES:
+        channels = loaded.spec.image_shape[0]
         raise UserError(f"--format png takes images of 1 to 4 channels, the model's have {channels}; npz takes them")
-    classes = None if labels is None else chosen_classes(labels, n, loaded)
-    loaded.model.check_finite = True
+    conditions = conditions_of(asked, n, loaded, of_data)
     path = out or loaded.directory / _DEFAULTS[form]
-    check_output(path, form == "png")
-    batches = _batches(loaded, n, seed, batch_size, classes)
+    loaded.processes.by_first(lambda: check_output(path, form == "png"))
+    batches = _batches(loaded, n, seed, batch_size, conditions, sampling)
+    if not loaded.processes.is_first:
+        # The first process has the images of all.
+        for _ in batches:
+            pass
+        return
     if form == "grid":
-        pictures.save(pictures.grid(torch.cat(list(batches)), columns=math.ceil(math.sqrt(n))), path)
+        pictures.save(pictures.grid(torch.cat(list(batches))), path)
     elif form == "png":
         _write_files(path, batches, n)
     else:
-        _write_array(path, batches, n, loaded.config.image_shape, classes)
+        classes = next((values for values in conditions.values() if _is_classes(values)), None)
+        _write_array(path, batches, n, loaded.spec.image_shape, classes)
     report(path, f"{n:,} samples of {loaded.title}")
 
 
-def _batches(loaded: Loaded, n: int, seed: int, batch_size: int, classes: Tensor | None) -> Iterator[Tensor]:
-    model = loaded.model
-    for images in metrics.sample_batches(model, Key(seed), n=n, batch_size=batch_size, labels=classes, progress=True):
+def _is_classes(values: Tensor | Sequence[str]) -> bool:
+    return isinstance(values, Tensor) and values.dim() == 1
+
+
+def _batches(
+    loaded: Loaded, n: int, seed: int, batch_size: int, conditions: Conditions, sampling: SamplingConfig | None
+) -> Iterator[Tensor]:
+    for images in metrics.sample_batches(
+        loaded.model,
+        Key(seed),
+        n=n,
+        batch_size=batch_size,
+        conditions=conditions,
+        sampling=sampling,
+        progress=loaded.processes.is_first,
+        check_finite=True,
+        processes=loaded.processes,
+    ):
         pictures.check_finite(images, "samples")
         yield images
 
@@ -122,9 +156,7 @@ def _write_files(path: Path, batches: Iterator[Tensor], n: int) -> None:
     temporary.rmdir()
 
 
-def _write_array(
-    path: Path, batches: Iterator[Tensor], n: int, shape: tuple[int, int, int], classes: Tensor | None
-) -> None:
+def _write_array(path: Path, batches: Iterator[Tensor], n: int, shape: tuple[int, int, int], classes: Any) -> None:
     """What ``numpy.savez(path, images, labels)`` writes, with no more than a batch of the images in memory."""
     channels, height, width = shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, height, width, channels)}

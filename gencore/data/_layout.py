@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -27,8 +28,13 @@ _AFFIX = r"(?:x|y|set|data|image|img|pic|picture|photo|sample|split|file|folder|
 _TEST_SHARE = 10
 
 
+# One of two domains, or of the two sides of pairs: trainA, test_B; or A and B beside the splits or inside them.
+_SIDED = re.compile(rf"({'|'.join((*_TRAIN, *_TEST, *_VAL))})[ _-]?([AB])", re.IGNORECASE)
+_SIDES = ("a", "b")
+
+
 class Item(NamedTuple):
-    """An image and its class; None where folders are no classes."""
+    """An image and its class; None where it has none."""
 
     name: str
     class_name: str | None
@@ -46,24 +52,26 @@ class Layout(NamedTuple):
 _Parts = Mapping[str, tuple[str, ...]]
 
 
-def laid_out(source: Source) -> Layout:
+class Sides(NamedTuple):
+    """The images of two domains, A and B, by split, each with what its name has in common with that of its pair."""
+
+    splits: dict[Split, tuple[dict[str, str], dict[str, str]]]
+    notes: list[str]
+
+
+def laid_out(source: Source, classes: Mapping[str, str | None] | None = None) -> Layout:
     """Which images of the source are in which split and class.
+
+    Args:
+        classes: the class of every image, or None for none; by default folders are classes.
 
     Raises:
         DataError: there are no images, or their folders do not fit together; the message names them.
     """
-    notes = list(source.notes)
-    if source.others:
-        kinds = [f"{shown(kind)} {count}" for kind, count in source.others.most_common()]
-        more = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
-        number = counted(source.others.total(), "file")
-        notes.append(f"skipped {number} without an image suffix: {', '.join(kinds[:NAMED])}{more}")
-    if not source.names:
-        raise source.error(" has no images" + "".join(f"; {note}" for note in notes))
-    notes += _without_images(source)
+    notes = _notes(source)
     parts = _without_wrapper(source.names)
     halves, said = _halves(source, parts)
-    splits = _given(source, parts, halves) if halves else _divided(_classed(source, parts), parts)
+    splits = _given(source, parts, halves, classes) if halves else _divided(_classed(source, parts, classes), parts)
     class_names = sorted({item.class_name for both in splits.values() for item in both if item.class_name is not None})
     folded: dict[str, list[str]] = {}
     for name in class_names:
@@ -72,6 +80,79 @@ def laid_out(source: Source) -> Layout:
     if same:
         notes.append(f"classes differ in upper and lower case alone: {', '.join(same)}")
     return Layout(splits, class_names, notes + said)
+
+
+def two_sided(source: Source) -> Sides | None:
+    """The images of ``trainA``, ``trainB`` and so on, or of ``A`` and ``B``; None if no folder is called like these.
+
+    Raises:
+        DataError: there are no images, or their folders do not fit together; the message names them.
+    """
+    notes = _notes(source)
+    sides: tuple[list[str], list[str]] = ([], [])
+    parts: dict[str, tuple[str, ...]] = {}
+    alone = []
+    for name, part in _without_wrapper(source.names).items():
+        side, parts[name] = _side_of(part)
+        if side is None:
+            alone.append(name)
+        else:
+            sides[side].append(name)
+    if len(alone) == len(parts):
+        return None
+    if alone:
+        raise source.error(f": {counted(len(alone), 'image')} in neither A nor B: {listed(alone, LISTED)}", alone)
+    if not all(sides):
+        missing, there = ("A", "B") if not sides[0] else ("B", "A")
+        raise source.error(f" has no images of {missing}, but {counted(len(parts), 'image')} of {there}")
+    halves, said = _halves(source, parts)
+    splits: dict[Split, tuple[dict[str, str], dict[str, str]]] = {}
+    if halves:
+        for half, folder in halves.items():
+            splits[half] = _stems(sides, {name: part[1:] for name, part in parts.items() if part[0] == folder})
+    else:
+        first, second = _stems(sides, parts)
+        # Of pairs, both halves get the same side of the split: what is equal of their names decides alone.
+        stems = {*first.values(), *second.values()}
+        chosen = tenth({stem: tuple(stem.split("/")) for stem in sorted(stems)})
+        splits["train"] = _among(first, stems - chosen), _among(second, stems - chosen)
+        splits["test"] = _among(first, chosen), _among(second, chosen)
+    return Sides(splits, notes + said)
+
+
+def _side_of(part: tuple[str, ...]) -> tuple[int | None, tuple[str, ...]]:
+    """Which side an image is of, 0 or 1, and its name's parts without that."""
+    if len(part) > 1 and (found := _SIDED.fullmatch(part[0])):
+        return _SIDES.index(found[2].casefold()), (found[1], *part[1:])
+    for at in (0, 1):
+        inside_split = at == 0 or part[0].casefold() in (*_TRAIN, *_TEST, *_VAL)
+        if len(part) > at + 1 and part[at].casefold() in _SIDES and inside_split:
+            return _SIDES.index(part[at].casefold()), (*part[:at], *part[at + 1 :])
+    return None, part
+
+
+def _stems(sides: tuple[list[str], list[str]], parts: _Parts) -> tuple[dict[str, str], dict[str, str]]:
+    first, second = (
+        {name: posixpath.splitext("/".join(parts[name]))[0] for name in side if name in parts} for side in sides
+    )
+    return first, second
+
+
+def _among(side: Mapping[str, str], stems: set[str]) -> dict[str, str]:
+    return {name: stem for name, stem in side.items() if stem in stems}
+
+
+def _notes(source: Source) -> list[str]:
+    """What is to be said of the files, if there are images."""
+    notes = list(source.notes)
+    if source.others:
+        kinds = [f"{shown(kind)} {count}" for kind, count in source.others.most_common()]
+        more = f" and {counted(len(kinds) - NAMED, 'other kind')}" if len(kinds) > NAMED else ""
+        number = counted(source.others.total(), "file")
+        notes.append(f"skipped {number} without an image suffix: {', '.join(kinds[:NAMED])}{more}")
+    if not source.names:
+        raise source.error(" has no images" + "".join(f"; {note}" for note in notes))
+    return [*notes, *_without_images(source)]
 
 
 def _without_images(source: Source) -> list[str]:
@@ -97,7 +178,7 @@ def _without_wrapper(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, list[str]]:
     """The folders of the two splits, or None if the folders are classes; and what is to be said of it."""
     tops = sorted({part[0] for part in parts.values() if len(part) > 1})
-    train, test, validation = ([top for top in tops if top.casefold() in called] for called in (_TRAIN, _TEST, _VAL))
+    train, test, validation = split_names(tops)
     for same in (train, test, validation):
         if len(same) > 1:
             raise source.error(f" has folders that mean the same split: {', '.join(map(shown, same))}")
@@ -124,6 +205,13 @@ def _halves(source: Source, parts: _Parts) -> tuple[dict[Split, str] | None, lis
             f"skipped {counted(number, 'image')} in {shown(validation[0])}: {shown(test[0])} is the test split"
         )
     return {"train": train[0], "test": (test or validation)[0]}, notes
+
+
+def split_names(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """Those of the names that mean the split train, the split test, and a validation split."""
+    found = list(names)
+    train, test, validation = ([name for name in found if name.casefold() in of] for of in (_TRAIN, _TEST, _VAL))
+    return train, test, validation
 
 
 def _refuse_what_looks_like_splits(source: Source, tops: list[str], parts: _Parts) -> None:
@@ -169,13 +257,16 @@ def _alike(folders: Iterable[str]) -> list[str]:
     return [names[rest] for rest in rests["train"] if rest in rests["test"] for names in rests.values()]
 
 
-def _given(source: Source, parts: _Parts, halves: dict[Split, str]) -> dict[Split, list[Item]]:
+def _given(
+    source: Source, parts: _Parts, halves: dict[Split, str], classes: Mapping[str, str | None] | None
+) -> dict[Split, list[Item]]:
     """The splits that folders are."""
     found: dict[Split, list[Item]] = {}
     for half, folder in halves.items():
-        found[half] = _classed(source, {name: part[1:] for name, part in parts.items() if part[0] == folder})
+        inside = {name: part[1:] for name, part in parts.items() if part[0] == folder}
+        found[half] = _classed(source, inside, classes)
     flat = [folder for half, folder in halves.items() if found[half][0].class_name is None]
-    if len(flat) == 1:
+    if classes is None and len(flat) == 1:
         raise source.error(f" has class folders in one split, but not in {shown(flat[0])}")
     return found
 
@@ -188,11 +279,16 @@ def _divided(items: list[Item], parts: _Parts) -> dict[Split, list[Item]]:
     train: list[Item] = []
     test: list[Item] = []
     for members in by_class.values():
-        hashed = sorted(members, key=lambda item: _digest(parts[item.name]))
-        chosen = set(hashed[: max(1, round(len(hashed) / _TEST_SHARE))]) if len(hashed) > 1 else set()
-        test += [item for item in members if item in chosen]
-        train += [item for item in members if item not in chosen]
+        chosen = tenth({item.name: parts[item.name] for item in members})
+        test += [item for item in members if item.name in chosen]
+        train += [item for item in members if item.name not in chosen]
     return {"train": train, "test": test}
+
+
+def tenth(parts: _Parts) -> set[str]:
+    """A tenth of the names, at least one of two."""
+    hashed = sorted(parts, key=lambda name: _digest(parts[name]))
+    return set(hashed[: max(1, round(len(hashed) / _TEST_SHARE))]) if len(hashed) > 1 else set()
 
 
 def _digest(parts: tuple[str, ...]) -> bytes:
@@ -200,7 +296,9 @@ def _digest(parts: tuple[str, ...]) -> bytes:
     return hashlib.blake2b("/".join(parts).encode("utf-8", "surrogatepass")).digest()
 
 
-def _classed(source: Source, parts: _Parts) -> list[Item]:
+def _classed(source: Source, parts: _Parts, classes: Mapping[str, str | None] | None) -> list[Item]:
+    if classes is not None:
+        return [Item(name, classes[name]) for name in parts]
     flat = [name for name, part in parts.items() if len(part) == 1]
     if flat and len(flat) < len(parts):
         raise source.error(

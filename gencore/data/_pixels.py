@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,41 @@ _MOST = 65535
 
 class BadImageError(Exception):
     """A file is no image that can be read; the message is the reason, without the name."""
+
+
+Crop = Literal["center", "random", "none"]
+
+
+class Fit(NamedTuple):
+    """How pictures are made to have one size.
+
+    Attributes:
+        size: height and width, or None for those of the file.
+        crop: ``center``: the shorter side becomes ``size``, the middle is kept; ``random``: the shorter side becomes
+            ``size``, all is kept, for a window to be taken later; ``none``: both sides become ``size``.
+        half: takes this half of the picture alone, 0 the left one and 1 the right one.
+    """
+
+    size: int | None = None
+    crop: Crop = "center"
+    half: Literal[0, 1] | None = None
+
+    def shape(self, header: Header) -> tuple[int, int]:
+        """Height and width of such a picture."""
+        width, height = header.width if self.half is None else header.width // 2, header.height
+        if self.size is None:
+            return height, width
+        if self.crop != "random":
+            return self.size, self.size
+        scale = self.size / min(width, height)
+        return max(self.size, round(height * scale)), max(self.size, round(width * scale))
+
+    def fault(self, header: Header) -> str | None:
+        """What is wrong with a picture of this header, if anything is."""
+        if self.half is not None and header.width % 2:
+            return f"{header.width}x{header.height}, whose halves have no equal width"
+        height, width = self.shape(header)
+        return f"{width}x{height} once resized, over {MAX_PIXELS} pixels" if width * height > MAX_PIXELS else None
 
 
 class Header(NamedTuple):
@@ -52,24 +88,37 @@ def header(stream: IO[bytes], name: str) -> Header:
         return Header(width, height, image.mode in _GRAY_MODES)
 
 
-def decoded(stream: IO[bytes], name: str, channels: int, size: int | None) -> np.ndarray:
-    """The pixels (channels, height, width), uint8, with 1 channel or 3; resized and cropped to ``size``, if given.
+def decoded(stream: IO[bytes], name: str, channels: int, fit: Fit, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels (channels, height, width), uint8, with 1 channel or 3.
+
+    Args:
+        fit: how they are resized.
+        shape: height and width, as ``fit`` has them for this image.
 
     Raises:
-        BadImageError: they are damaged or truncated.
+        BadImageError: they are damaged or truncated, or of another shape.
     """
     from PIL import Image, ImageOps
 
+    height, width = shape
     with _identified(io.BytesIO(stream.read()), name) as image:
-        if size is not None:
-            # A JPEG is decoded at half its size, or a quarter, as long as that is twice what is asked for.
-            scale = 2 * size / min(image.size)
+        # A JPEG is decoded at half its size, or a quarter, as long as that is twice what is asked for. The middle
+        # between two halves may then lie within a pixel.
+        if fit.size is not None and fit.half is None:
+            scale = 2 * fit.size / min(image.size)
             image.draft(None, (round(image.width * scale), round(image.height * scale)))
         image.load()
         # TIFF's own decoder has applied and removed the orientation.
         picture = _eight_bits(_upright(image), channels)
-        if size is not None:
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        if fit.half is not None:
+            middle = picture.width // 2
+            picture = picture.crop((middle * fit.half, 0, middle * (fit.half + 1), picture.height))
+        if fit.size is not None and fit.crop == "none":
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        elif fit.size is not None:
+            picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        if picture.size != (width, height):
+            raise BadImageError(f"{picture.width}x{picture.height} once decoded, not {width}x{height}")
         pixels = np.asarray(picture)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -80,8 +129,11 @@ def _identified(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(stream, formats=candidates(name)) as image:
-            yield image
+        # Pillow warns of large images and odd metadata; what matters of it is an error here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(stream, formats=candidates(name)) as image:
+                yield image
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:

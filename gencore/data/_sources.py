@@ -1,4 +1,7 @@
-"""Where images lie, a folder or a zip archive: what is in it is listed first, and read in place."""
+"""Where images lie, a folder or a zip archive: what is in it is listed first, and read in place.
+
+What is listed can be pickled and read from other processes: each opens the files, or the archive, for itself.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, Protocol, cast
 
 from gencore.data._formats import is_image, suffix
 from gencore.data.base import DataError
@@ -40,50 +43,74 @@ _UTF8_NAME, _ENCRYPTED = 0x800, 0x1
 _END, _END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
 _MANY = 0xFFFF
 
+# What is said of images beside them: in one file for many, or in one with the name of the image and this suffix.
+METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION = ".txt"
+
+
+class Files(Protocol):
+    """Files that are opened by their names. It can be pickled, and used in any process."""
+
+    def open(self, name: str) -> IO[bytes]: ...
+
+    def close(self) -> None:
+        """Closes what is held open, unless it is kept; it is opened again when a file is asked for."""
+
+    def keep(self) -> None:
+        """Many files will be asked for, also by processes that are forked from here: what is open stays open."""
+
 
 @dataclass(frozen=True)
 class Source:
     """The files of a folder or an archive. Two are equal if they are of one place and nothing has changed there.
 
     Attributes:
+        kind: the name of the data set plugin that reads them, for messages.
         where: the folder or the archive.
         state: a hash of the names, sizes and times of all images, and of what else is listed here.
         names: the images, relative to ``where``, with ``/``, in the order of their parts.
-        faults: those of them that cannot be opened, and why.
+        sizes: their bytes.
+        texts: the files that say something of images: ``metadata.jsonl``, ``metadata.csv``, and captions beside them.
+        faults: those of the images that cannot be opened, and why.
         others: the number of other files, by kind.
         folders: every folder.
         notes: what else is to be said.
-        open: opens an image by its name.
+        files: opens an image or a text by its name.
     """
 
+    kind: str
     where: Path
     state: str
     names: list[str] = field(compare=False)
+    sizes: dict[str, int] = field(compare=False)
+    texts: list[str] = field(compare=False)
     faults: dict[str, str] = field(compare=False)
     others: Counter[str] = field(compare=False)
     folders: set[str] = field(compare=False)
     notes: list[str] = field(compare=False)
-    open: Callable[[str], IO[bytes]] = field(compare=False, repr=False)
+    files: Files = field(compare=False, repr=False)
 
     def error(self, what: str, files: Iterable[str] = (), kind: type[DataError] = DataError) -> DataError:
         """The error that names this source; ``files`` are those at fault."""
-        return kind(f"data set images: {shown(str(self.where))}{what}", tuple(files))
+        return kind(f"data set {self.kind}: {shown(str(self.where))}{what}", tuple(files))
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Source]:
-    """The images below a folder, or in a zip archive.
+def opened(path: Path, kind: str) -> Iterator[Source]:
+    """The images below a folder, or in a zip archive, for the data set plugin of the name ``kind``.
+
+    Its files are closed at the end; whoever reads on opens them again by it.
 
     Raises:
         DataError: neither is there, or a folder cannot be read; the message names it.
     """
-    where = f"data set images: {shown(str(path))}"
+    where = f"data set {kind}: {shown(str(path))}"
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{where} does not exist") from error
     if stat.S_ISDIR(mode):
-        yield _folder(path)
+        yield _folder(path, kind)
         return
     # A pipe is not opened: that would wait for who writes into it.
     if not stat.S_ISREG(mode):
@@ -93,20 +120,20 @@ def opened(path: Path) -> Iterator[Source]:
             file.seek(0)
             what = "a truncated zip archive" if file.read(4) == b"PK\3\4" else "neither a folder nor a zip archive"
             raise DataError(f"{where} is {what}")
-        try:
-            archive = zipfile.ZipFile(file)
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Damaged tables make it raise nearly anything.
-            raise DataError(f"{where} is a damaged zip archive: {shown(str(error))}") from error
-        with archive:
-            said, found = _members(file), len(archive.infolist())
-            if said not in (None, found & _MANY):
-                raise DataError(
-                    f"{where} is a damaged zip archive: {found} of {counted(said, 'file')} are listed in it"
-                )
-            yield _archive(path, archive)
+        said = _members(file)
+    files = _ArchiveFiles(path)
+    try:
+        archive = files.archive()
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged tables make it raise nearly anything.
+        raise DataError(f"{where} is a damaged zip archive: {shown(str(error))}") from error
+    with contextlib.closing(files):
+        found = len(archive.infolist())
+        if said is not None and said != found & _MANY:
+            raise DataError(f"{where} is a damaged zip archive: {found} of {counted(said, 'file')} are listed in it")
+        yield _archive(path, kind, archive, files)
 
 
 def _members(file: IO[bytes]) -> int | None:
@@ -128,6 +155,8 @@ class _Listing:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.sizes: dict[str, int] = {}
+        self.texts: dict[str, tuple[int, ...]] = {}
         self.faults: dict[str, str] = {}
         self.others: Counter[str] = Counter()
         self.hidden = 0
@@ -139,6 +168,7 @@ class _Listing:
     def add(self, name: str, size: int, *marks: int) -> None:
         """An image of ``size`` bytes; another one of that size and name has other ``marks``."""
         self.names.add(name)
+        self.sizes[name] = size
         self.state.update(repr((name, size, marks)).encode())
         if size > _MAX_FILE_BYTES:
             self.faults[name] = f"{size} bytes, over the {_MAX_FILE_BYTES} that an image may have"
@@ -148,26 +178,129 @@ class _Listing:
         self.names.add(name)
         self.faults[name] = reason
 
+    def say(self, name: str, size: int, *marks: int) -> None:
+        """A file that may say something of images."""
+        self.texts[name] = (size, *marks)
+
     def leave(self, name: str) -> None:
         """A file that is no image."""
         end = suffix(name)
         kind = "no suffix" if len(end) < 2 else end if len(end) <= _LONGEST_SUFFIX else "other suffixes"
         self.others[kind] += 1
 
-    def source(self, where: Path, opener: Callable[[str], IO[bytes]]) -> Source:
+    def source(self, kind: str, where: Path, files: Files) -> Source:
         names = sorted(self.names, key=lambda name: name.split("/"))
+        stems = {posixpath.splitext(name)[0] for name in names}
+        texts = sorted(name for name in self.texts if _is_metadata(name) or posixpath.splitext(name)[0] in stems)
+        for name in self.texts.keys() - set(texts):
+            self.leave(name)
         if self.hidden:
             self.notes.append(f"skipped {counted(self.hidden, 'hidden file or folder', 'hidden files and folders')}")
-        others = (sorted(self.faults.items()), sorted(self.others.items()), sorted(self.folders), self.notes)
+        marks = [(name, self.texts[name]) for name in texts]
+        others = (sorted(self.faults.items()), sorted(self.others.items()), sorted(self.folders), self.notes, marks)
         self.state.update(repr(others).encode())
-        state = self.state.hexdigest()
-        source = Source(where, state, names, self.faults, self.others, self.folders, self.notes, opener)
+        listed_here = (names, self.sizes, texts, self.faults, self.others, self.folders, self.notes)
+        source = Source(kind, where, self.state.hexdigest(), *listed_here, files)
         if self.closed:
             raise source.error(f": cannot read {listed(self.closed, LISTED)}", self.closed)
         return source
 
 
-def _folder(where: Path) -> Source:
+class _FolderFiles:
+    def __init__(self, where: Path):
+        self._where = where
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(self._where / name, "rb")
+
+    def close(self) -> None:
+        pass
+
+    def keep(self) -> None:
+        pass
+
+
+class _ArchiveFiles:
+    """The files of an archive, which is opened when it is needed, and again in another process."""
+
+    def __init__(self, where: Path):
+        self._where = where
+        self._stamp = self._stamped()
+        self._kept = False
+        self._archive: zipfile.ZipFile | None = None
+        self._members: dict[str, zipfile.ZipInfo] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None, "_members": {}}
+
+    def archive(self) -> zipfile.ZipFile:
+        if self._archive is None:
+            if self._stamped() != self._stamp:
+                raise OSError(f"{self._where} has changed since its files were listed")
+            self._archive = zipfile.ZipFile(_Positioned(self._where) if hasattr(os, "pread") else self._where)
+            self._members = {_member_name(member): member for member in self._archive.infolist()}
+        return self._archive
+
+    def open(self, name: str) -> IO[bytes]:
+        # Headers are read a few bytes at a time, for which the archive's own reader is slow.
+        archive = self.archive()
+        return io.BufferedReader(cast("io.RawIOBase", archive.open(self._members[name])), _BUFFER)
+
+    def keep(self) -> None:
+        self._kept = True
+
+    def close(self) -> None:
+        if self._archive is not None and not self._kept:
+            file = self._archive.fp
+            self._archive.close()
+            if file is not None:
+                file.close()
+            self._archive, self._members = None, {}
+
+    def _stamped(self) -> tuple[int, int]:
+        info = os.stat(self._where)
+        return info.st_size, info.st_mtime_ns
+
+
+class _Positioned(io.RawIOBase):
+    """A file that knows itself where it is read: the system's position is one for all processes that were forked."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        if base + offset < 0:
+            raise OSError("a place before the beginning of the file")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.pread(self._descriptor, len(buffer), self._at)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def _folder(where: Path, kind: str) -> Source:
     listing = _Listing()
     visits: Counter[tuple[int, int]] = Counter()
     loops: list[str] = []
@@ -188,7 +321,7 @@ def _folder(where: Path) -> Source:
             continue
         if visits[place] > _MAX_VISITS:
             raise DataError(
-                f"data set images: {shown(str(where))}: more than {_MAX_VISITS} ways lead to the folder {shown(prefix)}"
+                f"data set {kind}: {shown(str(where))}: more than {_MAX_VISITS} ways lead to the folder {shown(prefix)}"
             )
         listing.folders.add(prefix.rstrip("/"))
         for entry in entries:
@@ -199,7 +332,7 @@ def _folder(where: Path) -> Source:
             try:
                 if entry.is_dir():
                     waiting.append((f"{name}/", (*above, place)))
-                elif not is_image(name) and not entry.is_symlink():
+                elif not is_image(name) and not may_say(name) and not entry.is_symlink():
                     listing.leave(name)
                 else:
                     _add_file(listing, name, entry.stat())
@@ -214,23 +347,35 @@ def _folder(where: Path) -> Source:
                     listing.closed[name] = reason
     if loops:
         listing.notes.append(f"skipped {counted(len(loops), 'link')} to a folder above: {listed(loops)}")
-    return listing.source(where, lambda name: open(where / name, "rb"))
+    return listing.source(kind, where, _FolderFiles(where))
 
 
 def _add_file(listing: _Listing, name: str, info: os.stat_result) -> None:
-    if not is_image(name):
+    marks = (info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+    regular = stat.S_ISREG(info.st_mode)
+    if may_say(name) and regular:
+        listing.say(name, *marks)
+    elif not is_image(name):
         listing.leave(name)
-    elif stat.S_ISREG(info.st_mode):
-        listing.add(name, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+    elif regular:
+        listing.add(name, *marks)
     else:
         listing.refuse(name, _kind(info.st_mode))
 
 
-def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
+def may_say(name: str) -> bool:
+    """Whether a file of this name may say something of images."""
+    return _is_metadata(name) or suffix(name) == CAPTION
+
+
+def _is_metadata(name: str) -> bool:
+    return posixpath.basename(name) in METADATA
+
+
+def _archive(where: Path, kind: str, archive: zipfile.ZipFile, files: Files) -> Source:
     listing = _Listing()
     info = os.stat(where)
     listing.state.update(repr((info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)).encode())
-    members: dict[str, zipfile.ZipInfo] = {}
     hidden: set[str] = set()
     twice: Counter[str] = Counter()
     for member in archive.infolist():
@@ -250,12 +395,13 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
         is_link = stat.S_ISLNK(member.external_attr >> 16)
         if is_link and not suffix(name):  # it may lead to a folder of images
             listing.closed[name] = "a link, which is not followed in an archive"
+        elif may_say(name) and not is_link:
+            listing.say(name, member.file_size, member.CRC, member.header_offset)
         elif not is_image(name):
             listing.leave(name)
         else:
-            if name in members:
+            if name in listing.names:
                 twice[name] += 1
-            members[name] = member
             listing.faults.pop(name, None)
             listing.add(name, member.file_size, member.CRC, member.header_offset)
             if is_link:
@@ -266,12 +412,7 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Source:
     if twice:
         number = counted(sum(twice.values()), "file of the archive", "files of the archive")
         listing.notes.append(f"skipped {number}: a later one has the same name: {listed(list(twice))}")
-
-    def opener(name: str) -> IO[bytes]:
-        # Headers are read a few bytes at a time, for which the archive's own reader is slow.
-        return io.BufferedReader(cast("io.RawIOBase", archive.open(members[name])), _BUFFER)
-
-    return listing.source(where, opener)
+    return listing.source(kind, where, files)
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import typing
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,17 +18,18 @@ from torch import Tensor
 
 from gencore import plugins
 from gencore.config import Config, ConfigError
-from gencore.models.base import Batch
+from gencore.noise import Key
 from gencore.progress import Progress
+from gencore.spec import Batch, Condition, Dataset, DataSpec
 from gencore.text import counted, listed, shown
 
 Split = Literal["train", "test"]
 
-# Images are kept in memory; beyond this many bytes of pixels a loader should refuse rather than swap.
+# Images that are kept in memory: beyond this many bytes of pixels a loader should refuse rather than swap.
 MAX_BYTES = 32 << 30
 
-# Pixels are hashed in pieces of about this many bytes.
-_PIECE = 1 << 24
+# Images of a batch where all of a data set are looked at.
+_AT_A_TIME = 256
 
 # Reading that takes no longer than this many seconds shows no bar.
 _QUICK = 1.0
@@ -58,96 +57,106 @@ class MissingSplitError(DataError):
     """A data set has no images for the split that was asked for; its other split may be read."""
 
 
-class ImageDataset:
-    """Images of one size, as uint8 in memory, with a class label each or none.
+class NamedDataset(Dataset):
+    """What :func:`load` gives: a :class:`gencore.spec.Dataset` that knows where it comes from.
 
-    Args:
+    A subclass adds :meth:`__len__` and :meth:`batch`, and the fingerprint and :meth:`values` if it knows quicker ways.
+
+    Attributes:
         name: what the data set is called, for titles and logs.
         split: ``"train"`` or ``"test"``.
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64 in [0, len(class_names)), or None.
-        class_names: the name of every class, all different; empty without labels.
+        spec: what it gives.
         notes: what a user should know of how the files were read, a line each, such as what was skipped.
-
-    Raises:
-        TypeError: a tensor of another dtype, or a class name that is no string.
-        ValueError: shapes, labels or class names that do not fit together, or no image at all.
+        workers: whether reading takes so long that a training does it in processes of its own.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: Split,
-        images: Tensor,
-        labels: Tensor | None = None,
-        class_names: Sequence[str] = (),
-        notes: Sequence[str] = (),
-    ):
+    workers = False
+
+    def __init__(self, name: str, split: Split, spec: DataSpec, notes: Sequence[str] = ()):
         check_split(split)
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8, got {images.dtype}")
-        if images.dim() != 4 or images.numel() == 0:
-            raise ValueError(f"images must be of shape (N, C, H, W) and not empty, got {tuple(images.shape)}")
-        self.class_names = _checked_names(class_names)
-        if labels is None:
-            if self.class_names:
-                raise ValueError(f"class_names must be empty without labels, got {counted(self.num_classes, 'name')}")
-        else:
-            if labels.dtype != torch.int64:
-                raise TypeError(f"labels must be int64, got {labels.dtype}")
-            if labels.shape != images.shape[:1]:
-                raise ValueError(f"labels must be of shape ({len(images)},), got {tuple(labels.shape)}")
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"labels must be in [0, {self.num_classes}), got {low} to {high}")
         self.name = name
         self.split: Split = split
-        self.images = images
-        self.labels = labels
-        self.notes = tuple(notes)
+        self._spec = spec
+        self._notes = tuple(notes)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of one image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def spec(self) -> DataSpec:
+        return self._spec
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
-        return len(self.class_names)
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, indices: Tensor, key: Key | None = None) -> Batch:
+        raise NotImplementedError
+
+    def values(self, name: str) -> Tensor | Sequence[str]:
+        """A condition of all images, as one batch of all would have it without a key.
+
+        Raises:
+            KeyError: no condition is called so.
+        """
+        self.spec[name]
+        found = [self.batch(indices).conditions[name] for indices in torch.arange(len(self)).split(_AT_A_TIME)]
+        if all(isinstance(values, Tensor) for values in found):
+            return torch.cat([values for values in found if isinstance(values, Tensor)])
+        return [value for values in found for value in values]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the pixels, the labels and the class names, in their order; not of the name or the files.
-
-        Computed when it is first asked for, from the tensors as they are then.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([list(self.images.shape), self.labels is not None, self.class_names]).encode())
-        if self.labels is not None:
-            digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
-        for images in self.images.split(max(1, _PIECE // self.images[0].numel())):
-            digest.update(images.cpu().contiguous().numpy())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
-        """One image (C, H, W), float32 in [0, 1], and its class, or None."""
-        label = None if self.labels is None else int(self.labels[index])
-        return self.images[index].float() / 255, label
-
-    def batch(self, indices: Tensor) -> Batch:
-        """The images at ``indices`` (B,) int64, float32 in [0, 1], with their labels, or None."""
-        labels = None if self.labels is None else self.labels[indices]
-        return Batch(self.images[indices].float() / 255, labels)
+        """A hash of the content: images, conditions and their names, in their order; not of the name or the files."""
+        return fingerprint_of(self)
 
     def __repr__(self) -> str:
-        shape = "x".join(str(size) for size in self.image_shape)
-        classes = counted(self.num_classes, "class", "classes") if self.num_classes else "no classes"
-        return f"<{self.name} {self.split}: {counted(len(self), 'image')} {shape}, {classes}>"
+        return f"<{self.name} {self.split}: {counted(len(self), 'image')} {described(self.spec)}>"
+
+
+class _Adapted(NamedDataset):
+    """A data set of a plugin that has the three members of the protocol and no more."""
+
+    def __init__(self, dataset: Dataset, name: str, split: Split):
+        super().__init__(name, split, dataset.spec, getattr(dataset, "notes", ()))
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batch(self, indices: Tensor, key: Key | None = None) -> Batch:
+        return self._dataset.batch(indices, key)
+
+
+def described(spec: DataSpec) -> str:
+    """The spec in words: ``3x64x64, 10 classes, text``."""
+    told = ["x".join(map(str, spec.image_shape))]
+    told += [_in_words(condition) for condition in spec.conditions]
+    return ", ".join(told)
+
+
+def _in_words(condition: Condition) -> str:
+    if condition.kind == "class":
+        return counted(len(condition.names), "class", "classes")
+    if condition.shape is not None:
+        return f"{condition.name} {'x'.join(map(str, condition.shape))}" + ("" if condition.paired else ", unpaired")
+    return condition.name
+
+
+def fingerprint_of(dataset: Dataset) -> str:
+    """A hash of all that a data set gives without a key."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(dataset.spec).encode())
+    for indices in torch.arange(len(dataset)).split(_AT_A_TIME):
+        batch = dataset.batch(indices)
+        digest.update(batch.images.cpu().contiguous().numpy().data)
+        for name in sorted(batch.conditions):
+            values = batch.conditions[name]
+            if isinstance(values, Tensor):
+                digest.update(values.cpu().contiguous().numpy().data)
+            else:
+                digest.update(repr(tuple(values)).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -156,20 +165,23 @@ class DatasetPlugin:
 
     ``load(path, split)`` gets the path of ``name:path``, or None when there was none; with ``needs_path`` there always
     is one. A plugin with ``settings``, a frozen :class:`gencore.config.Config` whose every field has a default, is
-    called as ``load(path, split, settings)``, with an instance of it.
+    called as ``load(path, split, settings)``, with an instance of it. With ``remote``, what follows the colon may also
+    be the name of something on a server, where no such path is there.
 
-    ``load`` must return the same images in the same order every time. It raises :class:`MissingSplitError` where there
+    ``load`` gives a :class:`gencore.data.ImageDataset`, or anything else that is a :class:`gencore.spec.Dataset`, with
+    the same images in the same order every time. It raises :class:`MissingSplitError` where there
     are no images for the split, and :class:`DataError` for whatever else is wrong with the files.
     """
 
     name: str
-    load: Callable[..., ImageDataset]
+    load: Callable[..., Dataset]
     needs_path: bool = False
     summary: str = ""
     settings: type[Config] | None = None
+    remote: bool = False
 
 
-def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> ImageDataset:
+def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> NamedDataset:
     """The data set that ``spec`` names, ``name`` or ``name:path``, read with the plugin's ``settings``.
 
     Raises:
@@ -192,14 +204,16 @@ def load(spec: str, split: Split, settings: Mapping[str, Any] | None = None) -> 
         where = error.filename or path or plugin.name
         raise DataError(f"data set {plugin.name}: cannot read {where}: {error.strerror or error}") from error
     except (Exception, SystemExit) as error:
-        raise plugins.broken("dataset", plugin.name, plugins.reason(error)) from error
-    if not isinstance(dataset, ImageDataset):
-        what = f"load must return an ImageDataset, got {type(dataset).__name__}"
-        raise plugins.broken("dataset", plugin.name, what)
-    return dataset
+        raise DATASETS.broken(plugin.name, plugins.reason(error)) from error
+    if isinstance(dataset, NamedDataset):
+        return dataset
+    if not isinstance(dataset, Dataset) or not isinstance(dataset.spec, DataSpec):
+        what = f"load must return a data set with spec, len() and batch(), got {type(dataset).__name__}"
+        raise DATASETS.broken(plugin.name, what)
+    return _Adapted(dataset, plugin.name, split)
 
 
-def check(train: ImageDataset, spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def check(train: NamedDataset, spec: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Reads the other splits of the data set that ``train`` was loaded from, so that their faults are known before a
     training begins; returns their notes.
 
@@ -214,8 +228,8 @@ def check(train: ImageDataset, spec: str, settings: Mapping[str, Any] | None = N
         DataError: as :func:`load`; or a split has another image shape or other class names than ``train``, or one of
             them has labels and the other has none.
     """
-    if not isinstance(train, ImageDataset):
-        raise TypeError(f"train must be an ImageDataset, got {type(train).__name__}")
+    if not isinstance(train, NamedDataset):
+        raise TypeError(f"train must be a data set that load gave, got {type(train).__name__}")
     notes: list[str] = []
     for split in typing.get_args(Split):
         if split != train.split:
@@ -226,33 +240,51 @@ def check(train: ImageDataset, spec: str, settings: Mapping[str, Any] | None = N
     return tuple(notes)
 
 
-def _agreeing(train: ImageDataset, spec: str, split: Split, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _agreeing(train: NamedDataset, spec: str, split: Split, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The notes of another split, whose pixels are freed on return."""
     other = load(spec, split, settings)
-    faults = []
-    if other.image_shape != train.image_shape:
-        ours, theirs = ("x".join(map(str, images.image_shape)) for images in (train, other))
-        faults.append(f"images are {ours} in {train.split}, {theirs} in {split}")
-    if (other.labels is None) != (train.labels is None):
-        faults.append(f"only {train.split if other.labels is None else split} has labels")
-    else:
-        faults += _other_names(train, other)
-    if faults:
-        name = spec.partition(":")[0]
-        raise DataError(f"data set {name}: the splits {train.split} and {split} differ: {'; '.join(faults)}")
+    check_same(train, other, spec)
     return other.notes
 
 
-def _other_names(train: ImageDataset, other: ImageDataset) -> list[str]:
-    """How the class names of two splits differ."""
+def check_same(train: NamedDataset, other: NamedDataset, spec: str) -> None:
+    """Raises :class:`DataError` if two splits of the data set ``spec`` give different things, as :func:`check` does."""
     faults = []
+    split = other.split
+    if other.spec.image_shape != train.spec.image_shape:
+        ours, theirs = ("x".join(map(str, images.spec.image_shape)) for images in (train, other))
+        faults.append(f"images are {ours} in {train.split}, {theirs} in {split}")
     for one, another in ((train, other), (other, train)):
-        there = set(another.class_names)
-        if alone := [name for name in one.class_names if name not in there]:
-            faults.append(f"only {one.split} has {'class' if len(alone) == 1 else 'the classes'} {listed(alone)}")
-    for i, (ours, theirs) in enumerate(zip(train.class_names, other.class_names, strict=False)):
-        if ours != theirs and not faults:
-            faults.append(f"class {i} is {shown(ours)} in {train.split}, {shown(theirs)} in {other.split}")
+        alone = [condition.name for condition in one.spec.conditions if condition.name not in another.spec]
+        if alone:
+            faults.append(f"only {one.split} has {_plural(alone)}")
+    for condition in train.spec.conditions:
+        if condition.name in other.spec and (theirs_too := other.spec[condition.name]) != condition:
+            faults += _differences(train, condition, other, theirs_too)
+    if faults:
+        name = spec.partition(":")[0]
+        raise DataError(f"data set {name}: the splits {train.split} and {split} differ: {'; '.join(faults)}")
+
+
+def _plural(names: Sequence[str]) -> str:
+    """``labels``, ``texts``, ``sources``: what images of a split have."""
+    return " and ".join(f"{name}s" for name in names)
+
+
+def _differences(train: NamedDataset, ours: Condition, other: NamedDataset, theirs: Condition) -> list[str]:
+    """How a condition of two splits differs."""
+    if "class" not in (ours.kind, theirs.kind) or ours.kind != theirs.kind:
+        return [
+            f"{ours.name} is {ours.kind} {ours.shape} in {train.split}, {theirs.kind} {theirs.shape} in {other.split}"
+        ]
+    faults = []
+    for split, names, others in ((train.split, ours.names, theirs.names), (other.split, theirs.names, ours.names)):
+        there = set(others)
+        if alone := [name for name in names if name not in there]:
+            faults.append(f"only {split} has {'class' if len(alone) == 1 else 'the classes'} {listed(alone)}")
+    for i, (mine, its) in enumerate(zip(ours.names, theirs.names, strict=False)):
+        if mine != its and not faults:
+            faults.append(f"class {i} is {shown(mine)} in {train.split}, {shown(its)} in {other.split}")
     return faults
 
 
@@ -290,7 +322,8 @@ def check_split(split: str) -> None:
 def absolute_spec(spec: str) -> str:
     """``name:path`` with an absolute path without links, which names the same data set from any folder.
 
-    Nothing is read, and neither the data set nor the path needs to exist. Without a path it is ``spec`` itself.
+    No data are read, and neither the data set nor the path needs to exist. Without a path it is ``spec`` itself, and
+    so it is if the path is a name on a server.
 
     Raises:
         DataError: no such path can be.
@@ -300,15 +333,24 @@ def absolute_spec(spec: str) -> str:
         return spec
     place = _path(path)
     try:
+        if not os.path.lexists(place) and _is_remote(name):
+            return spec
         return f"{name}:{os.path.realpath(place)}"
     except (OSError, ValueError, RuntimeError) as error:
         # The folder we are in may be gone; and links may lead on and on.
         raise DataError(f"data set {name}: cannot find the path {path!r}: {error}") from error
 
 
+def _is_remote(name: str) -> bool:
+    try:
+        return DATASETS.load(name).remote
+    except plugins.PluginError:
+        return False
+
+
 def _named(spec: str) -> tuple[DatasetPlugin, str]:
     name, path = _parted(spec)
-    return plugins.load_dataset(name), path
+    return DATASETS.load(name), path
 
 
 def _parted(spec: str) -> tuple[str, str]:
@@ -338,19 +380,6 @@ def _path(text: str) -> Path:
     return Path(expanded)
 
 
-def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names must be a sequence of names, got the string {class_names!r}")
-    names = tuple(class_names)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"class_names must be strings, got {name!r} of type {type(name).__name__}")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"class_names must be distinct, got {name!r} {count} times")
-    return tuple(map(str, names))
-
-
 def _configured(plugin: DatasetPlugin, settings: Mapping[str, Any]) -> Config | None:
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a mapping of names to values, got {type(settings).__name__}")
@@ -364,4 +393,22 @@ def _configured(plugin: DatasetPlugin, settings: Mapping[str, Any]) -> Config | 
     except ConfigError as error:
         raise ConfigError(title, [f"data.{fault}" for fault in error.faults]) from error
     except (Exception, SystemExit) as error:
-        raise plugins.broken("dataset", plugin.name, plugins.reason(error)) from error
+        raise DATASETS.broken(plugin.name, plugins.reason(error)) from error
+
+
+def _plugin_fault(entry: plugins.Entry, plugin: Any) -> str | None:
+    if not isinstance(plugin, DatasetPlugin):
+        return f"it must be a gencore.data.DatasetPlugin, but is {plugins.kind_of(plugin)}"
+    if plugin.name != entry.name:
+        return f"its entry point is called {entry.name!r}, but the plugin calls itself {plugin.name!r}"
+    if not callable(plugin.load):
+        return f"its load must be callable, but is {plugins.kind_of(plugin.load)}"
+    settings = plugin.settings
+    if settings is None:
+        return None
+    if not (isinstance(settings, type) and issubclass(settings, Config)):
+        return f"its settings must be None or a subclass of gencore.config.Config, but are {plugins.kind_of(settings)}"
+    return plugins.config_fault("settings", settings)
+
+
+DATASETS: plugins.Registry[DatasetPlugin] = plugins.Registry("gencore.datasets", "data set", _plugin_fault)

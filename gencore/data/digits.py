@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gencore.data.base import DataError, DatasetPlugin, ImageDataset, Split
+from gencore.data.base import DataError, DatasetPlugin, Split
+from gencore.data.memory import ImageDataset
 from gencore.noise import Key, reference_bits
 
 _TRAIN = 1500

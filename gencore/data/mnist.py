@@ -2,6 +2,8 @@
 
 The IDX format (LeCun, Cortes and Burges 1998): two zero bytes, a type code (8 = unsigned byte), the number of
 dimensions, each dimension as a big-endian 32-bit number, then the values in C order.
+
+These files do not say what their classes are called: the setting ``classes`` does, or ``classes.txt`` beside them.
 """
 
 from __future__ import annotations
@@ -9,21 +11,27 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 
-from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, ImageDataset, MissingSplitError, Split
+from gencore.config import Config, field
+from gencore.data._names import class_names
+from gencore.data.base import MAX_BYTES, DataError, DatasetPlugin, MissingSplitError, Split
+from gencore.data.memory import ImageDataset
 from gencore.text import counted
 
 ENVIRONMENT_VARIABLE = "GENCORE_DATA"
 
 _PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
 _UNSIGNED_BYTE = 8
-_CLASSES = 10
+_CLASSES = tuple(str(digit) for digit in range(10))
+_NAMES = "classes.txt"
 
 # Where torchvision puts the files of the data sets of this format, below its root.
 _OWN = "MNIST/raw"
@@ -31,14 +39,29 @@ _OTHERS = "*/raw"
 _PIECE = 1 << 20
 
 
-def load_mnist(path: Path | None, split: Split) -> ImageDataset:
-    """The 60000 training or 10000 test images (1, 28, 28) with the classes 0 to 9.
+@dataclass(frozen=True)
+class MnistSettings(Config):
+    """How the images are read."""
+
+    classes: tuple[str, ...] = field(
+        (), doc="the names of the classes, such as T-shirt,Trouser,...; else those of classes.txt, one a line; else 0-9"
+    )
+
+    def check(self) -> Iterable[str]:
+        for name, count in Counter(self.classes).items():
+            if count > 1:
+                yield f"classes: must be distinct, was {name!r} {count} times"
+
+
+def load_mnist(path: Path | None, split: Split, settings: MnistSettings | None = None) -> ImageDataset:
+    """The 60000 training or 10000 test images (1, 28, 28) with their classes.
 
     Args:
         path: the folder of ``train-images-idx3-ubyte`` and its siblings, with or without ``.gz``, or torchvision's root
             of it: the files may lie in ``raw`` or ``MNIST/raw`` below, or in ``NAME/raw`` if there is one such folder.
             Without a path, the folder ``mnist`` in the folder that the environment variable GENCORE_DATA names.
         split: ``"train"`` or ``"test"`` (the files called ``t10k``).
+        settings: the names of the classes.
 
     Raises:
         MissingSplitError: there are no files of this split.
@@ -54,22 +77,22 @@ def load_mnist(path: Path | None, split: Split) -> ImageDataset:
     folder = _folder(path)
     image_file, label_file = _file(folder, split, "images", 3), _file(folder, split, "labels", 1)
     if image_file is None or label_file is None:
-        names = _names(split, "labels", 1) if image_file else _names(split, "images", 3)
+        wanted = _names(split, "labels", 1) if image_file else _names(split, "images", 3)
         kind = MissingSplitError if image_file is label_file else DataError
-        raise kind(f"data set mnist: {folder} holds no {names[0]} (nor {', '.join(names[1:])})")
+        raise kind(f"data set mnist: {folder} holds no {wanted[0]} (nor {', '.join(wanted[1:])})")
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(images) != len(labels):
         ours, theirs = counted(len(images), "image"), counted(len(labels), "label")
         raise DataError(f"{image_file} holds {ours}, but {label_file} holds {theirs}")
     if images.size == 0:
         raise DataError(f"{image_file} holds no pixels: its dimensions are {images.shape}")
-    wrong = np.flatnonzero(labels >= _CLASSES)
+    names: Sequence[str] = (settings.classes if settings else ()) or class_names(folder / _NAMES) or _CLASSES
+    wrong = np.flatnonzero(labels >= len(names))
     if len(wrong):
         raise DataError(
-            f"{label_file}: label {wrong[0]} must be below {_CLASSES}, but is {labels[wrong[0]]} "
-            f"({counted(len(wrong), 'such label')})"
+            f"{label_file}: label {wrong[0]} must be below {len(names)}, but is {labels[wrong[0]]} "
+            f"({counted(len(wrong), 'such label')}); data.classes or {_NAMES} names the classes"
         )
-    names = [str(digit) for digit in range(_CLASSES)]
     label_tensor = torch.from_numpy(labels.astype(np.int64))
     notes = [] if folder == path else [f"read from {folder}"]
     return ImageDataset("mnist", split, torch.from_numpy(images).unsqueeze(1), label_tensor, names, notes)
@@ -161,4 +184,5 @@ plugin = DatasetPlugin(
     name="mnist",
     load=load_mnist,
     summary="handwritten digits, 28x28 gray, 70000 images; IDX files in mnist:FOLDER or GENCORE_DATA/mnist",
+    settings=MnistSettings,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,16 @@ from torch.nn import functional as F
 
 from gencore import ops, plugins
 from gencore.config import ConfigError
-from gencore.data import ImageDataset
-from gencore.models.base import GenerativeModel, checked_images
-from gencore.models.modes import evaluating
+from gencore.data import NamedDataset
+from gencore.models.base import NO_CONDITIONS, GenerativeModel, SamplingConfig, checked_images
 from gencore.noise import Key
+from gencore.processes import ALONE, Processes
 from gencore.progress import Progress
+from gencore.spec import Batch, Condition, Conditions
 
 _HIDDEN, _BATCH = 256, 128
+# Images that are looked at together.
+_PIECE = 1000
 # A class counts as present with a fifth of the share it would have if all were equally frequent: 2% of ten classes.
 _PRESENT = 0.2
 # A sample counts as recognised when the classifier is surer of it than this.
@@ -54,7 +58,7 @@ class Classifier:
 
     def _in_pieces(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         device = next(self.network.parameters()).device
-        return torch.cat([function(piece.to(device)).float().cpu() for piece in images.split(1000)])
+        return torch.cat([function(piece.to(device)).float().cpu() for piece in images.split(_PIECE)])
 
 
 @dataclass(frozen=True)
@@ -82,23 +86,25 @@ class ClassReport:
         return math.exp(self.entropy)
 
 
-def train_classifier(train: ImageDataset, test: ImageDataset, *, seed: int = 0, steps: int = 1500) -> Classifier:
+def train_classifier(train: NamedDataset, test: NamedDataset, *, seed: int = 0, steps: int = 1500) -> Classifier:
     """An MLP of two hidden layers, trained on ``train`` with Adam; a pure function of data and seed on the CPU.
 
     About 97% on MNIST and on scikit-learn's digits after a few seconds. It draws nothing from torch's generators.
 
     Raises:
-        ValueError: a data set without labels, or two that differ in image shape or classes; ``steps`` below 1.
+        ValueError: a data set without classes, or two that differ in image shape or classes; ``steps`` below 1.
     """
-    if train.labels is None or test.labels is None:
-        raise ValueError(f"the data set must have labels, but {train.name} has none")
-    if (train.image_shape, train.class_names) != (test.image_shape, test.class_names):
+    classes, others = train.spec.first("class"), test.spec.first("class")
+    if classes is None or others is None:
+        unlabelled = train if classes is None else test
+        raise ValueError(f"the data set must have classes, but {unlabelled.name} has none")
+    if train.spec.image_shape != test.spec.image_shape or classes != others:
         raise ValueError(f"train and test must have the same image shape and classes, got {train!r} and {test!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _MLP(math.prod(train.image_shape), train.num_classes)
+        network = _MLP(math.prod(train.spec.image_shape), len(classes.names))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     key = Key(seed).fold_in(_CLASSIFIER)
@@ -107,15 +113,23 @@ def train_classifier(train: ImageDataset, test: ImageDataset, *, seed: int = 0, 
             # The rounded product is below len(train): uniform() is at most 1 - 2^-24, and the sum is in float64.
             draws = ops.uniform((_BATCH,), key.fold_in(step), dtype=torch.float64)
             batch = train.batch((draws * len(train)).long())
-            assert batch.labels is not None
-            loss = F.cross_entropy(network(batch.images), batch.labels)
+            loss = F.cross_entropy(network(batch.images), _labels(batch, classes))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    classifier = Classifier(network.eval(), train.class_names, math.nan)
-    found = classifier.probabilities(test.batch(torch.arange(len(test))).images).argmax(1)
-    return Classifier(network, train.class_names, (found == test.labels).double().mean().item())
+    classifier = Classifier(network.eval(), classes.names, math.nan)
+    right = 0
+    for indices in torch.arange(len(test)).split(_PIECE):
+        batch = test.batch(indices)
+        right += int((classifier.probabilities(batch.images).argmax(1) == _labels(batch, classes)).sum())
+    return Classifier(network, classes.names, right / len(test))
+
+
+def _labels(batch: Batch, classes: Condition) -> Tensor:
+    labels = batch.conditions[classes.name]
+    assert isinstance(labels, Tensor)
+    return labels
 
 
 def class_report(classifier: Classifier, images: Tensor) -> ClassReport:
@@ -160,22 +174,26 @@ def draw_samples(
     *,
     n: int = 1000,
     batch_size: int = 250,
-    labels: Tensor | None = None,
+    conditions: Conditions = NO_CONDITIONS,
+    sampling: SamplingConfig | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> Tensor:
     """``n`` samples of a model in evaluation mode, (n, C, H, W) on the CPU; sample ``i`` is that of ``key.samples(i)``.
 
     Args:
         batch_size: samples computed at a time; changes rounding at most.
-        labels: (n,) int64, the classes to sample, for a model with classes.
-        progress: whether to show how far it is, on stderr, if there are several batches.
+        conditions: of the ``n`` samples, see :meth:`GenerativeModel.sample`.
+        sampling: how, in place of the model's own.
+        processes: those that share the work; each gets all samples.
+        progress: whether to show how far it is, on stderr.
 
     Raises:
-        ValueError: ``n`` or ``batch_size`` below 1, another number of labels.
-        PluginError: the model's ``sample`` raises an error, or gives what are no ``n`` images of its shape.
+        ValueError: ``n`` or ``batch_size`` below 1, another number of conditions.
+        PluginError: the model's ``generate`` raises an error, or gives what are no ``n`` images of its shape.
     """
-    batches = sample_batches(model, key, n=n, batch_size=batch_size, labels=labels, progress=progress)
-    return torch.cat(list(batches))
+    options: dict[str, Any] = {"sampling": sampling, "processes": processes, "progress": progress}
+    return torch.cat(list(sample_batches(model, key, n=n, batch_size=batch_size, conditions=conditions, **options)))
 
 
 def sample_batches(
@@ -184,33 +202,43 @@ def sample_batches(
     *,
     n: int,
     batch_size: int = 250,
-    labels: Tensor | None = None,
+    conditions: Conditions = NO_CONDITIONS,
+    sampling: SamplingConfig | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
+    check_finite: bool = False,
 ) -> Iterator[Tensor]:
-    """The samples of :func:`draw_samples`, ``batch_size`` at a time, each batch computed when it is asked for."""
+    """The samples of :func:`draw_samples`, ``batch_size`` of each process at a time, computed when they are asked for.
+
+    Args:
+        check_finite: see :class:`gencore.models.Draw`.
+    """
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
-    if labels is not None and labels.shape != (n,):
-        raise ValueError(f"labels must be of shape ({n},), got {tuple(labels.shape)}")
+    for name, values in conditions.items():
+        if len(values) != n:
+            raise ValueError(f"conditions[{name!r}] must be one for each of {n} samples, got {len(values)}")
+    block = batch_size * processes.size
+
+    def part(first: int, last: int) -> Tensor:
+        chosen = {name: values[first:last] for name, values in conditions.items()}
+        what = f"sample() of samples {first} to {last - 1}"
+        # By these a model refuses settings of sampling, and says where it met what is not finite.
+        with plugins.blamed(model.plugin_name, what, ConfigError, FloatingPointError):
+            # Of one batch the model says how far it is, of several this does.
+            shown = progress and n <= block
+            options: dict[str, Any] = {"sampling": sampling, "progress": shown, "check_finite": check_finite}
+            images = model.sample(last - first, key.samples(first), chosen, **options)
+            return checked_images(images, last - first, model.spec)
 
     def batches() -> Iterator[Tensor]:
-        several = n > batch_size
-        # Of one batch the model says how far it is, of several this does.
-        of_model, model.progress = model.progress, progress and not several
-        try:
-            with Progress(n, name="sampling", unit="image", shown=progress and several) as shown:
-                for first in range(0, n, batch_size):
-                    count = min(batch_size, n - first)
-                    chosen = None if labels is None else labels[first : first + count].to(model.device)
-                    what = f"sample() of samples {first} to {first + count - 1}"
-                    # By these a model refuses settings of sampling, and says where it met what is not finite.
-                    allowed = (ConfigError, FloatingPointError)
-                    with torch.no_grad(), evaluating(model), plugins.blamed(model.plugin_name, what, *allowed):
-                        images = checked_images(model.sample(count, key.samples(first), chosen), count, model.config)
-                    yield images
-                    shown.update(count)
-        finally:
-            model.progress = of_model
+        with Progress(n, name="sampling", unit="image", shown=progress and n > block) as shown:
+            for start in range(0, n, block):
+                count = min(block, n - start)
+                first, last = (start + row for row in processes.rows(count))
+                mine = part(first, last) if last > first else torch.empty(0, *model.spec.image_shape)
+                yield torch.cat(processes.gathered(mine)) if processes.size > 1 else mine
+                shown.update(count)
 
     return batches()
 

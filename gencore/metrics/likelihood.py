@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from gencore import plugins
-from gencore.data import ImageDataset
 from gencore.models.base import GenerativeModel, HasLikelihoodBound
 from gencore.models.modes import evaluating
 from gencore.noise import Key
+from gencore.processes import ALONE, Processes
 from gencore.progress import Progress
+from gencore.spec import Dataset
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class LikelihoodBound:
 @torch.no_grad()
 def likelihood_bound(
     model: GenerativeModel,
-    data: ImageDataset,
+    data: Dataset,
     key: Key,
     *,
     num_samples: int = 1,
     batch_size: int = 250,
     limit: int | None = None,
+    processes: Processes = ALONE,
     progress: bool = False,
 ) -> LikelihoodBound:
     """The mean of ``model.log_likelihood_bound`` over a data set, in evaluation mode.
@@ -54,6 +56,7 @@ def likelihood_bound(
 
     Args:
         limit: use the first ``limit`` images only.
+        processes: those that share the work; each gives the same result.
         progress: whether to show how far it is, on stderr.
 
     Raises:
@@ -67,15 +70,21 @@ def likelihood_bound(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     count = len(data) if limit is None else min(limit, len(data))
-    bounds = torch.empty(count, dtype=torch.float64)
-    shown = Progress(count, name="bound", unit="image", shown=progress and count > batch_size)
+    low, high = processes.rows(count)
+    mine = torch.empty(high - low, dtype=torch.float64)
+    shown = Progress(high - low, name="bound", unit="image", shown=progress and high - low > batch_size)
     with evaluating(model), shown:
-        for first in range(0, count, batch_size):
-            indices = torch.arange(first, min(first + batch_size, count))
-            images = data.batch(indices).images.to(model.device)
+        for first in range(low, high, batch_size):
+            indices = torch.arange(first, min(first + batch_size, high))
+            batch = data.batch(indices).to(model.device)
             # By a ValueError a model refuses images that it gives no likelihood to.
             with plugins.blamed(model.plugin_name, "log_likelihood_bound()", ValueError):
-                bounds[indices] = model.log_likelihood_bound(images, key.samples(first), num_samples).double().cpu()
+                found = model.log_likelihood_bound(batch, key.samples(first), num_samples)
+                if found.shape != indices.shape:
+                    # One number for all images would be taken for that of each.
+                    raise TypeError(f"it must be of shape {tuple(indices.shape)}, got {tuple(found.shape)}")
+                mine[indices - low] = found.double().cpu()
             shown.update(len(indices))
+    bounds = torch.cat(processes.gathered(mine))
     error = bounds.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return LikelihoodBound(bounds.mean().item(), error, count, num_samples, math.prod(data.image_shape))
+    return LikelihoodBound(bounds.mean().item(), error, count, num_samples, math.prod(data.spec.image_shape))

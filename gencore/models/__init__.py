@@ -1,11 +1,9 @@
 """Models: the contract of a model plugin (:mod:`gencore.models.base`) and the built-in plugins, one package each."""
 
 from gencore.models.base import (
-    Adam,
     Autoencodes,
-    Batch,
+    Draw,
     Edits,
-    Family,
     GenerativeModel,
     HasLatents,
     HasLikelihoodBound,
@@ -13,19 +11,29 @@ from gencore.models.base import (
     ModelConfig,
     ModelPlugin,
     Phase,
+    SamplingConfig,
+    Step,
+    freeze,
 )
+from gencore.models.optimizers import SGD, Adam, Optimizer, OptimizerConfig, RMSprop
 
 __all__ = [
+    "SGD",
     "Adam",
     "Autoencodes",
-    "Batch",
+    "Draw",
     "Edits",
-    "Family",
     "GenerativeModel",
     "HasLatents",
     "HasLikelihoodBound",
     "Loss",
     "ModelConfig",
     "ModelPlugin",
+    "Optimizer",
+    "OptimizerConfig",
     "Phase",
+    "RMSprop",
+    "SamplingConfig",
+    "Step",
+    "freeze",
 ]

@@ -2,116 +2,273 @@
 
 A model plugin is a :class:`ModelPlugin`: data, and one way to build the model. What it builds is a
 :class:`GenerativeModel`: an ``nn.Module`` that *says* how it is trained (:meth:`GenerativeModel.phases`)
-and how it samples, and leaves the doing to the one trainer and the one command line.
+and how it generates, and leaves the doing to the one trainer and the one command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from gencore.config import Config, field
+from gencore.arguments import integer
+from gencore.config import Config, merged
+from gencore.models._checks import check_conditions
+from gencore.models.modes import evaluating
+from gencore.models.optimizers import Optimizer
 from gencore.noise import Key
+from gencore.spec import Batch, Conditions, Dataset, DataSpec
 
-Family = Literal["vae", "gan", "diffusion", "autoregressive", "other"]
+# Whether a model can do without a condition.
+Need = Literal["required", "optional"]
+
+NO_CONDITIONS: Conditions = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    """What every model's configuration starts with; the trainer fills both fields from the data set."""
+    """Base class of models' configurations."""
 
-    image_shape: tuple[int, int, int] = field(
-        (1, 8, 8), ge=1, doc="channels, height, width of one image", offered=False
-    )
-    num_classes: int = field(0, ge=0, doc="number of classes of the data set; 0 if it has no labels", offered=False)
-
-
-class Batch(NamedTuple):
-    """One minibatch: ``images`` (B, C, H, W) float32 in [0, 1]; ``labels`` (B,) int64, or None without classes."""
-
-    images: Tensor
-    labels: Tensor | None
-
-
-class Loss(NamedTuple):
-    """What a phase's loss function returns: the scalar to minimise and named scalars to log."""
-
-    value: Tensor
-    metrics: dict[str, Tensor]
+    def faults_with(self, spec: DataSpec) -> Iterable[str]:
+        """What does not go with images of this kind, a line each."""
+        return ()
 
 
 @dataclass(frozen=True)
-class Adam(Config):
-    """Settings of the Adam optimiser of one phase (Kingma and Ba 2015; decoupled weight decay)."""
+class SamplingConfig(Config):
+    """Base class of the settings of sampling; every field has a default."""
 
-    lr: float = field(1e-3, gt=0)
-    beta1: float = field(0.9, ge=0, lt=1)
-    beta2: float = field(0.999, ge=0, lt=1)
-    eps: float = field(1e-8, gt=0)
-    weight_decay: float = field(0.0, ge=0)
+    # Those that have an effect on samples with conditions only. The command line refuses them without any.
+    of_conditions: ClassVar[tuple[str, ...]] = ()
+
+
+class Step(NamedTuple):
+    """What a phase's loss is computed from.
+
+    Attributes:
+        batch: the minibatch, on the model's device.
+        key: all noise of this loss comes from it; image ``i`` of the batch uses ``key.samples(i)``.
+        number: the finished steps of the run.
+        total: the steps that the run is to have.
+    """
+
+    batch: Batch
+    key: Key
+    number: int = 0
+    total: int = 1
+
+
+class Loss(NamedTuple):
+    """What a phase's loss function returns: the scalar to minimise and named scalars to log.
+
+    Both are means over the images of the batch: those of a larger batch are the means of those of its parts.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a training algorithm: these parameters descend this loss, ``repeats`` times per step.
+    """One part of a training algorithm: the parameters of an optimiser descend a loss.
 
-    Each repetition draws its own minibatch and its own key, as in Algorithm 1 of Goodfellow et al. (2014),
-    where the discriminator takes k steps before each of the generator's.
+    Attributes:
+        name: distinct within the model.
+        loss: what to minimise.
+        optimizer: by which; phases may share one.
+        repeats: times within a step; each draws a minibatch and a key of its own, as in Algorithm 1 of Goodfellow et
+            al. (2014), where the discriminator takes k steps before each of the generator's.
+        every: steps from one of this phase to the next, beginning with the first; so a penalty can be lazy (Karras et
+            al. 2020).
+        batch_of: an earlier phase of the step whose last minibatch this one takes, instead of drawing its own. Its
+            noise is its own all the same.
     """
 
     name: str
-    parameters: Sequence[nn.Parameter]
-    loss: Callable[[Batch, Key], Loss]
-    optimizer: Adam = dataclasses.field(default_factory=Adam)
+    loss: Callable[[Step], Loss]
+    optimizer: Optimizer
     repeats: int = 1
+    every: int = 1
+    batch_of: str | None = None
 
-    def __post_init__(self) -> None:
-        # Of a generator, such as ``model.parameters()``, nothing would be left for the second who looks.
-        object.__setattr__(self, "parameters", tuple(self.parameters))
+
+class Draw(NamedTuple):
+    """What :meth:`GenerativeModel.generate` makes images from; checked, and on the model's device.
+
+    Attributes:
+        n: how many images.
+        key: all noise comes from it; image ``i`` uses ``key.samples(i)``.
+        conditions: those of the images, of the names that the model takes.
+        sampling: how to sample, of the type of :attr:`GenerativeModel.sampling`; None for a model without a choice.
+        progress: whether to show on stderr how far it is, if it takes long.
+        check_finite: whether to stop where a NaN or an infinity is met, by a FloatingPointError that says where;
+            looking costs a little, and a model may leave it to who takes the samples.
+    """
+
+    n: int
+    key: Key
+    conditions: Conditions = NO_CONDITIONS
+    sampling: Any = None
+    progress: bool = False
+    check_finite: bool = False
 
 
 class GenerativeModel(nn.Module):
-    """Base class of every model: an ``nn.Module`` that describes its training and can sample.
+    """Base class of every model: an ``nn.Module`` that describes its training and can generate images.
 
     Everything random is a pure function of the ``key`` that is passed in. Samples of one key are the same
     for any batch split, up to the rounding of the networks' matrix products: sample ``i`` uses the noise of
     ``key.samples(i)``.
+
+    Attributes:
+        config: its configuration.
+        spec: what the data set gives that it is trained on.
+        takes: the conditions of ``spec`` that it uses, by name, and whether it can do without each.
+        sampling: how it samples where nothing else is asked for; None for a model without a choice.
+        plugin_name: of the plugin that built it, which errors name; empty for a model that was built by itself.
     """
 
     config: ModelConfig
-    # The name of the plugin that built it, which errors name; empty for a model that was built by itself.
+    spec: DataSpec
+    takes: Mapping[str, Need] = MappingProxyType({})
+    sampling: SamplingConfig | None = None
     plugin_name: str = ""
-    # Whether ``sample`` takes labels.
-    conditional: bool = False
-    # How ``sample`` works, for a model that offers a choice: a Config whose every field has a default. Another of its
-    # type may be put in its place, by ``gencore sample --set`` for instance; what the model cannot do is a ConfigError.
-    sampling: Config | None = None
-    # Whether ``sample`` shows a bar while it works, if it takes long.
-    progress: bool = False
-    # Whether ``sample`` is to stop where it meets a NaN or infinity, by a FloatingPointError that says where; looking
-    # costs a little, and a model may leave it to who takes the samples.
-    check_finite: bool = False
+
+    def __init__(self, config: ModelConfig, spec: DataSpec):
+        super().__init__()
+        self.config = config
+        self.spec = spec
 
     def phases(self) -> Sequence[Phase]:
-        """The training algorithm, in the order in which the phases run within a step."""
+        """The training algorithm, in the order in which the phases run within a step. Called after :meth:`start`.
+
+        A model that is whole after :meth:`start` has none.
+        """
         raise NotImplementedError
 
-    def sample(self, n: int, key: Key, labels: Tensor | None = None) -> Tensor:
-        """``n`` images (n, C, H, W), float32 in [0, 1], on the model's device."""
-        raise NotImplementedError
+    def generate(self, draw: Draw) -> Tensor:
+        """``draw.n`` images (n, C, H, W) in [0, 1]: what :meth:`sample` returns once its arguments are checked.
+
+        Called in evaluation mode and without gradients. A model that cannot generate leaves it out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot generate images")
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``: what wraps a module's forward, such as FSDP, sees so what a model computes."""
+        return function(*arguments)
+
+    def start(self, load_run: Callable[[Path | str], GenerativeModel], data: Dataset) -> None:
+        """Called once, when a new run begins, before its first step; the model is on its device.
+
+        Here a model takes what it needs of another run (by :meth:`adopt`) and measures what it needs of the data. What
+        it keeps in parameters and buffers is kept in its checkpoints, and the other run is not needed again.
+
+        Args:
+            load_run: gives the trained model of a run's folder.
+            data: the training images.
+        """
+
+    def adopt(self, name: str, part: GenerativeModel) -> None:
+        """Takes a trained model as the frozen submodule ``name``.
+
+        :meth:`start` calls it; when a checkpoint is loaded, it is called again, with a model of the same configuration
+        whose weights are yet to come. So a model that builds its networks to fit its part does it here.
+        """
+        self.add_module(name, freeze(part))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        key: Key,
+        conditions: Conditions = NO_CONDITIONS,
+        *,
+        sampling: SamplingConfig | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+    ) -> Tensor:
+        """``n`` images (n, C, H, W), float32 in [0, 1], on the model's device.
+
+        Args:
+            n: how many.
+            key: image ``i`` uses the noise of ``key.samples(i)``.
+            conditions: by name: the class of each image, (n,) int64, where -1 stands for none if the model can do
+                without; images (n, C, H, W) in [0, 1]; or n strings.
+            sampling: how, in place of :attr:`sampling`.
+            progress, check_finite: as in :class:`Draw`.
+
+        Raises:
+            TypeError, ValueError: no such ``n`` or ``key``; conditions that the model does not take, that it needs and
+                that are missing, or of another dtype, shape or number; ``sampling`` of another type than the model's.
+            ConfigError: settings of sampling that the model cannot do.
+        """
+        draw = self.checked_draw(n, key, conditions, sampling, progress, check_finite)
+        with evaluating(self):
+            return self.generate(draw)
+
+    def checked_draw(
+        self,
+        n: int,
+        key: Key,
+        conditions: Conditions = NO_CONDITIONS,
+        sampling: SamplingConfig | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+    ) -> Draw:
+        """The arguments of :meth:`sample`, checked; its errors."""
+        n = integer("n", n, least=0)
+        if not isinstance(key, Key):
+            raise TypeError(f"key must be a gencore.Key, got {type(key).__name__}; gencore.Key(seed) makes one")
+        if sampling is not None and type(sampling) is not type(self.sampling):
+            wanted = "None" if self.sampling is None else f"a {type(self.sampling).__name__}"
+            raise TypeError(f"sampling must be {wanted}, got {type(sampling).__name__}")
+        checked = check_conditions(conditions, n, self.spec, self.takes, self.device)
+        return Draw(n, key, checked, self.sampling if sampling is None else sampling, progress, check_finite)
+
+    def train(self, mode: bool = True) -> GenerativeModel:
+        """:meth:`torch.nn.Module.train`; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if is_frozen(module):
+                nn.Module.train(module, False)
+        return self
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether it generates images."""
+        return type(self).generate is not GenerativeModel.generate
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters live."""
-        return next(self.parameters()).device
+        """Where the model's parameters and buffers live; the CPU if it has none."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
 
-def checked_images(images: Any, count: int, config: ModelConfig) -> Tensor:
+def freeze(module: nn.Module) -> Any:
+    """Takes a module out of the training: no gradients, evaluation mode, no moving average. Returns it."""
+    module._gencore_frozen = True  # type: ignore[assignment]
+    return nn.Module.train(module.requires_grad_(False), False)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether :func:`freeze` was called with the module."""
+    return getattr(module, "_gencore_frozen", False)
+
+
+def parts_of(model: nn.Module) -> dict[str, GenerativeModel]:
+    """The models that a model has adopted, by name."""
+    return {name: child for name, child in model.named_children() if isinstance(child, GenerativeModel)}
+
+
+def checked_images(images: Any, count: int, spec: DataSpec) -> Tensor:
     """What a model returned as ``count`` images, float32 on the CPU.
 
     Raises:
@@ -121,7 +278,7 @@ def checked_images(images: Any, count: int, config: ModelConfig) -> Tensor:
     if not isinstance(images, Tensor) or images.layout is not torch.strided or images.is_nested:
         kind = type(images).__name__ if not isinstance(images, Tensor) else "one of another layout"
         raise TypeError(f"it must return a dense tensor, got {kind}")
-    shape = (count, *config.image_shape)
+    shape = (count, *spec.image_shape)
     if images.shape != shape:
         raise ValueError(f"it must return images of shape {shape}, got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -148,32 +305,77 @@ class Autoencodes(HasLatents, Protocol):
 
 @runtime_checkable
 class HasLikelihoodBound(Protocol):
-    """A model with a lower bound of log p(x): nats per image (B,).
+    """A model with a lower bound of log p(x), or of log p(x | conditions): nats per image (B,).
 
     More ``num_samples`` make it tighter, or, where each draw is an unbiased estimate of the same bound, more precise.
     """
 
-    def log_likelihood_bound(self, images: Tensor, key: Key, num_samples: int = 1) -> Tensor: ...
+    def log_likelihood_bound(self, batch: Batch, key: Key, num_samples: int = 1) -> Tensor: ...
 
 
 @runtime_checkable
 class Edits(Protocol):
     """A model that fills in what is missing of images.
 
-    ``edit(images, known, key, labels=None)`` gives images (B, C, H, W) in [0, 1] that are ``images`` where ``known`` is
-    1, bit for bit, and the model's where it is 0; ``known`` broadcasts to the images. Image ``i`` uses the noise of
-    ``key.samples(i)``; ``labels`` are classes to fill with, if the model is conditional.
+    ``edit`` gives images (B, C, H, W) in [0, 1] that are ``images`` where ``known`` is 1, bit for bit, and the model's
+    where it is 0; ``known`` broadcasts to the images. Image ``i`` uses the noise of ``key.samples(i)``; the other
+    arguments are those of :meth:`GenerativeModel.sample`.
     """
 
-    def edit(self, images: Tensor, known: Tensor, key: Key, labels: Tensor | None = None) -> Tensor: ...
+    def edit(
+        self,
+        images: Tensor,
+        known: Tensor,
+        key: Key,
+        conditions: Conditions = NO_CONDITIONS,
+        *,
+        sampling: SamplingConfig | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ModelPlugin:
-    """What an entry point of the group ``gencore.models`` names: how a model is called, configured and built."""
+    """What an entry point of the group ``gencore.models`` names: how a model is called, configured and built.
+
+    Attributes:
+        name: by which it is trained.
+        family: what it is listed under, such as "vae" or "flow": a free word.
+        config: its settings.
+        build: makes the model, as ``build(config, spec)``.
+        summary: one line.
+        preset_of: the plugin that it is a preset of; None for one of its own.
+        defaults: the settings in which it differs from ``config``'s defaults, as :meth:`Config.to_dict` has them.
+    """
 
     name: str
-    family: Family
+    family: str
     config: type[ModelConfig]
-    build: Callable[[Any], GenerativeModel]
+    build: Callable[[Any, DataSpec], GenerativeModel]
     summary: str = ""
+    preset_of: str | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def preset(self, name: str, summary: str, **defaults: Any) -> ModelPlugin:
+        """This plugin under a name of its own, with other defaults: a known system of the family.
+
+        >>> from gencore.models.vae import plugin
+        >>> plugin.preset("beta-vae", "VAE with a heavier KL term", beta=4.0).config_of({}).beta
+        4.0
+        """
+        return dataclasses.replace(
+            self,
+            name=name,
+            summary=summary,
+            preset_of=self.preset_of or self.name,
+            defaults=merged(self.defaults, defaults),
+        )
+
+    def config_of(self, settings: Mapping[str, Any]) -> Any:
+        """The configuration with these settings, on top of the plugin's defaults.
+
+        Raises:
+            ConfigError: with every fault.
+        """
+        return self.config.from_dict(merged(self.defaults, settings))

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gencore.arguments import integer
+from gencore.nn.dropout import Dropout
 from gencore.nn.group_norm import GroupNorm
 from gencore.nn.pointwise import PointwiseConv2d
+from gencore.noise import Key
 
 Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 
@@ -58,12 +60,15 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_size, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = GroupNorm(num_groups, out_channels, eps, activation="silu")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else PointwiseConv2d(in_channels, out_channels)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (N, in_channels, H, W), embedding (N, embedding_size), past its activation -> (N, out_channels, H, W)."""
+    def forward(self, x: Tensor, embedding: Tensor, key: Key | None = None) -> Tensor:
+        """x (N, in_channels, H, W), embedding (N, embedding_size), past its activation -> (N, out_channels, H, W).
+
+        With a key, the dropout depends on it; without, on torch's generator.
+        """
         hidden = self.conv1(self.norm1(x))
         modulation = self.embedding(embedding)
         if self.scale_shift:
@@ -71,7 +76,7 @@ class ResidualBlock(nn.Module):
             hidden = self.norm2(hidden, scale=scale, shift=shift)
         else:
             hidden = self.norm2(hidden, bias_in=modulation)
-        output: Tensor = self.shortcut(x) + self.conv2(self.dropout(hidden))
+        output: Tensor = self.shortcut(x) + self.conv2(self.dropout(hidden, key))
         return output
 
 

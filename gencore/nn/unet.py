@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from gencore.arguments import as_int, integer
 from gencore.nn.attention import SpatialSelfAttention
+from gencore.nn.dropout import Dropout
 from gencore.nn.embedding import TimeEmbedding
 from gencore.nn.group_norm import GroupNorm
 from gencore.nn.residual import Downsample, ResidualBlock, Upsample, zeroed
+from gencore.noise import Key
 
 
 class UNet(nn.Module):
@@ -140,14 +142,17 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(num_groups, width, norm_eps, activation="silu")
         self.conv_out = zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        for stream, module in enumerate(module for module in self.modules() if isinstance(module, Dropout)):
+            module.stream = stream
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, key: Key | None = None) -> Tensor:
         """The prediction.
 
         Args:
             x: (N, in_channels, H, W), of the parameters' dtype; any H and W.
             t: (N,), the time steps, of any integer or floating type.
             labels: (N,), int64, from 0 to num_classes - 1, or -1 for the null label; None is the null label for all.
+            key: of the dropout, see :class:`gencore.nn.Dropout`; None: torch's generator.
 
         Returns:
             (N, out_channels, H, W).
@@ -160,10 +165,10 @@ class UNet(nn.Module):
         hidden = self.conv_in(x)
         skips = [hidden]
         for level in self.down:
-            hidden = level(hidden, embedding, skips)
-        hidden = self.middle(hidden, embedding)
+            hidden = level(hidden, embedding, skips, key)
+        hidden = self.middle(hidden, embedding, key)
         for level in reversed(self.up):
-            hidden = level(hidden, embedding, skips)
+            hidden = level(hidden, embedding, skips, key)
         output: Tensor = self.conv_out(self.norm_out(hidden))
         return output
 
@@ -195,9 +200,9 @@ class _DownLevel(nn.Module):
         self.attention = nn.ModuleList(attention)
         self.downsample = downsample
 
-    def forward(self, hidden: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, embedding: Tensor, skips: list[Tensor], key: Key | None) -> Tensor:
         for index, block in enumerate(self.residual):
-            hidden = block(hidden, embedding)
+            hidden = block(hidden, embedding, key)
             if len(self.attention):
                 hidden = self.attention[index](hidden)
             skips.append(hidden)
@@ -213,11 +218,11 @@ class _Middle(nn.Module):
         self.residual = nn.ModuleList(residual)
         self.attention = nn.ModuleList(attention)
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        hidden = self.residual[0](hidden, embedding)
+    def forward(self, hidden: Tensor, embedding: Tensor, key: Key | None) -> Tensor:
+        hidden = self.residual[0](hidden, embedding, key)
         for attention in self.attention:
             hidden = attention(hidden)
-        output: Tensor = self.residual[1](hidden, embedding)
+        output: Tensor = self.residual[1](hidden, embedding, key)
         return output
 
 
@@ -230,9 +235,9 @@ class _UpLevel(nn.Module):
         self.attention = nn.ModuleList(attention)
         self.upsample = upsample
 
-    def forward(self, hidden: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, embedding: Tensor, skips: list[Tensor], key: Key | None) -> Tensor:
         for index, block in enumerate(self.residual):
-            hidden = block(torch.cat((hidden, skips.pop()), dim=1), embedding)
+            hidden = block(torch.cat((hidden, skips.pop()), dim=1), embedding, key)
             if len(self.attention):
                 hidden = self.attention[index](hidden)
         if self.upsample is not None:

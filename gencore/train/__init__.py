@@ -3,8 +3,10 @@
 from gencore.train.checkpoint import Checkpoint as Checkpoint
 from gencore.train.checkpoint import CheckpointError as CheckpointError
 from gencore.train.checkpoint import Run as Run
-from gencore.train.checkpoint import load_model as load_model
+from gencore.train.config import AverageConfig as AverageConfig
 from gencore.train.config import TrainConfig as TrainConfig
+from gencore.train.errors import TrainingError as TrainingError
 from gencore.train.memory import NotEnoughMemoryError as NotEnoughMemoryError
+from gencore.train.runs import load as load
+from gencore.train.runs import train as train
 from gencore.train.trainer import Trainer as Trainer
-from gencore.train.trainer import TrainingError as TrainingError

@@ -5,9 +5,9 @@
     RUN/run.json                          what the run trains, on what, how (written once, at the start)
     RUN/metrics.jsonl
     RUN/checkpoints/step-00001000/
-        model.safetensors                 the weights and buffers
-        ema.safetensors                   their moving average, if the run keeps one
-        optimizer.safetensors             "<phase>/<parameter>/<state>"
+        model.safetensors                 the weights and buffers, those of frozen parts among them
+        ema.safetensors                   the moving average of what is trained, if the run keeps one
+        optimizer.safetensors             "<optimiser>/<parameter>/<state>", an optimiser called like its first phase
         checkpoint.json                   format, run, step, small state, and size and SHA-256 of the other files
 
 A checkpoint is written to a folder with a temporary name, synced and renamed; only then are older ones removed. So
@@ -16,8 +16,10 @@ whatever happens at whatever moment, the newest folder named ``step-*`` is a who
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -32,12 +34,12 @@ from torch import Tensor, nn
 
 from gencore.config import ConfigError
 from gencore.files import sync_directory, write_atomically, write_synced
-from gencore.models.base import GenerativeModel
-from gencore.plugins import build_model
-from gencore.plugins import load_model as load_plugin
+from gencore.models.base import GenerativeModel, parts_of
+from gencore.plugins import MODELS, build_model
+from gencore.spec import DataSpec
 from gencore.text import listed
 
-FORMAT = 2
+FORMAT = 3
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -52,24 +54,26 @@ class Run:
     Attributes:
         model: the name of the plugin.
         config: the model's configuration.
+        spec: what its data set gives, as :meth:`gencore.spec.DataSpec.to_dict` has it.
         data: where the training images were last read, as :func:`gencore.data.load` takes it. They may move.
         data_settings: the settings of the data set.
         images: how many there are.
-        class_names: of their classes; empty without classes.
-        fingerprint: of their content, :attr:`gencore.data.ImageDataset.fingerprint`.
+        fingerprint: of their content, :attr:`gencore.data.NamedDataset.fingerprint`.
         train: the trainer's configuration.
         start: the checkpoint whose weights the run began with; None for new weights.
+        parts: the models that the model has adopted: name -> model, config, spec and parts of each.
     """
 
     model: str
     config: dict[str, Any]
+    spec: dict[str, Any]
     data: str
     data_settings: dict[str, Any]
     images: int
-    class_names: list[str]
     fingerprint: str
     train: dict[str, Any]
     start: str | None = None
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def differences(self, other: Run, allowed: tuple[str, ...] = ()) -> list[str]:
         """One line for each setting that differs, those of ``train`` that ``allowed`` names aside.
@@ -81,14 +85,7 @@ class Run:
         if self.fingerprint != other.fingerprint:
             if self.images != other.images:
                 faults.append(f"images: the run has {self.images}, data set {other.data} has {other.images}")
-            if self.class_names != other.class_names:
-                lost, new = (
-                    [name for name in a if name not in b]
-                    for a, b in ((self.class_names, other.class_names), (other.class_names, self.class_names))
-                )
-                first = listed(map(repr, lost or new), most=1)
-                which = f"lacks {first}" if lost else f"has {first} too" if new else "has another order"
-                faults.append(f"classes: data set {other.data} {which}")
+            faults += _other_spec(self.spec, other.spec, other.data)
             faults = faults or [f"data: the images of {other.data} differ from those that the run was trained on"]
         pairs = [("model", self.model, other.model)]
         if self.model == other.model:
@@ -97,6 +94,28 @@ class Run:
         names = sorted((ours["train"].keys() | theirs["train"].keys()) - set(allowed))
         pairs += [(f"train.{name}", ours["train"].get(name), theirs["train"].get(name)) for name in names]
         return faults + [f"{name}: the run has {a!r}, asked for is {b!r}" for name, a, b in pairs if a != b]
+
+
+def _other_spec(ours: Mapping[str, Any], theirs: Mapping[str, Any], data: str) -> list[str]:
+    """How the data set ``data`` differs from that of a run in what it gives."""
+    if ours["image_shape"] != theirs["image_shape"]:
+        return [f"image_shape: the run has {ours['image_shape']}, data set {data} has {theirs['image_shape']}"]
+    before, after = ({each["name"]: each for each in spec["conditions"]} for spec in (ours, theirs))
+    faults = []
+    for name in before.keys() | after.keys():
+        if name not in after or name not in before:
+            faults.append(f"conditions: data set {data} {'lacks' if name in before else 'has'} {name!r}")
+        elif before[name]["names"] != after[name]["names"]:
+            faults.append(f"classes: data set {data} {_other_names(before[name]['names'], after[name]['names'])}")
+        elif before[name] != after[name]:
+            faults.append(f"conditions: {name!r} of data set {data} is of another kind or shape")
+    return sorted(faults)
+
+
+def _other_names(ours: list[str], theirs: list[str]) -> str:
+    lost, new = ([name for name in a if name not in b] for a, b in ((ours, set(theirs)), (theirs, set(ours))))
+    first = listed(map(repr, lost or new), most=1)
+    return f"lacks {first}" if lost else f"has {first} too" if new else "has another order"
 
 
 def write_run(directory: Path, run: Run) -> None:
@@ -134,12 +153,17 @@ class Checkpoint:
     def weights(self, ema: bool | None = None) -> dict[str, Tensor]:
         """The model's weights and buffers: their moving average (``ema``), or if None, that if the run keeps one.
 
+        What has no average, as the weights of frozen parts, is there as it is.
+
         Raises:
             CheckpointError: there is no moving average, or as :meth:`tensors`.
         """
         if ema and not self.has_ema:
-            raise CheckpointError(f"{self.directory} holds no moving average (the run was trained without train.ema)")
-        return self.tensors("ema" if (self.has_ema if ema is None else ema) else "model")
+            raise CheckpointError(f"{self.directory} holds no moving average (it was trained without train.average)")
+        weights = self.tensors("model")
+        if self.has_ema if ema is None else ema:
+            weights |= self.tensors("ema")
+        return weights
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``<name>.safetensors``, on the CPU.
@@ -163,13 +187,21 @@ class Checkpoint:
 
 
 def save(
-    run_directory: Path, run: Run, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, keep: int
+    run_directory: Path,
+    run: Run,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Any,
+    keep: int,
+    *,
+    is_best: bool = False,
 ) -> Path:
     """Writes the checkpoint of ``step`` atomically, then removes all but the newest ``keep``; returns its folder.
 
     Args:
         tensors: for each file's stem, its tensors by name.
         state: what else is needed to go on, as JSON can hold it.
+        is_best: whether the link ``checkpoints/best`` is to lead to it; the one that it leads to is kept.
 
     Raises:
         OSError: the disk is full or refuses; the checkpoints that were there are still there, unharmed.
@@ -194,10 +226,30 @@ def save(
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if is_best:
+        mark_best(final)
+    best = best_step(run_directory)
     for old in checkpoints(run_directory)[:-keep]:
+        if _step_of(old) == best:
+            continue
         # Renamed first: a crash while it is being removed leaves no folder that looks like a checkpoint.
         shutil.rmtree(old.rename(parent / f".{old.name}.old"), ignore_errors=True)
     return final
+
+
+def mark_best(directory: Path) -> None:
+    """Lets the link ``checkpoints/best`` of its run lead to the checkpoint in ``directory``."""
+    link = directory.parent / ".best.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.name)
+    link.replace(directory.parent / "best")
+    sync_directory(directory.parent)
+
+
+def best_step(run_directory: Path) -> int | None:
+    """The step of the checkpoint that is marked as the best one, or None."""
+    link = run_directory / "checkpoints" / "best"
+    return _step_of(Path(os.readlink(link))) if link.is_symlink() else None
 
 
 def checkpoints(run_directory: Path) -> list[Path]:
@@ -205,8 +257,14 @@ def checkpoints(run_directory: Path) -> list[Path]:
     parent = run_directory / "checkpoints"
     if not parent.is_dir():
         return []
-    found = [(int(m[1]), path) for path in parent.iterdir() if (m := _STEP_FOLDER.fullmatch(path.name))]
+    found = [(step, path) for path in parent.iterdir() if (step := _step_of(path)) is not None]
     return [path for _, path in sorted(found)]
+
+
+def _step_of(directory: Path) -> int | None:
+    """The step that a checkpoint's folder is called by; None for another folder."""
+    found = _STEP_FOLDER.fullmatch(directory.name)
+    return int(found[1]) if found else None
 
 
 def remove_leftovers(run_directory: Path) -> None:
@@ -216,6 +274,7 @@ def remove_leftovers(run_directory: Path) -> None:
             path.unlink(missing_ok=True)
     for path in (run_directory / "checkpoints").glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+    (run_directory / "checkpoints" / ".best.tmp").unlink(missing_ok=True)
 
 
 def read(directory: Path) -> Checkpoint:
@@ -267,16 +326,43 @@ def load_model(directory: Path | str, *, ema: bool | None = None, device: str = 
 
 def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: str = "cpu") -> GenerativeModel:
     """:func:`load_model` for a checkpoint that has been read."""
-    plugin = load_plugin(checkpoint.run.model)
+    run, directory = checkpoint.run, checkpoint.directory
+    with torch.random.fork_rng(devices=[]):
+        model = _built(run.model, run.config, run.spec, run.parts, directory)
+    fill_model(model, checkpoint.weights(ema), directory)
+    return model.to(device).eval()
+
+
+def adopt_parts(model: GenerativeModel, parts: Mapping[str, Any], directory: Path) -> None:
+    """Gives a model the parts that its run names, without their weights."""
+    for name, part in parts.items():
+        model.adopt(name, _built(part["model"], part["config"], part["spec"], part["parts"], directory))
+
+
+def _built(
+    name: str, config: Mapping[str, Any], spec: Mapping[str, Any], parts: Mapping[str, Any], directory: Path
+) -> GenerativeModel:
+    plugin = MODELS.load(name)
     try:
-        config = plugin.config.from_dict(checkpoint.run.config)
+        model = build_model(plugin, plugin.config.from_dict(config), DataSpec.from_dict(spec))
     except ConfigError as error:
         faults = "; ".join(error.faults)
-        raise CheckpointError(f"{checkpoint.directory} is of another version of {plugin.name}: {faults}") from error
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(plugin, config)
-    fill_model(model, checkpoint.weights(ema), checkpoint.directory)
-    return model.to(device).eval()
+        raise CheckpointError(f"{directory} is of another version of {plugin.name}: {faults}") from error
+    adopt_parts(model, parts, directory)
+    return model
+
+
+def described_parts(model: GenerativeModel) -> dict[str, Any]:
+    """The parts of a model, as :attr:`Run.parts` has them."""
+    return {
+        name: {
+            "model": part.plugin_name,
+            "config": part.config.to_dict(),
+            "spec": part.spec.to_dict(),
+            "parts": described_parts(part),
+        }
+        for name, part in parts_of(model).items()
+    }
 
 
 def fill_model(model: GenerativeModel, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -359,8 +445,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _run(path: Path, content: Mapping[str, Any]) -> Run:
     values = content.get("run")
     types: dict[str, Any] = {
-        "model": str, "config": dict, "data": str, "data_settings": dict, "images": int, "class_names": list,
-        "fingerprint": str, "train": dict, "start": (str, type(None)),
+        "model": str, "config": dict, "spec": dict, "data": str, "data_settings": dict, "images": int,
+        "fingerprint": str, "train": dict, "start": (str, type(None)), "parts": dict,
     }  # fmt: skip
     if (
         not isinstance(values, dict)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gencore.files import write_atomically
+from gencore.processes import Processes
 
 
 class Meter:
     """Means of a phase's scalars since the last line, kept on the device so that no step waits for it.
 
-    Also remembers the first step whose loss or gradient was not finite.
+    Also remembers the first step whose loss or gradient was not finite. Of several processes, each has its share of the
+    sums.
     """
 
     def __init__(self) -> None:
@@ -27,16 +29,13 @@ class Meter:
         self.count = 0
         self._bad_step: Tensor | None = None
 
-    def add(self, step: int, loss: Tensor, gradient_norm: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """One repetition's scalars; every repetition has the same ``metrics``."""
-        self.names = ["loss", "gradient_norm", *metrics]
-        scalars = torch.stack([torch.as_tensor(x, device=loss.device).float() for x in (loss, gradient_norm)])
-        bad = torch.where(torch.isfinite(scalars).all(), -1, step)
+    def add(self, step: int, scalars: Mapping[str, Tensor], is_finite: Tensor) -> None:
+        """One repetition's scalars; every repetition has the same ones. ``is_finite`` says whether all is well."""
+        self.names = list(scalars)
+        sums = torch.stack([scalar.float() for scalar in scalars.values()])
+        bad = torch.where(is_finite, -1, step)
         self._bad_step = bad if self._bad_step is None else torch.where(self._bad_step < 0, bad, self._bad_step)
-        if metrics:
-            others = [torch.as_tensor(x, device=loss.device).detach().float() for x in metrics.values()]
-            scalars = torch.cat((scalars, torch.stack(others)))
-        self.sums = scalars if self.sums is None else self.sums.to(scalars.device) + scalars
+        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
         self.count += 1
 
     def first_bad_step(self) -> int | None:
@@ -45,23 +44,25 @@ class Meter:
             return None
         return step
 
-    def means(self) -> dict[str, float]:
-        """The means since the last call; starts anew."""
-        sums = [] if self.sums is None else self.sums.tolist()
+    def means(self, processes: Processes) -> dict[str, float]:
+        """The means since the last call; starts anew. All processes call it together."""
+        sums = [] if self.sums is None else processes.summed(self.sums).tolist()
         means = {name: total / self.count for name, total in zip(self.names, sums, strict=True)}
         self.names, self.sums, self.count = [], None, 0
         return means
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint between two lines must hold, for JSON (float32 sums are exact there)."""
-        sums = [] if self.sums is None else [x if math.isfinite(x) else None for x in self.sums.tolist()]
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """What a checkpoint between two lines must hold, for JSON (float32 sums are exact there). All call it."""
+        total = [] if self.sums is None else processes.summed(self.sums.clone()).tolist()
+        sums = [x if math.isfinite(x) else None for x in total]
         return {"names": self.names, "sums": sums, "count": self.count}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state`."""
+    def load_state(self, state: Mapping[str, Any], processes: Processes) -> None:
+        """Goes on from :meth:`state`: the first process has all of it."""
         self.names, self.count = list(state["names"]), int(state["count"])
         sums = [math.nan if x is None else float(x) for x in state["sums"]]
-        self.sums = torch.tensor(sums, dtype=torch.float32) if sums else None
+        kept = sums if processes.is_first else [0.0] * len(sums)
+        self.sums = torch.tensor(kept, dtype=torch.float32) if sums else None
 
 
 class MetricsLog:

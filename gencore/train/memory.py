@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -40,3 +41,16 @@ def _is_lack_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, (RuntimeError, TypeError, OverflowError)) and _SAID.search(str(error)):
         return True
     return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use so far: of the device's tensors, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes, but bytes on macOS.
+    return peak if sys.platform == "darwin" else peak << 10

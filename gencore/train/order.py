@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gencore.noise import Key, reference_bits
 
-# Keys of the order and of the noise are folded with different tags, so that neither can meet the other's bits.
-_ORDER, _NOISE = 0, 1
+# Keys of the order, of the noise and of the data are folded with different tags, so that none can meet another's bits.
+_ORDER, _NOISE, _DATA = 0, 1, 2
 
 
 @lru_cache(maxsize=4)
@@ -49,3 +49,8 @@ def batch_indices(seed: int, phase: int, draw: int, batch_size: int, images: int
 def phase_key(seed: int, step: int, phase: int, repetition: int) -> Key:
     """The key of one repetition of a phase (its index) in a step: all noise of that repetition comes from it."""
     return Key(seed).fold_in(_NOISE).fold_in(step).fold_in(phase << 32 | repetition)
+
+
+def data_key(seed: int, step: int, phase: int, repetition: int) -> Key:
+    """The key of the minibatch that a repetition of a phase draws: what is random in it (flips, crops, pairs)."""
+    return Key(seed).fold_in(_DATA).fold_in(step).fold_in(phase << 32 | repetition)

@@ -2,62 +2,58 @@
 
 Order of the data, noise and learning rate are pure functions of the seed and the step (:mod:`gencore.train.order`),
 so a checkpoint holds weights, moving average, optimiser state, and nothing of any generator. A run that was killed
-and went on has, on the CPU with the same number of threads, the weights of one that was not, bit for bit.
+and went on has, on the CPU with the same number of threads, the weights of one that was not, bit for bit. So has a run
+in several processes, or one whose minibatches are computed in parts, up to rounding: each image has the noise that it
+has in one process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+import typing
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+import torch.distributed as dist
+from torch import Tensor
 
 from gencore import ops, plugins
 from gencore.config import ConfigError
+from gencore.data import DataError, NamedDataset
 from gencore.files import locked
-from gencore.models.base import Batch, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
+from gencore.models.base import GenerativeModel, ModelConfig, ModelPlugin, Step
 from gencore.noise import Key
-from gencore.plugins import build_model
+from gencore.plugins import MODELS, build_model
+from gencore.processes import OtherProcessError, join, started
 from gencore.progress import Progress
+from gencore.spec import Batch
 from gencore.train import checkpoint as checkpoints
+from gencore.train import descent, loader, reports
+from gencore.train.batch_norm import synchronized
 from gencore.train.checkpoint import Checkpoint, CheckpointError, Run
 from gencore.train.config import LENGTH, RESUMABLE, TrainConfig
+from gencore.train.descent import Average, Descent, PhaseRunner
+from gencore.train.errors import TrainingError
 from gencore.train.interruption import Interrupted, deferred_signals
-from gencore.train.log import Meter, MetricsLog
+from gencore.train.log import MetricsLog, read_metrics
 from gencore.train.memory import enough_memory
-from gencore.train.order import batch_indices, phase_key
+from gencore.train.order import phase_key
 
 Device = Literal["auto", "cpu", "cuda"]
 
-
-class TrainingError(RuntimeError):
-    """Training cannot begin or go on: the folder holds another run, the loss is not finite, a device is missing."""
-
-
-class ImageSource(Protocol):
-    """What the trainer asks of a data set: its size and content, and minibatches by index."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Tensor) -> Batch: ...
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: Device = "auto") -> torch.device:
     """The device of that name; ``auto`` is a CUDA device if there is one that gencore has kernels for, else the CPU.
+
+    Of several processes on a machine, each has a CUDA device of its own.
 
     Raises:
         ValueError: an unknown name.
@@ -70,13 +66,22 @@ def choose_device(name: Device = "auto") -> torch.device:
         raise TrainingError(f"there is no CUDA device: {why}")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    device = torch.device("cuda")
+    _, size, local = started()
+    if size > 1:
+        if local >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local} of this machine has no CUDA device: there are {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     try:
-        ops.normal((1, 1), Key(0), device="cuda")
+        ops.normal((1, 1), Key(0), device=device)
     except ValueError as error:
         if name == "cuda":
             raise TrainingError(f"models cannot run on CUDA: {error}") from error
         return torch.device("cpu")
-    return torch.device("cuda")
+    return device
 
 
 class Trainer:
@@ -84,21 +89,22 @@ class Trainer:
 
     Args:
         plugin: which model.
-        model_config: its configuration, its ``image_shape`` and ``num_classes`` those of the data set.
+        model_config: its configuration.
         data: the training images.
         config: how to train.
         out: the run's folder, made if it is not there.
         data_name: what :func:`gencore.data.load` takes to load ``data`` again; kept in the run.
         data_settings: the settings that it takes; kept in the run too.
+        validation: the images that ``config.validate_every`` measures the losses on.
         start: the checkpoint whose weights a new run begins with (its moving average, if it has one). The new run keeps
             a copy, and does not need it later.
         device: ``auto``, ``cpu`` or ``cuda``. No part of the run: it may go on elsewhere.
         progress: whether to show a bar on a terminal, or to write a line every so often where stderr is none.
 
     Raises:
-        TrainingError: the device or TensorBoard is missing.
-        CheckpointError: the weights of ``start`` do not fit the model.
+        TrainingError: the device or TensorBoard is missing, or the configuration asks for what is not there.
         PluginError: the plugin does not build a model that can be trained.
+        ConfigError: the configuration does not go with the data.
         NotEnoughMemoryError: for the model.
     """
 
@@ -106,48 +112,136 @@ class Trainer:
         self,
         plugin: ModelPlugin,
         model_config: ModelConfig,
-        data: ImageSource,
+        data: NamedDataset,
         config: TrainConfig,
         out: Path | str,
         *,
         data_name: str,
         data_settings: Mapping[str, Any] | None = None,
+        validation: NamedDataset | None = None,
         start: Checkpoint | None = None,
         device: Device = "auto",
         progress: bool = True,
     ):
-        self.data, self.config, self.out, self.progress = data, config, Path(out), progress
+        self.data, self.config, self.out, self.validation = data, config, Path(out), validation
+        self.start = start
+        self.device = choose_device(device)
+        self.processes = join(self.device)
+        self.progress = progress and self.processes.is_first
+        self._refuse_settings()
         self.run = Run(
             model=plugin.name,
             config=model_config.to_dict(),
+            spec=data.spec.to_dict(),
             data=data_name,
             data_settings=dict(data_settings or {}),
             images=len(data),
-            class_names=list(data.class_names),
             fingerprint=data.fingerprint,
             train=config.to_dict(),
             start=None if start is None else str(start.directory.resolve()),
         )
-        self.device = choose_device(device)
-        # Accelerate keeps its settings for the whole process; a second trainer may have others.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        precision = "bf16" if config.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=precision)
-        if self.accelerator.num_processes > 1:
-            raise TrainingError("training in several processes is not supported yet; start a single one")
-        self.board = _board_class() if config.tensorboard else None
+        if config.tensorboard:
+            reports.board_class()
         with torch.random.fork_rng(devices=[]), enough_memory(f"the model {plugin.name}"):
             torch.manual_seed(config.seed)
-            self.model: GenerativeModel = build_model(plugin, model_config)
+            self.model: GenerativeModel = build_model(plugin, model_config, data.spec)
             self.model.to(self.device).train()
-        if start is not None:
-            checkpoints.fill_model(self.model, start.weights(), start.directory)
-        phases = _checked_phases(plugin.name, self.model)
-        self.optimizers = [_PhaseOptimizer(i, phase, self.model, self.device) for i, phase in enumerate(phases)]
-        self.average = None if config.ema is None else _Average(self.model, config.ema)
-        self.total_steps = config.total_steps(len(data), max(phase.repeats for phase in phases))
+        if config.sample_every is not None and not self.model.can_sample:
+            raise TrainingError(f"train.sample_every needs a model that generates images, and {plugin.name} does not")
+        self.runners: list[PhaseRunner] = []
+        self.descents: list[Descent] = []
+        self.average: Average | None = None
+        self.total_steps = 0
         self.step = 0
         self.seconds = 0.0
+        # Of these seconds, those in which it waited for images.
+        self.waited = 0.0
+        self._best = math.inf
+        self._told = (0, 0.0, 0.0)
+        self._batches: Generator[Batch, None, None] | None = None
+        self._is_begun = False
+
+    def _refuse_settings(self) -> None:
+        config, size = self.config, self.processes.size
+        if config.precision == "float16" and self.device.type != "cuda":
+            raise TrainingError("train.precision=float16 is for GPUs; bfloat16 runs on the CPU too")
+        if config.sharding == "full" and size == 1:
+            raise TrainingError(
+                "train.sharding=full is for several processes: torchrun --nproc-per-node 2 -m gencore ..."
+            )
+        if config.sharding == "full" and config.precision == "float16":
+            raise TrainingError("train.sharding=full goes with float32 and bfloat16, not with float16")
+        if config.batch_size < size * config.accumulate:
+            parts = f"{size} processes and {config.accumulate} parts each"
+            raise TrainingError(f"train.batch_size must be at least one image for {parts}, was {config.batch_size}")
+        if config.validate_every is not None and self.validation is None:
+            raise TrainingError("train.validate_every needs test images, and the data set has none")
+
+    def begin(self, saved: Checkpoint | None = None) -> None:
+        """Makes what a training needs: of a new run, or of one that goes on from the checkpoint ``saved``.
+
+        :meth:`fit` calls it. By itself, it is for those who call :meth:`advance`.
+
+        Raises:
+            TrainingError: it has begun already, and is at another step than ``saved``.
+            CheckpointError: the weights of ``start`` or ``saved`` do not fit the model.
+            PluginError: the model's ``start`` raises an error, or its phases are none that can be trained.
+        """
+        if self._is_begun:
+            if saved is not None and saved.step != self.step:
+                raise TrainingError(
+                    f"this trainer is at step {self.step} already, {saved.directory} is not: use a new one for it"
+                )
+            return
+        name, first = self.run.model, saved or self.start
+        with torch.random.fork_rng(devices=[]), enough_memory(f"the model {name}"):
+            torch.manual_seed(self.config.seed)
+            if first is not None:
+                checkpoints.adopt_parts(self.model, first.run.parts, first.directory)
+            else:
+                with plugins.blamed(name, "start()", CheckpointError, DataError, ConfigError):
+                    self.model.start(self._load_run, self.data)
+        self.model.to(self.device).train()
+        if saved is None and self.start is not None:
+            checkpoints.fill_model(self.model, self.start.weights(), self.start.directory)
+        elif saved is not None:
+            checkpoints.fill_model(self.model, saved.tensors("model"), saved.directory)
+        self.run = dataclasses.replace(self.run, parts=checkpoints.described_parts(self.model))
+        if self.processes.size > 1:
+            for tensor in self.model.state_dict().values():
+                dist.broadcast(tensor, 0)
+            self.model = typing.cast(GenerativeModel, synchronized(self.model, self.device))
+        is_sharded = self.config.sharding == "full"
+        if is_sharded:
+            descent.shard(self.model, self.device)
+        self._make_runners(self.model if is_sharded else None)
+        if self.config.average is not None:
+            self.average = Average(self.model, self.config.average)
+        if saved is not None:
+            self._restore(saved)
+        self._is_begun = True
+
+    def _load_run(self, directory: Path | str) -> GenerativeModel:
+        return checkpoints.load_model(directory, device=str(self.device))
+
+    def _make_runners(self, sharded: GenerativeModel | None) -> None:
+        with plugins.blamed(self.run.model, "phases()"):
+            phases = list(self.model.phases())
+            fault = descent.phases_fault(phases, self.model)
+        if fault:
+            raise MODELS.broken(self.run.model, fault)
+        made: dict[int, Descent] = {}
+        for index, phase in enumerate(phases):
+            if id(phase.optimizer) not in made:
+                made[id(phase.optimizer)] = Descent(phase.name, phase.optimizer, self.model, self.device)
+            own, scaled = made[id(phase.optimizer)], self.config.precision == "float16"
+            runner = PhaseRunner(index, phase, own, self.processes, sharded=sharded, scaled=scaled)
+            if self.config.compile:
+                runner.compile()
+            self.runners.append(runner)
+        self.descents = list(made.values())
+        drawing = [phase.repeats / phase.every for phase in phases if phase.batch_of is None]
+        self.total_steps = self.config.total_steps(len(self.data), max(drawing)) if phases else 0
 
     def fit(self, *, resume: bool = False, begin: Callable[[], None] | None = None) -> GenerativeModel:
         """Trains to the last step and returns the model, in evaluation mode. Draws nothing from torch's generators.
@@ -158,8 +252,8 @@ class Trainer:
         Args:
             resume: go on from the newest checkpoint in the folder (from the start, if the run was killed before its
                 first, or before anything was written); what the run's settings were must be what they are now, except
-                its length (if the learning rate is constant) and what it writes. A run that is as long as asked for
-                is left as it is.
+                its length (if the learning rate is constant), what it writes and how it is computed. A run that is as
+                long as asked for is left as it is.
             begin: called when the folder is open and nothing is wrong with it, before the first step; not for a run
                 that is long enough.
 
@@ -170,30 +264,44 @@ class Trainer:
             CheckpointError: the run to go on with is of another model or other images, has other settings, or is
                 damaged.
             PluginError: the model's loss raises an error, or is none.
+            OtherProcessError: another process of this training has ended.
             OSError: the disk is full; the newest checkpoint is whole.
             NotEnoughMemoryError: for a step.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.out / ".lock"))
-            except BlockingIOError as error:
-                raise TrainingError(f"another process is training in {self.out}") from error
+            self.processes.by_first(lambda: self._claim(stack, resume))
             self._open_run(resume)
             if self.step < self.total_steps:
-                if begin is not None:
+                if begin is not None and self.processes.is_first:
                     begin()
                 devices = [self.device] if self.device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices=devices))
+                stack.enter_context(loader.watched())
                 self._train()
+            # Nobody leaves before all is written.
+            self.processes.wait()
         return self.model.eval()
 
-    def _open_run(self, resume: bool) -> None:
+    def _claim(self, stack: ExitStack, resume: bool) -> None:
+        if not self.out.exists():
+            stack.push(self._leave_no_empty_folder)
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(locked(self.out / ".lock"))
+        except BlockingIOError as error:
+            raise TrainingError(f"another process is training in {self.out}") from error
         checkpoints.remove_leftovers(self.out)
-        found = bool(checkpoints.checkpoints(self.out))
         # A run that came to no checkpoint (it was killed, or failed at once) is nothing that another could harm.
-        if found and not resume:
+        if checkpoints.checkpoints(self.out) and not resume:
             raise TrainingError(f"{self.out} already holds a run; go on with --resume or choose another folder")
+
+    def _leave_no_empty_folder(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Removes the folder if an error came before anything was written to it but the lock."""
+        if kind is not None and [path.name for path in self.out.iterdir()] == [".lock"]:
+            shutil.rmtree(self.out, ignore_errors=True)
+
+    def _open_run(self, resume: bool) -> None:
+        found = bool(checkpoints.checkpoints(self.out)) if resume else False
         if resume and (found or (self.out / "run.json").exists()):
             saved_run = checkpoints.read_run(self.out)
             self._refuse_other(self.out, saved_run)
@@ -203,13 +311,14 @@ class Trainer:
                     "begin it anew, without --resume"
                 )
             self.run = dataclasses.replace(self.run, start=saved_run.start)
+        saved = None
         if found:
             saved = checkpoints.read(self.out)
             self._refuse_other(saved.directory, saved.run)
-            self._restore(saved)
-        if self.step < self.total_steps:
-            checkpoints.write_run(self.out, self.run)
-            if self.run.start and not found:
+        self.begin(saved)
+        if self.step < self.total_steps or not found:
+            self.processes.by_first(lambda: checkpoints.write_run(self.out, self.run))
+            if not found and (self.run.start or self.run.parts or not self.total_steps):
                 # What the run began with is a part of it, wherever it came from.
                 self._save()
 
@@ -228,7 +337,6 @@ class Trainer:
             raise CheckpointError(f"{place}: the length of a {schedule} schedule cannot change: {'; '.join(longer)}")
 
     def _restore(self, saved: Checkpoint) -> None:
-        checkpoints.fill_model(self.model, saved.tensors("model"), saved.directory)
         if self.average is not None:
             average = saved.tensors("ema")
             checkpoints.check_fit(self.average.tensors, average, saved.directory)
@@ -238,22 +346,34 @@ class Trainer:
         tensors = saved.tensors("optimizer")
         try:
             self.seconds = float(saved.state["seconds"])
-            for optimizer in self.optimizers:
-                optimizer.load(tensors)
-                optimizer.meter.load_state(saved.state["meters"][optimizer.phase.name])
+            for one in self.descents:
+                one.load(tensors)
+            for runner in self.runners:
+                runner.load_state(saved.state["phases"][runner.phase.name])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the training state in {saved.directory} does not fit the model: {error}") from error
         self.step = saved.step
+        if self.config.keep_best and self.runners:
+            self.processes.by_first(lambda: self._find_best(saved))
+            self._best = self.processes.gathered(self._best)[0]
+
+    def _find_best(self, saved: Checkpoint) -> None:
+        """The loss of the best checkpoint: of the one that is marked so, or of the last one, if a run that was killed
+        came to no mark for it."""
+        name = f"validation/{self.runners[0].phase.name}/loss"
+        losses = {each["step"]: each.get(name) for each in read_metrics(self.out / "metrics.jsonl")}
+        best, last = (losses.get(step) for step in (checkpoints.best_step(self.out), saved.step))
+        self._best = math.inf if best is None else best
+        if last is not None and last < self._best:
+            self._best = last
+            checkpoints.mark_best(saved.directory)
 
     def _train(self) -> None:
-        started = time.monotonic() - self.seconds
+        begun = time.monotonic() - self.seconds
+        self._told = (self.step, self.seconds, self.waited)
         with ExitStack() as stack:
-            log = MetricsLog(self.out / "metrics.jsonl", self.step)
-            stack.callback(log.close)
-            board = None
-            if self.board is not None:
-                board = self.board(str(self.out / "tensorboard"), purge_step=self.step + 1)
-                stack.callback(board.close)
+            stack.callback(self._stop_reading)
+            told = self._open_log(stack)
             progress = stack.enter_context(
                 Progress(self.total_steps, self.step, name=self.run.model, unit="step", shown=self.progress)
             )
@@ -263,57 +383,163 @@ class Trainer:
                 with enough_memory(f"a step of {self.run.model} with minibatches of {self.config.batch_size}"):
                     self.advance()
                 last = self.step == self.total_steps
-                self.seconds = time.monotonic() - started
-                signal = ending()
-                if last or self.step % self.config.log_every == 0:
-                    record = self._record()
-                    log.write(record)
-                    progress.figures({o.phase.name: record[f"{o.phase.name}/loss"] for o in self.optimizers})
-                    if board is not None:
-                        for name, value in record.items():
-                            board.add_scalar(name, value, self.step)
-                if last or signal is not None or self._is_save_due(saved_at):
+                self.seconds = time.monotonic() - begun
+                signal, is_late = self.processes.agreed(ending() or 0, int(self._is_late(saved_at)))
+                is_best = self._tell(told, progress, last)
+                if last or signal or is_late or is_best or self.step % self.config.checkpoint_every == 0:
                     self._refuse_divergence()
-                    self._save()
+                    self._save(is_best)
                     saved_at = time.monotonic()
-                if signal is not None and not last:
+                if signal and not last:
                     raise Interrupted(signal)
                 progress.update()
 
-    def _is_save_due(self, saved_at: float) -> bool:
+    def _open_log(self, stack: ExitStack) -> tuple[MetricsLog | None, reports.Board | None]:
+        """What the first process writes to; nothing in the others."""
+        if not self.processes.is_first:
+            return None, None
+        log = MetricsLog(self.out / "metrics.jsonl", self.step)
+        stack.callback(log.close)
+        board = None
+        if self.config.tensorboard:
+            board = reports.Board(self.out / "tensorboard", self.step)
+            stack.callback(board.close)
+        return log, board
+
+    def _tell(self, told: tuple[MetricsLog | None, reports.Board | None], progress: Progress, last: bool) -> bool:
+        """Writes and draws what is due after a step; whether it is the best one so far. All processes call it."""
+        config, (log, board) = self.config, told
+        record: dict[str, Any] = {}
+        is_best = False
+        if last or self.step % config.log_every == 0:
+            record = self.record()
+            losses = {name[:-5]: figure for name, figure in record.items() if name.endswith("/loss")}
+            progress.figures({**losses, "images/s": record.get("images_per_second", math.nan)})
+        if config.validate_every is not None and (last or self.step % config.validate_every == 0):
+            found = self._validated()
+            first = next(iter(found.values()))
+            if config.keep_best and first < self._best:
+                is_best, self._best = True, first
+            record = {**(record or {"step": self.step, "seconds": round(self.seconds, 3)}), **found}
+        if record and log is not None:
+            log.write(record)
+        if record and board is not None:
+            board.scalars(record, self.step)
+        if config.sample_every is not None and (last or self.step % config.sample_every == 0):
+            self._draw(board)
+        return is_best
+
+    def _validated(self) -> dict[str, float]:
+        assert self.validation is not None
+        config = self.config
+        with reports.averaged(self.model, self.average):
+            return reports.validation_losses(
+                self.runners,
+                self.model,
+                self.validation,
+                config.seed,
+                config.batch_size,
+                self.processes,
+                self.autocast(),
+                self.total_steps,
+            )
+
+    def _draw(self, board: reports.Board | None) -> None:
+        config = self.config
+        conditions = reports.conditions_of(self.model, self.validation or self.data, config.samples)
+        with reports.averaged(self.model, self.average):
+            images = reports.sampled(self.model, config.samples, config.seed, conditions)
+        if self.processes.is_first:
+            reports.write_picture(images, self.out / "samples" / f"step-{self.step:08d}.png")
+        if board is not None:
+            board.picture(images, self.step)
+
+    def _is_late(self, saved_at: float) -> bool:
         minutes = self.config.checkpoint_minutes
-        late = minutes is not None and time.monotonic() - saved_at >= 60 * minutes
-        return late or self.step % self.config.checkpoint_every == 0
+        return self.processes.is_first and minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
     def advance(self) -> None:
         """One step by itself, of every phase: no checkpoint, no line, no file. It seeds torch's generator."""
-        config = self.config
-        factor = config.learning_rate_factor(self.step, self.total_steps)
-        for index, optimizer in enumerate(self.optimizers):
-            phase = optimizer.phase
+        self.begin()
+        factor = self.config.learning_rate_factor(self.step, self.total_steps)
+        for one in self.descents:
+            one.scale_rates(factor)
+        drawn: dict[str, Batch] = {}
+        for runner in self.runners:
+            phase = runner.phase
+            if self.step % phase.every:
+                continue
             for repetition in range(phase.repeats):
-                draw = self.step * phase.repeats + repetition
-                indices = batch_indices(config.seed, index, draw, config.batch_size, len(self.data))
-                batch = _moved(self.data.batch(indices), self.device)
-                key = phase_key(config.seed, self.step, index, repetition)
-                # For what draws from torch's generator, such as dropout: it too depends on seed and step alone.
-                # (torch.manual_seed formats a stack trace for every kind of device that it has not started.)
-                seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
-                seed(int(key.packed[0]))
-                with plugins.blamed(self.run.model, f"the loss of phase {phase.name!r} at step {self.step + 1}"):
-                    with self.accelerator.autocast():
-                        loss = _checked_loss(phase.loss(batch, key))
-                    optimizer.descend(loss, factor, config.clip, self.step + 1)
+                batch = drawn[phase.batch_of] if phase.batch_of is not None else self._next_batch()
+                drawn[phase.name] = batch
+                what = f"the loss of phase {phase.name!r} at step {self.step + 1}"
+                with plugins.blamed(self.run.model, what, TrainingError, OtherProcessError):
+                    self._descend(runner, batch, phase_key(self.config.seed, self.step, runner.index, repetition))
                 if self.device.type == "cpu":
                     self._refuse_divergence()
         if self.average is not None:
             self.average.update(self.model, self.step)
         self.step += 1
 
+    def _stop_reading(self) -> None:
+        if self._batches is not None:
+            # Ends the processes that read ahead.
+            self._batches.close()
+            self._batches = None
+
+    def _next_batch(self) -> Batch:
+        config = self.config
+        if self._batches is None:
+            self._batches = loader.read(
+                self.data,
+                [runner.phase for runner in self.runners],
+                first=self.step,
+                total=max(self.total_steps, self.step + 1),
+                seed=config.seed,
+                batch_size=config.batch_size,
+                rows=self.processes.rows(config.batch_size),
+                workers=config.workers,
+                device=self.device,
+            )
+        began = time.monotonic()
+        batch = next(self._batches, None)
+        if batch is None:  # Whoever advances by hand may go on past the end.
+            self._batches = None
+            return self._next_batch()
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _descend(self, runner: PhaseRunner, batch: Batch, key: Key) -> None:
+        """One step of a phase down its loss for ``batch``, this process's rows of the minibatch, part by part."""
+        config, processes = self.config, self.processes
+        row = processes.rows(config.batch_size)[0]
+        runner.clear()
+        for part in range(config.accumulate):
+            first, last = part * len(batch) // config.accumulate, (part + 1) * len(batch) // config.accumulate
+            share = (last - first) / config.batch_size
+            noise = key.samples(row + first)
+            # For what draws from torch's generator: it too depends on seed, step and process alone.
+            # (torch.manual_seed formats a stack trace for every kind of device that it has not started.)
+            seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+            seed((int(noise.packed[0]) + row + first) % (1 << 63))
+            step = Step(
+                batch if config.accumulate == 1 else batch.part(first, last), noise, self.step, self.total_steps
+            )
+            with self.autocast(), processes.waiting():
+                runner.add(step, share, is_last=part == config.accumulate - 1)
+        with processes.waiting():
+            runner.descend(self.step + 1, config.clip)
+
+    def autocast(self) -> Any:
+        """The context that losses are computed in, for ``config.precision``."""
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, _DTYPES[self.config.precision])
+
     def _refuse_divergence(self) -> None:
-        for optimizer in self.optimizers:
-            if (step := optimizer.meter.first_bad_step()) is not None:
-                raise self._divergence(f"the loss or gradient of phase {optimizer.phase.name!r}", step)
+        for runner in self.runners:
+            if (step := runner.meter.first_bad_step()) is not None:
+                raise self._divergence(f"the loss or gradient of phase {runner.phase.name!r}", step)
 
     def _divergence(self, what: str, step: int) -> TrainingError:
         saved = checkpoints.checkpoints(self.out)
@@ -322,150 +548,34 @@ class Trainer:
             f"{what} is not finite at step {step}; {kept}; a smaller learning rate or train.clip may help"
         )
 
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """The line of the log for the steps since the last one. All processes call it together."""
         self._refuse_divergence()
+        steps, seconds, waited = self._told
+        self._told = (self.step, self.seconds, self.waited)
+        passed = self.seconds - seconds
         record: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 3)}
-        for optimizer in self.optimizers:
-            name = optimizer.phase.name
-            record |= {f"{name}/{metric}": mean for metric, mean in optimizer.meter.means().items()}
-            record[f"{name}/learning_rate"] = optimizer.learning_rate
+        if passed > 0:
+            record["images_per_second"] = (self.step - steps) * self.config.batch_size / passed
+            record["waiting_for_data"] = (self.waited - waited) / passed
+        for runner in self.runners:
+            name = runner.phase.name
+            record |= {f"{name}/{metric}": mean for metric, mean in runner.meter.means(self.processes).items()}
+            record[f"{name}/learning_rate"] = runner.descent.learning_rate
         return record
 
-    def _save(self) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict())}
+    def _save(self, is_best: bool = False) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {"model": _whole(self.model.state_dict())}
         if (name := checkpoints.not_finite(self.model, tensors["model"])) is not None:
             raise self._divergence(f"the weight {name}", self.step)
         if self.average is not None:
-            tensors["ema"] = self.average.tensors
-        tensors["optimizer"] = {k: v for optimizer in self.optimizers for k, v in optimizer.tensors().items()}
-        meters = {optimizer.phase.name: optimizer.meter.state() for optimizer in self.optimizers}
-        state = {"seconds": self.seconds, "meters": meters}
-        checkpoints.save(self.out, self.run, self.step, tensors, state, self.config.keep)
+            tensors["ema"] = _whole(self.average.tensors)
+        tensors["optimizer"] = {k: v for one in self.descents for k, v in one.tensors().items()}
+        phases = {runner.phase.name: runner.state() for runner in self.runners}
+        state = {"seconds": self.seconds, "total_steps": self.total_steps, "phases": phases}
+        arguments = self.out, self.run, self.step, tensors, state, self.config.keep
+        self.processes.by_first(lambda: checkpoints.save(*arguments, is_best=is_best))
 
 
-class _PhaseOptimizer:
-    """A phase with its Adam, its meter, and the names of its parameters in the model."""
-
-    def __init__(self, index: int, phase: Phase, model: nn.Module, device: torch.device):
-        self.index, self.phase, self.meter = index, phase, Meter()
-        self.parameters = list(phase.parameters)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.names = [names[id(parameter)] for parameter in self.parameters]
-        adam = phase.optimizer
-        self.learning_rate = adam.lr
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            lr=adam.lr,
-            betas=(adam.beta1, adam.beta2),
-            eps=adam.eps,
-            weight_decay=adam.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
-
-    def descend(self, loss: Loss, factor: float, clip: float | None, step: int) -> None:
-        """One step of Adam down ``loss``; ``step`` is only what the meter calls it."""
-        self.adam.zero_grad(set_to_none=True)
-        # Only this phase's parameters: the generator's loss leaves no gradient in the discriminator.
-        # (Accelerate's backward would divide the loss by what an environment variable says.)
-        torch.autograd.backward(loss.value, inputs=self.parameters)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
-        self.meter.add(step, loss.value.detach(), norm, loss.metrics)
-        self.learning_rate = self.phase.optimizer.lr * factor
-        for group in self.adam.param_groups:
-            group["lr"] = self.learning_rate
-        self.adam.step()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state by phase, parameter and name."""
-        return {
-            f"{self.phase.name}/{name}/{key}": value
-            for name, parameter in zip(self.names, self.parameters, strict=True)
-            for key, value in self.adam.state.get(parameter, {}).items()
-        }
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for i, name in enumerate(self.names):
-            prefix = f"{self.phase.name}/{name}/"
-            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            for key, value in found.items():
-                if value.dim() and value.shape != self.parameters[i].shape:
-                    shapes = f"{tuple(value.shape)} for {tuple(self.parameters[i].shape)}"
-                    raise ValueError(f"{prefix}{key} of shape {shapes}")
-            # A parameter that never had a gradient has no state.
-            if found:
-                state[i] = {key: _laid_out_as(self.parameters[i], value) for key, value in found.items()}
-        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
-
-
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy of ``value`` with the parameter's strides: the fused optimiser takes it that both have the same."""
-    if value.shape != parameter.shape:
-        return value.clone()
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-
-
-class _Average:
-    """The exponential moving average of a model's floating-point state; the rest is copied."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """One step of the average; early on it forgets faster, so that the initial weights are soon gone."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = []
-        currents: list[Tensor] = []
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                averages.append(self.tensors[name])
-                currents.append(tensor)
-            else:
-                self.tensors[name].copy_(tensor)
-        get_ema_multi_avg_fn(decay)(averages, currents, None)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Goes on from a checkpoint's tensors."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
-
-
-def _checked_phases(name: str, model: GenerativeModel) -> Sequence[Phase]:
-    phases = list(model.phases())
-    own = {id(parameter) for parameter in model.parameters()}
-    fault = None
-    if len({phase.name for phase in phases}) < len(phases):
-        fault = f"its model lists two phases of one name: {', '.join(phase.name for phase in phases)}"
-    for phase in phases:
-        if phase.repeats < 1:
-            fault = f"phase {phase.name!r} of its model must have repeats >= 1, but has {phase.repeats}"
-        elif not phase.parameters or any(id(parameter) not in own for parameter in phase.parameters):
-            fault = f"phase {phase.name!r} of its model must train parameters of the model"
-    if fault:
-        raise plugins.broken("model", name, fault)
-    return phases
-
-
-def _checked_loss(loss: Loss) -> Loss:
-    if not isinstance(loss, Loss) or loss.value.dim() != 0:
-        raise TypeError(f"it must be a Loss with a scalar value, but is {loss!r}")
-    return loss
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-    return Batch(batch.images.to(device, non_blocking=True), labels)
-
-
-def _board_class() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TrainingError("train.tensorboard needs TensorBoard: pip install 'gencore[tensorboard]'") from error
-    return SummaryWriter
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: descent.whole(tensor) for name, tensor in tensors.items()}

@@ -276,9 +276,16 @@ class Operators(TorchDispatchMode):
 
 def _trainer(name, tmp_path, **settings):
     images = data.load("digits", "train")
-    plugin = plugins.load_model(name)
-    config = plugin.config.from_dict({"image_shape": [1, 8, 8], "num_classes": 10, **settings})
-    return Trainer(plugin, config, images, TrainConfig(batch_size=4), tmp_path, data_name="digits", device="cpu")
+    plugin = plugins.MODELS.load(name)
+    return Trainer(
+        plugin,
+        plugin.config_of(settings),
+        images,
+        TrainConfig(batch_size=4),
+        tmp_path,
+        data_name="digits",
+        device="cpu",
+    )
 
 
 _SMALL = {"channels": [8, 8], "num_groups": 4, "attention_levels": [1]}
@@ -305,8 +312,9 @@ class TestOperations:
     @pytest.mark.parametrize("name", _MODELS)
     def test_a_model_runs_without_ours(self, name, tmp_path):
         trainer = _trainer(_MODELS[name][0], tmp_path, **_MODELS[name][1])
-        labels = torch.arange(4) if trainer.model.conditional else None
-        for run in (trainer.advance, lambda: trainer.model.sample(4, KEY, labels)):
+        assert bool(trainer.model.takes) == (name == "ddpm learned")
+        conditions = {"label": torch.arange(4)} if trainer.model.takes else {}
+        for run in (trainer.advance, lambda: trainer.model.sample(4, KEY, conditions)):
             with plain.operations(), Operators() as found:
                 result = run()
             assert found.ours == 0

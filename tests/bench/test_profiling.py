@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from gencore.bench.profiling import (
     PRODUCT,
     PYTHON,
 )
+from gencore.config import field
 from gencore.diffusion import linear
-from gencore.models.base import Batch
+from gencore.models import GenerativeModel, ModelConfig, SamplingConfig
+from gencore.spec import Batch, DataSpec
 from gencore.train import TrainConfig, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_quick")
@@ -39,9 +42,10 @@ def _quick(monkeypatch):
 
 def trainer_of(name, folder, **settings):
     images = data.load("digits", "train")
-    plugin = plugins.load_model(name)
-    config = plugin.config.from_dict({"image_shape": [1, 8, 8], "num_classes": 10, **settings})
-    return Trainer(plugin, config, images, TrainConfig(batch_size=32), folder, data_name="digits", device="cpu")
+    plugin = plugins.MODELS.load(name)
+    return Trainer(
+        plugin, plugin.config_of(settings), images, TrainConfig(batch_size=32), folder, data_name="digits", device="cpu"
+    )
 
 
 @pytest.fixture
@@ -133,14 +137,19 @@ def test_an_optimiser_and_the_data_are_told_apart():
     adam = torch.optim.AdamW([parameter], fused=True)
     assert shares(adam.step)[OPTIMISER] > 0.6
 
-    class Slow:
+    class Slow(data.NamedDataset):
         def __len__(self):
             return 4
 
-        def batch(self, indices):
-            return Batch(torch.randn(1 << 20)[indices], None)
+        def batch(self, indices, key=None):
+            seen.append(key)
+            return Batch(torch.randn(1 << 20)[indices])
 
-    assert shares(lambda: profiling._Marked(Slow()).batch(torch.arange(4)))[PYTHON] > 0.6
+    seen, slow = [], Slow("slow", "train", DataSpec((1, 1, 1)))
+    marked = profiling._Marked(slow)
+    assert shares(lambda: marked.batch(torch.arange(4), Key(3)))[PYTHON] > 0.6
+    assert all(key is not None and torch.equal(key.packed, Key(3).packed) for key in seen)
+    assert (marked.spec, marked.name, len(marked)) == (slow.spec, "slow", 4)
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["ours", "plain"])
@@ -189,7 +198,7 @@ def test_a_profile_of_a_training_step(small, tmp_path):
 
 
 def test_little_is_of_no_known_family(small):
-    for step in (profiling.training_step(small), profiling.sampling_step(small.model, 8)[0]):
+    for step in (profiling.training_step(small), profiling.sampling_step(small.model, 8, {})[0]):
         assert shares(step, 3)["other"] < 0.1
 
 
@@ -206,20 +215,57 @@ def test_the_profiler_does_not_change_the_way_of_a_call(small):
 
 def test_a_sampling_step(tmp_path):
     model = trainer_of("ddpm", tmp_path, channels=[8], num_groups=4).model
-    step, parts = profiling.sampling_step(model, 3)
-    assert parts == model.sampling.steps == 10
+    own = model.sampling
+    step, parts = profiling.sampling_step(model, 3, {})
+    assert parts == 10
     found = profiling.profile(step, parts=parts, rounds=5, budget=0.5)
     assert found.after.seconds < 0.1
     assert sum(found.after.families.values()) == pytest.approx(found.after.seconds)
     assert found.after.families[OPTIMISER] == 0
     assert OPTIMISER not in found.families
     assert step().shape == (3, 1, 8, 8)
+    assert model.sampling is own
+    assert own.steps is None
     for settings, steps in (({"sampling": {"steps": 4}}, 4), ({"timesteps": 5, "schedule": "cosine"}, 1)):
         model = trainer_of("ddpm", tmp_path, channels=[8], num_groups=4, **settings).model
-        step, parts = profiling.sampling_step(model, 3)
+        step, parts = profiling.sampling_step(model, 3, {})
         assert (parts, step().shape) == (steps, (3, 1, 8, 8))
-    step, parts = profiling.sampling_step(trainer_of("vae", tmp_path, hidden_sizes=[8]).model, 3)
+    step, parts = profiling.sampling_step(trainer_of("vae", tmp_path, hidden_sizes=[8]).model, 3, {})
     assert (parts, step().shape) == (1, (3, 1, 8, 8))
+
+
+def test_a_sampling_step_is_of_the_conditions_that_are_given(tmp_path):
+    settings = {"channels": [8], "num_groups": 4, "conditional": True, "sampling": {"guidance_scale": 2.0}}
+    model, sizes = trainer_of("ddpm", tmp_path, **settings).model, []
+    model.unet.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    for conditions, images in (({}, 3), ({"label": torch.arange(3)}, 6)):
+        step, parts = profiling.sampling_step(model, 3, conditions)
+        sizes.clear()
+        step()
+        assert sizes == [images] * parts == [images] * 10, "guidance takes both predictions"
+
+
+@dataclass(frozen=True)
+class FewSteps(SamplingConfig):
+    steps: int | None = field(None, ge=1, le=5)
+
+
+class Fixed(GenerativeModel):
+    sampling = FewSteps()
+
+    def generate(self, draw):
+        return torch.full((draw.n, *self.spec.image_shape), draw.sampling.steps or 0.5)
+
+
+def test_settings_that_refuse_ten_steps_are_left_as_they_are():
+    model = Fixed(ModelConfig(), DataSpec((1, 2, 2)))
+    step, parts = profiling.sampling_step(model, 3, {})
+    assert parts == 1
+    assert torch.equal(step(), torch.full((3, 1, 2, 2), 0.5))
+    model.sampling = FewSteps(4)
+    step, parts = profiling.sampling_step(model, 3, {})
+    assert parts == 4
+    assert torch.equal(step(), torch.full((3, 1, 2, 2), 4.0))
 
 
 def test_a_failure_leaves_everything_as_it_was(small):

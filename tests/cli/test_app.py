@@ -32,8 +32,23 @@ def test_list_shows_the_settings_of_a_model(gencore):
     assert "hidden" in result.out
     assert "train.batch_size" in result.out
     assert "image_shape" not in result.out
+    assert "train.average.decay" in result.out
     assert "did you mean toy" in gencore("list", "toyy").err
     assert "one of 'bernoulli', 'gaussian'" in gencore("list", "vae").out
+
+
+def test_list_shows_what_a_preset_changes(gencore):
+    row = next(line for line in gencore("list").out.splitlines() if line.startswith("beta-vae "))
+    assert row.endswith("(preset of vae: beta=4.0)")
+    assert row.split()[1] == "vae"
+    result = gencore("list", "beta-vae")
+    assert (result.code, result.err) == (0, "")
+    defaults = {line.split()[0]: line.split()[1:3] for line in result.out.splitlines() if line.startswith("  ")}
+    assert defaults["beta"] == ["4.0", "(preset)"]
+    assert [name for name, default in defaults.items() if default[1:] == ["(preset)"]] == ["beta"]
+    plain = {line.split()[0]: line.split()[1] for line in gencore("list", "vae").out.splitlines() if line[:1] == " "}
+    assert plain["beta"] == "1.0"
+    assert plain.keys() == defaults.keys()
 
 
 def test_info(gencore):
@@ -55,6 +70,7 @@ def test_help_names_every_command(gencore):
         "edit",
         "bench",
         "profile",
+        "runs",
         "list",
         "info",
     ):
@@ -76,7 +92,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback(toy_environment, tmp_path)
 
 
 def test_a_missing_extra_is_one_line(toy_environment):
-    for name in ("typer", "accelerate", "matplotlib.figure"):
+    for name in ("typer", "safetensors", "matplotlib.figure"):
         program = f"import sys; sys.modules[{name!r}] = None; from gencore.cli import main; sys.exit(main(['info']))"
         done = subprocess.run([sys.executable, "-c", program], env=toy_environment, capture_output=True, text=True)
         if name == "matplotlib.figure":
@@ -100,7 +116,8 @@ def test_version_and_short_help(gencore):
 
 def test_a_shell_completes_commands_and_models(toy_environment):
     environment = {**toy_environment, "_GENCORE_COMPLETE": "complete_bash"}
-    for words, expected in (("gencore tr", {"train", "traverse"}), ("gencore train to", {"toy", "toy-sampler"})):
+    toys = {"toy", "toy-captions", "toy-mean", "toy-sampler", "toy-stage", "toy-translator"}
+    for words, expected in (("gencore tr", {"train", "traverse"}), ("gencore train to", toys)):
         count = str(len(words.split()) - 1)
         done = run({**environment, "COMP_WORDS": words, "COMP_CWORD": count})
         assert set(done.stdout.split()) == expected, done.stderr

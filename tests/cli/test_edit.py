@@ -42,22 +42,20 @@ def test_pictures_are_written(gencore, ddpm, tmp_path):
 
 
 def test_known_pixels_stay_and_the_batch_size_changes_nothing(ddpm):
-    model = train.load_model(ddpm)
-    model.sampling = Sampling(sampler="ddpm", steps=4)
+    model, sampling = train.load(ddpm), Sampling(sampler="ddpm", steps=4)
     images, known = data.load("digits", "test").batch(torch.arange(5)).images, known_pixels("left", (1, 8, 8))
-    whole = edited(model, images, known, Key(0), 5)
+    whole = edited(model, images, known, Key(0), 5, sampling=sampling)
     assert torch.equal(whole[..., 4:], images[..., 4:])
     assert not torch.isclose(whole[..., :4], images[..., :4], atol=1e-3).all()
-    torch.testing.assert_close(edited(model, images, known, Key(0), 2), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(edited(model, images, known, Key(0), 2, sampling=sampling), whole, rtol=0, atol=1e-4)
 
 
 def test_rows_are_images_what_is_known_and_fills(ddpm, monkeypatch):
     seen = []
     monkeypatch.setattr(edit.pictures, "grid", lambda *arguments: seen.append(arguments))
-    model = train.load_model(ddpm)
-    model.sampling = Sampling(sampler="ddim", steps=4)
+    model, sampling = train.load(ddpm), Sampling(sampler="ddim", steps=4)
     images, known = data.load("digits", "test").batch(torch.arange(3)).images, known_pixels("top", (1, 8, 8))
-    edit.edit_picture(model, images, known, 2, Key(0))
+    edit.edit_picture(model, images, known, 2, Key(0), sampling=sampling)
     ((rows, columns, labels),) = seen
     assert (columns, labels) == (3, ["image", "known", "model", "model"])
     rows = rows.unflatten(0, (4, 3))
@@ -97,8 +95,9 @@ def test_fills_share_no_noise_with_what_is_measured(ddpm, monkeypatch):
     """evaluate folds small numbers into the same seed."""
     keys = []
     monkeypatch.setattr(edit.pictures, "grid", lambda *arguments: None)
-    monkeypatch.setattr(edit, "edited", lambda *arguments: keys.append(arguments[3]) or torch.zeros(1, 1, 8, 8))
-    edit.edit_picture(train.load_model(ddpm), torch.zeros(1, 1, 8, 8), known_pixels("top", (1, 8, 8)), 8, Key(3))
+    zeros = torch.zeros(1, 1, 8, 8)
+    monkeypatch.setattr(edit, "edited", lambda *arguments, **options: keys.append(arguments[3]) or zeros)
+    edit.edit_picture(train.load(ddpm), torch.zeros(1, 1, 8, 8), known_pixels("top", (1, 8, 8)), 8, Key(3))
     fills = {tuple(key.packed.tolist()) for key in keys}
     assert len(fills) == 8
     assert not fills & {tuple(Key(3).fold_in(purpose).packed.tolist()) for purpose in range(100)}
@@ -168,15 +167,23 @@ def test_another_sampler_may_be_asked_for_whatever_the_run_has(gencore, tmp_path
     result = gencore("sample", tmp_path / "run", "--set", "sampler=euler", "--set", "eta=0.5")
     assert (result.code, result.err) == (2, "gencore: eta: is for sampler=ddim only, was 0.5 for euler\n")
     # A model without classes has nothing to be guided to.
-    result = gencore("sample", tmp_path / "run", "--labels", 1, "--set", "guidance_scale=2")
-    assert (result.code, "guidance_scale: must be 1 for a model without classes" in result.err) == (2, True)
-
-
-def test_guidance_needs_classes(gencore, ddpm):
     for command in ("sample", "edit"):
-        result = gencore(command, ddpm, *QUICK, "--set", "guidance_scale=2")
-        message = "gencore: --set guidance_scale: guides to classes, and has no effect without --labels\n"
+        result = gencore(command, tmp_path / "run", "--set", "guidance_scale=2")
+        message = "gencore: guidance_scale: must be 1 for a model without classes, was 2\n"
         assert (result.code, result.err) == (2, message)
+        result = gencore(command, tmp_path / "run", "--labels", 1)
+        assert (result.code, result.err) == (2, "gencore: --labels: model ddpm samples without classes\n")
+
+
+@pytest.mark.parametrize("name", ["guidance_scale=2", "guidance_rescale=0.5"])
+def test_guidance_needs_classes(gencore, ddpm, tmp_path, name):
+    for command in ("sample", "edit"):
+        result = gencore(command, ddpm, *QUICK, "--set", name)
+        said = f"--set {name.partition('=')[0]}: has no effect without a condition, such as --labels"
+        assert (result.code, result.err) == (2, f"gencore: {said}\n")
+    # The classes of test images are conditions too.
+    options = ("-n", 2, "--from", "digits", "--out", tmp_path / "a.png")
+    assert gencore("sample", ddpm, *QUICK, "--set", name, *options).code == 0
 
 
 def test_faults_of_sampling_are_named_as_they_were_given(gencore, tmp_path):
@@ -234,7 +241,7 @@ def test_a_run_has_sampling_settings_of_its_own(gencore, tmp_path):
     settings = ("channels=8", "num_groups=4", "sampling.sampler=ddim", "sampling.steps=7")
     options = [option for setting in settings for option in ("--set", setting)]
     assert gencore("train", "ddpm", "--steps", 1, "--batch-size", 4, "--out", tmp_path / "run", *options).code == 0
-    assert train.load_model(tmp_path / "run").sampling == Sampling(sampler="ddim", steps=7)
+    assert train.load(tmp_path / "run").sampling == Sampling(sampler="ddim", steps=7)
 
 
 def test_evaluate_measures_a_model_with_classes(gencore, ddpm, tmp_path):

@@ -40,9 +40,9 @@ def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):
 def test_it_measures_the_first_images_of_the_test_split_with_the_seed(gencore, trained, tmp_path, monkeypatch):
     seen, toy = [], sys.modules["gencore_toy"].Toy
 
-    def spy(model, images, key, num_samples=1, real=toy.log_likelihood_bound):
-        seen.append(images)
-        return real(model, images, key, num_samples)
+    def spy(model, batch, key, num_samples=1, real=toy.log_likelihood_bound):
+        seen.append(batch)
+        return real(model, batch, key, num_samples)
 
     monkeypatch.setattr(toy, "log_likelihood_bound", spy)
     nats = []
@@ -54,13 +54,15 @@ def test_it_measures_the_first_images_of_the_test_split_with_the_seed(gencore, t
         nats.append(bound["nats"])
         count = 5 if "--limit" in options else 40
         assert bound["images"] == count
-        assert torch.equal(seen[0], data.load("bars", "test").batch(torch.arange(count)).images)
+        expected = data.load("bars", "test").batch(torch.arange(count))
+        assert torch.equal(seen[0].images, expected.images)
+        assert torch.equal(seen[0].labels, expected.labels)
     assert len(set(nats)) == 3
 
 
 def test_what_is_not_finite_is_null(gencore, trained, tmp_path, monkeypatch):
-    def broken(model, images, key, num_samples=1):
-        return torch.full((len(images),), float("nan"))
+    def broken(model, batch, key, num_samples=1):
+        return torch.full((len(batch),), float("nan"))
 
     monkeypatch.setattr(sys.modules["gencore_toy"].Toy, "log_likelihood_bound", broken)
     result = gencore("evaluate", trained / "toy", "-n", 1, "--out", tmp_path / "e.json")
@@ -83,19 +85,18 @@ def test_what_the_classifier_says_of_samples_of_known_classes(monkeypatch):
     rows = torch.stack([(train.labels == label).nonzero()[:40, 0] for label in range(10)])
 
     class Copier(GenerativeModel):
-        conditional = True
+        takes = {"label": "optional"}  # noqa: RUF012
 
         def __init__(self):
-            super().__init__()
-            self.config = ModelConfig(image_shape=train.image_shape)
+            super().__init__(ModelConfig(), train.spec)
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def sample(self, n, key, labels=None):
-            labels = torch.zeros(n, dtype=torch.int64) if labels is None else labels
-            which = (ops.uniform((n,), key) * 40).long()
+        def generate(self, draw):
+            labels = draw.conditions.get("label", torch.zeros(draw.n, dtype=torch.int64))
+            which = (ops.uniform((draw.n,), draw.key) * 40).long()
             return train.batch(rows[labels, which]).images
 
-    classifier = metrics.train_classifier(train, test)
+    classifier = metrics.train_classifier(train, test, steps=1500)
     found = measure(Copier(), test, classifier, Key(0), num_samples=2, n=200, train=train)
     assert found["classes"]["counts"][0] > 190
     assert found["classes"]["confident"] > 0.9
@@ -139,7 +140,7 @@ def test_no_two_purposes_share_noise(monkeypatch):
         record(name, position)
     train, test = data.load("digits", "train"), data.load("digits", "test")
     torch.manual_seed(0)
-    model = VAE(VAEConfig(hidden_sizes=(4,), latent_size=2))
+    model = VAE(VAEConfig(hidden_sizes=(4,), latent_size=2), train.spec)
     classifier = metrics.train_classifier(train, test, seed=3, steps=5)
     measure(model, test, classifier, Key(3), num_samples=25, n=5, batch_size=len(test), train=train)
     # The classifier's minibatches; binarized images and codes of either bound, 25 draws in chunks of 10; the samples;
@@ -152,3 +153,27 @@ def test_more_samples_than_fit_are_an_error(gencore, trained):
     result = gencore("evaluate", trained / "toy", "-n", 100_001)
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert "Invalid value for '-n'" in result.err
+
+
+def test_a_condition_that_the_model_needs_is_that_of_test_images(gencore, conditioned, tmp_path, monkeypatch):
+    seen, translator = [], sys.modules["gencore_toy"].ToyTranslator
+
+    def spy(model, draw, real=translator.generate):
+        seen.append(draw.conditions["source"])
+        return real(model, draw)
+
+    monkeypatch.setattr(translator, "generate", spy)
+    # The bars are those of the pairs.
+    judge = metrics.train_classifier(data.load("bars", "train"), data.load("bars", "test"), seed=0)
+    monkeypatch.setattr(metrics, "train_classifier", lambda *arguments, **options: judge)
+    out = tmp_path / "e.json"
+    result = gencore("evaluate", conditioned / "toy-translator", "-n", 50, "--batch-size", 15, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    told = json.loads(out.read_text())
+    assert "conditional" not in told
+    assert sum(told["classes"]["counts"]) == 50
+    expected = data.load("toy-pairs", "test").batch(torch.arange(50) % 40).conditions["source"]
+    assert torch.equal(torch.cat(seen), expected)
+    result = gencore("evaluate", conditioned / "toy-translator", "--data", "bars", "--out", out)
+    line = "gencore: data set bars has no source, which model toy-translator needs\n"
+    assert (result.code, result.err) == (2, line)

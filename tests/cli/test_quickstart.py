@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from gencore import data
 from gencore.bench import run
 from gencore.cli import quickstart
 from gencore.train import checkpoint
 
 
 def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
-    recipes = {name: (model, {**train, "steps": 4}) for name, (model, train) in quickstart._RECIPES.items()}
+    recipes = {
+        name: {**recipe, "train": {**recipe["train"], "steps": 4}} for name, recipe in quickstart._RECIPES.items()
+    }
     monkeypatch.setattr(quickstart, "_RECIPES", recipes)
     monkeypatch.setattr(run, "QUICK", run.QUICK._replace(rounds=5, budget=0.1))
     result = gencore("quickstart", "--out", tmp_path / "out")
@@ -44,9 +45,9 @@ def test_everything_is_written_and_said(gencore, tmp_path, monkeypatch):
 
 
 def test_the_averaged_weights_are_shown(toy_environment, tmp_path, monkeypatch):
-    model, settings = quickstart._RECIPES["vae"]
-    monkeypatch.setitem(quickstart._RECIPES, "vae", (model, {**settings, "steps": 4}))
-    shown = quickstart._trained("vae", data.load("digits", "train"), tmp_path / "vae").model
+    recipe = quickstart._RECIPES["vae"]
+    monkeypatch.setitem(quickstart._RECIPES, "vae", {**recipe, "train": {**recipe["train"], "steps": 4}})
+    shown = quickstart._trained("vae", tmp_path / "vae").model
     saved = checkpoint.read(tmp_path / "vae")
     for name, tensor in shown.state_dict().items():
         assert torch.equal(tensor, saved.tensors("ema")[name])

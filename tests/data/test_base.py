@@ -9,7 +9,7 @@ import torch
 
 from gencore import data, plugins
 from gencore.config import Config, ConfigError, field
-from gencore.data import DataError, DatasetPlugin, ImageDataset, MissingSplitError, load
+from gencore.data import DataError, DatasetPlugin, ImageDataset, MissingSplitError, _columns, load
 
 PIXELS = torch.arange(5 * 2 * 3, dtype=torch.uint8).reshape(5, 1, 2, 3)
 LABELS = torch.tensor([0, 1, 1, 0, 1])
@@ -21,19 +21,15 @@ def test_batch_and_items():
     assert batch.images.dtype == torch.float32
     assert torch.equal(batch.images, PIXELS[[4, 0, 4]].float() / 255)
     assert batch.labels.tolist() == [1, 0, 1]
-    assert (images.image_shape, images.num_classes, len(images)) == ((1, 2, 3), 2, 5)
-    image, label = images[1]
-    assert torch.equal(image, PIXELS[1].float() / 255)
-    assert label == 1
+    assert (images.spec.image_shape, images.spec.num_classes, len(images)) == ((1, 2, 3), 2, 5)
     assert repr(images) == "<toy train: 5 images 1x2x3, 2 classes>"
 
 
 def test_without_labels():
     images = ImageDataset("toy", "test", PIXELS)
     assert images.batch(torch.tensor([1])).labels is None
-    assert images.num_classes == 0
-    assert images[0][1] is None
-    assert repr(images) == "<toy test: 5 images 1x2x3, no classes>"
+    assert images.spec.num_classes == 0
+    assert repr(images) == "<toy test: 5 images 1x2x3>"
     one = ImageDataset("toy", "test", PIXELS[:1], LABELS[:1], ["a"])
     assert repr(one) == "<toy test: 1 image 1x2x3, 1 class>"
 
@@ -82,7 +78,7 @@ def offer(monkeypatch):
     """Offers one data set plugin, without a package."""
 
     def offer(plugin):
-        monkeypatch.setattr(plugins, "load_dataset", lambda name: plugin)
+        monkeypatch.setattr(data.DATASETS, "load", lambda name: plugin)
 
     return offer
 
@@ -109,7 +105,7 @@ def test_load_refuses(offer):
         load("toy:", "train")
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'all'"):
         load("toy:x", "all")
-    with pytest.raises(plugins.PluginError, match="load must return an ImageDataset, got str"):
+    with pytest.raises(plugins.PluginError, match=r"load must return a data set with spec, len.. and batch.., got str"):
         load("toy:x", "train")
     with pytest.raises(TypeError, match="spec must be a string"):
         load(None, "train")
@@ -170,7 +166,7 @@ def test_check_reads_every_other_split(offer):
     assert data.check(load("toy", "train"), "toy") == ("test is odd",)
     assert data.check(load("toy", "test"), "toy") == ("train is odd",)
     assert seen == ["train", "test", "test", "train"]
-    with pytest.raises(TypeError, match="train must be an ImageDataset, got str"):
+    with pytest.raises(TypeError, match="train must be a data set that load gave, got str"):
         data.check("toy", {})
 
 
@@ -261,7 +257,7 @@ def test_the_fingerprint_is_of_pixels_labels_and_class_names():
 
 def test_the_fingerprint_does_not_depend_on_the_pieces(monkeypatch):
     whole = ImageDataset("toy", "train", PIXELS).fingerprint
-    monkeypatch.setattr(data.base, "_PIECE", 7)
+    monkeypatch.setattr(_columns, "_PIECE", 7)
     assert ImageDataset("toy", "train", PIXELS).fingerprint == whole
 
 

@@ -12,8 +12,8 @@ from gencore.data.digits import load_digits, plugin
 def test_splits_are_disjoint_and_cover_everything():
     train, test = load_digits(None, "train"), load_digits(None, "test")
     assert (len(train), len(test)) == (1500, 297)
-    assert train.image_shape == test.image_shape == (1, 8, 8)
-    assert train.num_classes == 10
+    assert train.spec.image_shape == test.spec.image_shape == (1, 8, 8)
+    assert train.spec.num_classes == 10
     ours = torch.cat((train.images, test.images)).flatten(1).numpy()
     labels = torch.cat((train.labels, test.labels)).numpy()
     theirs = sklearn_digits()

@@ -8,8 +8,7 @@ from PIL import Image
 
 from gencore import data, progress
 from gencore.config import ConfigError
-from gencore.data import DataError, MissingSplitError, _pixels
-from gencore.data import images as module
+from gencore.data import DataError, MissingSplitError, _assembly, _pixels, _reading
 from gencore.data.images import ImageSettings, load_images
 
 SKIP = ImageSettings(skip_bad=True)
@@ -41,7 +40,7 @@ def test_all_bad_files_of_both_splits_are_listed(broken, split):
 def test_bad_files_are_skipped_and_counted(broken):
     train, test = load_images(broken, "train", SKIP), load_images(broken, "test", SKIP)
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1])
-    assert train.class_names == test.class_names == ("ape", "cat")
+    assert train.spec.class_names == test.spec.class_names == ("ape", "cat")
     assert "skipped 2 training images that cannot be read: train/ape/0.png (no" in train.notes[0]
     assert "skipped 1 test image that cannot be read: test/cat/1.png (" in test.notes[0]
 
@@ -97,7 +96,7 @@ def test_sizes_that_differ_are_listed(make):
     )
     assert info.value.files == ("train/1.png", "train/3.png", "test/1.png")
     images = load_images(path, "train", ImageSettings(size=4))
-    assert images.image_shape == load_images(path, "test", ImageSettings(size=4)).image_shape == (3, 4, 4)
+    assert images.spec.image_shape == load_images(path, "test", ImageSettings(size=4)).spec.image_shape == (3, 4, 4)
     assert images.notes == (
         "enlarged 4 training images smaller than 4x4: train/0.png (4x3), train/1.png (5x3), train/2.png (4x3), "
         "train/3.png (3x4)",
@@ -113,16 +112,21 @@ def test_settings_by_the_name_of_the_data_set(broken):
     with pytest.raises(DataError, match="3 of 16 images cannot be read"):
         data.check(train, spec)
     with pytest.raises(ConfigError) as info:
-        data.load(spec, "train", {"size": 0, "skip_bad": "maybe", "crop": 3})
-    assert [fault.split(": ")[0] for fault in info.value.faults] == ["data.crop", "data.size", "data.skip_bad"]
+        data.load(spec, "train", {"size": 0, "skip_bad": "maybe", "scale": 3})
+    assert [fault.split(": ")[0] for fault in info.value.faults] == ["data.scale", "data.size", "data.skip_bad"]
 
 
 def test_headers_are_read_once_for_both_splits_and_pixels_once_each(make, monkeypatch):
     path = make({f"{i:02}.png": png() for i in range(20)})
     read = []
-    for name in ("header", "decoded"):
+    for module, name in ((_reading, "header"), (_assembly, "decoded")):
         function = getattr(_pixels, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, function=function: read.append(name) or function(*a))
+
+        def counting(*arguments, name=name, function=function, **options):
+            read.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counting)
     data.check(data.load(f"images:{path}", "train"), f"images:{path}")
     assert (read.count("header"), read.count("decoded")) == (20, 20)
 
@@ -161,10 +165,10 @@ def test_reading_says_how_far_it_is_where_that_is_wanted(make, monkeypatch, caps
 
 
 def test_too_little_memory_is_no_fault_of_a_file(make, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(module, "decoded", full)
+    monkeypatch.setattr(_assembly, "decoded", full)
     path = make({"1.png": png(), "2.png": png()})
     with pytest.raises(MemoryError):
         data.load(f"images:{path}", "train", {"skip_bad": True})
@@ -176,6 +180,6 @@ def test_a_real_archive():
     if not path.is_file():
         pytest.skip("GENCORE_DATA holds no cifar10/cifar10-imagefolder.zip")
     images = load_images(path, "test")
-    assert images.image_shape == (3, 32, 32)
+    assert images.spec.image_shape == (3, 32, 32)
     assert images.labels.bincount().tolist() == [500] * 10
-    assert torch.equal(images.images[0], images[0][0].mul(255).round().byte())
+    assert torch.equal(images.images[0], images.batch(torch.tensor([0])).images[0].mul(255).round().byte())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
@@ -10,11 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from data.pictures import encoded, write_archive, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gencore import Key, data
+from gencore.config import ConfigError
 from gencore.data import DataError, MissingSplitError
 from gencore.data.images import ImageSettings, load_images
 from gencore.text import shown
@@ -154,3 +158,116 @@ def test_a_damaged_archive_is_read_or_named(changes, skip):
                 return
         skipped = sum(int(number[1] or number[2]) for number in map(SKIPPED.search, notes) if number)
         assert read + len(bad) + skipped == len(images), (read, bad, notes)
+
+
+# What else a data set may be called, what lies in it, and how it is read.
+PLACES = {
+    "images": ("{i}", "cat/{i}", "train/{i}", "test/{i}", "train/cat/{i}", "val/dog/{i}"),
+    "pairs": (
+        "{i}",
+        "train/{i}",
+        "test/{i}",
+        "trainA/{i}",
+        "trainB/{i}",
+        "testA/{i}",
+        "testB/{i}",
+        "A/{i}",
+        "B/train/{i}",
+    ),
+    "domains": ("trainA/{i}", "trainB/{i}", "test_a/{i}", "valB/{i}", "A/{i}", "B/{i}", "train/A/{i}", "x/{i}"),
+}
+# Those of one set; others are mixed.
+SETS = {
+    "images": [
+        ("{i}",),
+        ("cat/{i}", "dog/{i}"),
+        ("train/{i}", "val/{i}"),
+        ("train/cat/{i}", "train/dog/{i}", "test/cat/{i}"),
+    ],
+    "pairs": [("train/{i}", "test/{i}"), ("trainA/{i}", "trainB/{i}", "testA/{i}", "testB/{i}"), ("A/{i}", "B/{i}")],
+    "domains": [
+        ("trainA/{i}", "trainB/{i}"),
+        ("A/train/{i}", "A/val/{i}", "B/train/{i}", "B/val/{i}"),
+        ("A/{i}", "B/{i}"),
+    ],
+}
+COLUMNS = ("file_name", "text", "kind", "file_name ", "", "file_name,text", '"')
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+OPTIONS = st.fixed_dictionaries(
+    {"skip_bad": st.booleans(), "flip": st.booleans(), "cache": st.sampled_from((0.0, 1e-8, 4.0))},
+    optional={
+        "size": st.sampled_from((1, 4, 7)),
+        "crop": st.sampled_from(("center", "random", "none")),
+        "text": st.sampled_from(("text", "kind", "no such column")),
+        "label": st.sampled_from(("kind", "text", "folder", "no such column")),
+        "direction": st.sampled_from(("AtoB", "BtoA")),
+    },
+)
+
+
+@st.composite
+def metadata(draw: st.DrawFn, names: list[str]) -> tuple[str, bytes]:
+    """A file that says something of the images, or nothing that can be understood."""
+    inside = draw(st.sampled_from(("", "train/", "cat/")))
+    how = draw(st.sampled_from(("jsonl", "csv", "captions", "noise")))
+    named = st.sampled_from([name.removeprefix(inside) for name in names])
+    if how == "captions":
+        return f"{draw(st.sampled_from(names)).rpartition('.')[0]}.txt", draw(st.binary(max_size=9))
+    if how == "noise":
+        return f"{inside}metadata.{draw(st.sampled_from(('csv', 'jsonl')))}", draw(st.binary(max_size=40))
+    if how == "jsonl":
+        rows = st.fixed_dictionaries({}, optional={"file_name": named | JSON, "text": JSON, "kind": JSON})
+        lines = draw(st.lists(rows | JSON, max_size=6))
+        return f"{inside}metadata.jsonl", "\n".join(map(json.dumps, lines)).encode()
+    lines = [",".join(draw(st.lists(st.sampled_from(COLUMNS), min_size=1, max_size=3)))]
+    lines += [",".join(draw(st.lists(named | st.text(max_size=4), max_size=3))) for _ in range(draw(st.integers(0, 5)))]
+    return f"{inside}metadata.csv", "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def any_sets(draw: st.DrawFn) -> tuple[str, dict[str, bytes]]:
+    """The name of a data set and files by name, of which it may make something."""
+    kind = draw(st.sampled_from(sorted(PLACES)))
+    found: dict[str, bytes] = {}
+    mixed = st.lists(st.sampled_from(PLACES[kind]), min_size=1, max_size=4, unique=True)
+    places = draw(st.one_of(st.sampled_from(SETS[kind]), st.sampled_from(SETS[kind]), mixed))
+    # Names are the same in all places, for pairs; and mostly there are no other sizes.
+    sizes = st.just((4, 3)) if draw(st.booleans()) else st.tuples(st.integers(1, 9), st.integers(1, 9))
+    for i in range(draw(st.integers(1, 4))):
+        for place in places:
+            file = draw(files(10 * i, draw(sizes)))
+            found[f"{place.format(i=i)}{file.suffix}"] = file.content
+    for _ in range(draw(st.sampled_from((0, 0, 0, 1, 2)))):
+        name, content = draw(metadata(list(found)))
+        found[name] = content
+    return kind, found
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(any_sets(), st.booleans(), OPTIONS)
+def test_nothing_but_errors_of_data_and_settings(given_set, archive, options):
+    kind, found = given_set
+    known = data.settings_type(kind).setting_names()
+    options = {name: value for name, value in options.items() if name in known}
+    with tempfile.TemporaryDirectory() as folder:
+        path = (write_archive if archive else write_folder)(Path(folder) / "set", found)
+        for split in ("train", "test"):
+            try:
+                dataset = data.load(f"{kind}:{path}", split, options)
+                batch = dataset.batch(torch.arange(len(dataset)), Key(0))
+                assert batch.images.shape == (len(dataset), *dataset.spec.image_shape)
+                assert batch.conditions.keys() == {condition.name for condition in dataset.spec.conditions}
+                assert dataset.fingerprint == dataset.fingerprint
+                data.check(dataset, f"{kind}:{path}", options)
+                said = "".join(dataset.notes)
+            except DataError as error:
+                said = str(error)
+                assert str(path) in said or "splits train and test differ" in said
+            except ConfigError as error:
+                said = error.faults[0]
+                assert said.startswith("data.crop: must be center without a size")
+            assert shown(said) == said

@@ -26,8 +26,8 @@ def values(path, split):
 def test_train_and_test_folders(make):
     files = {f"{split}/{name}/{i}.png": png() for split in ("train", "test") for name in ("cat", "ape") for i in "01"}
     data = load_images(make(files), "test")
-    assert data.class_names == ("ape", "cat")
-    assert data.image_shape == (3, 3, 4)
+    assert data.spec.class_names == ("ape", "cat")
+    assert data.spec.image_shape == (3, 3, 4)
     assert data.labels.tolist() == [0, 0, 1, 1]
     expected = [files[f"test/{name}/{i}.png"] for name in ("ape", "cat") for i in "01"]
     assert torch.equal(data.images, torch.stack([decoded(content) for content in expected]))
@@ -42,7 +42,7 @@ def test_split_is_disjoint_stratified_and_stable(make, wrapper):
     train, test = load_images(path, "train"), load_images(path, "test")
     assert train.labels.bincount().tolist() == [18, 18]
     assert test.labels.bincount().tolist() == [2, 2]
-    assert train.image_shape == (1, 3, 4)
+    assert train.spec.image_shape == (1, 3, 4)
     both = {image.numpy().tobytes() for data in (train, test) for image in data.images}
     assert len(both) == 40
     # The same files, whatever lies around them and wherever.
@@ -53,14 +53,14 @@ def test_split_is_disjoint_stratified_and_stable(make, wrapper):
 
 def test_classes_are_those_of_both_splits(make):
     data = load_images(make({"train/b/1.png": png(), "test/a/1.png": png(), "test/b/1.png": png()}), "train")
-    assert data.class_names == ("a", "b")
+    assert data.spec.class_names == ("a", "b")
     assert data.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("prefix", ["", "one folder/"])
 def test_flat_images_have_no_classes(make, prefix):
     data = load_images(make({f"{prefix}{i}.png": png() for i in range(10)}), "train")
-    assert (len(data), data.num_classes, data.labels) == (9, 0, None)
+    assert (len(data), data.spec.num_classes, data.labels) == (9, 0, None)
 
 
 @pytest.mark.parametrize("inside", [("cat/", "dog/"), ("",)])
@@ -81,7 +81,7 @@ def test_names_of_splits(make, train, test, inside):
     path = make(set_of(train, test, inside))
     count = 2 * len(inside)
     assert (values(path, "train"), values(path, "test")) == (([10], count), ([200], count))
-    assert load_images(path, "train").class_names == (("cat", "dog") if len(inside) == 2 else ())
+    assert load_images(path, "train").spec.class_names == (("cat", "dog") if len(inside) == 2 else ())
 
 
 def test_validation_beside_test_is_left_out_and_said(make):
@@ -100,9 +100,9 @@ def test_folders_inside_a_class_belong_to_it(make):
 
 def test_labels_can_be_left_out(make):
     path = make({f"{name}/{i}.png": png() for name in "ab" for i in range(3)})
-    assert load_images(path, "train").num_classes == 2
+    assert load_images(path, "train").spec.num_classes == 2
     data = load_images(path, "train", labelled=False)
-    assert (len(data), data.labels, data.num_classes) == (4, None, 0)
+    assert (len(data), data.labels, data.spec.num_classes) == (4, None, 0)
 
 
 def test_folders_without_an_image_are_named(make):
@@ -122,7 +122,7 @@ def test_an_empty_folder_is_named(tmp_path):
 
 def test_classes_that_differ_in_case_alone_are_said(make):
     data = load_images(make({f"{name}/{i}.png": png() for name in ("Cat", "cat", "dog") for i in "12"}), "train")
-    assert data.class_names == ("Cat", "cat", "dog")
+    assert data.spec.class_names == ("Cat", "cat", "dog")
     assert data.notes == ("classes differ in upper and lower case alone: Cat and cat",)
 
 
@@ -209,12 +209,12 @@ def test_folders_that_look_like_splits_are_no_classes(make, train, test, more):
 def test_classes_that_are_called_nearly_like_splits(make, names):
     path = make({f"{name}/{i}.png": png() for name in names for i in "12"})
     data = load_images(path, "train")
-    assert (data.class_names, data.notes) == (tuple(sorted(names)), ())
+    assert (data.spec.class_names, data.notes) == (tuple(sorted(names)), ())
 
 
 def test_train_may_be_a_class_of_vehicles(make):
     data = load_images(make({f"{name}/{i}.png": png() for name in ("bus", "car", "train") for i in "12"}), "train")
-    assert data.class_names == ("bus", "car", "train")
+    assert data.spec.class_names == ("bus", "car", "train")
     assert data.notes == ("train is a class, as there is no test folder beside it, but bus, car",)
 
 

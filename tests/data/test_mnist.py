@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gencore import data
+from gencore.config import ConfigError
 from gencore.data import DataError, MissingSplitError
 from gencore.data.mnist import load_mnist, read_idx
 
@@ -36,17 +37,40 @@ def test_reads(folder, compressed, split):
             Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
             file.unlink()
     images = load_mnist(folder, split)
-    assert images.image_shape == (1, 5, 4)
+    assert images.spec.image_shape == (1, 5, 4)
     assert np.array_equal(images.images.squeeze(1).numpy(), IMAGES)
     assert np.array_equal(images.labels.numpy(), LABELS)
-    assert images.class_names == tuple("0123456789")
+    assert images.spec.class_names == tuple("0123456789")
+
+
+def test_names_of_classes(folder):
+    spec = f"mnist:{folder}"
+    (folder / "classes.txt").write_bytes(
+        b"\xef\xbb\xbf" + "\n".join(f" name {i}" for i in range(10)).encode() + b"\r\n\n"
+    )
+    assert data.load(spec, "train").spec.class_names == tuple(f"name {i}" for i in range(10))
+    names = tuple("abcdefghijkl")
+    assert data.load(spec, "test", {"classes": names}).spec.class_names == names
+    with pytest.raises(
+        DataError, match=r"must be below 2, but is \d .*; data.classes or classes.txt names the classes"
+    ):
+        data.load(spec, "train", {"classes": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"data.classes: must be distinct, was 'a' 2 times"):
+        data.load(spec, "train", {"classes": ["a", "a"]})
+    assert data.settings_type(spec).from_settings({"classes": "T-shirt/top, Trouser"}).classes == (
+        "T-shirt/top",
+        "Trouser",
+    )
+    (folder / "classes.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"classes.txt must be in UTF-8, is not at byte 0"):
+        data.load(spec, "train")
 
 
 def test_a_test_split_of_other_size_is_found_before_training(folder):
     spec = f"mnist:{folder}"
     assert data.check(data.load(spec, "train"), spec) == ()
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(IMAGES[:, :4]))
-    with pytest.raises(DataError, match="splits train and test differ: images are 1x5x4 in train, 1x4x4 in test"):
+    with pytest.raises(DataError, match=r"splits train and test differ: images are 1x5x4 in train, 1x4x4 in test"):
         data.check(data.load(spec, "train"), spec)
 
 
@@ -116,11 +140,11 @@ def test_counts_and_labels_must_fit(folder):
 
 def test_missing_file(folder):
     (folder / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match="holds no train-labels-idx1-ubyte ") as info:
+    with pytest.raises(DataError, match=r"holds no train-labels-idx1-ubyte ") as info:
         load_mnist(folder, "train")
     assert not isinstance(info.value, MissingSplitError)
     (folder / "train-images-idx3-ubyte").unlink()
-    with pytest.raises(MissingSplitError, match="holds no train-images-idx3-ubyte "):
+    with pytest.raises(MissingSplitError, match=r"holds no train-images-idx3-ubyte "):
         load_mnist(folder, "train")
     assert len(load_mnist(folder, "test")) == 7
 

@@ -94,7 +94,7 @@ def test_sizes_are_compared_upright(make):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     lying = encoded(Image.new("L", (3, 4), 7), exif=exif)
-    assert load_images(make({"1.png": lying, "2.png": png("L", (4, 3))}), "train").image_shape == (1, 3, 4)
+    assert load_images(make({"1.png": lying, "2.png": png("L", (4, 3))}), "train").spec.image_shape == (1, 3, 4)
 
 
 def test_orientation_behind_the_pixels_of_a_png(make):
@@ -117,7 +117,7 @@ def test_gray_among_color_and_across_splits(make):
     gray = png("L")
     path = make({"train/a/1.png": gray, "train/b/1.png": gray, "test/a/1.png": png("RGB")})
     data = load_images(path, "train")
-    assert data.image_shape == (3, 3, 4)
+    assert data.spec.image_shape == (3, 3, 4)
     assert torch.equal(data.images[0], decoded(gray))
 
 
@@ -213,7 +213,7 @@ def test_size_takes_the_middle_of_any_image(make, size):
         "train",
         ImageSettings(size=size),
     )
-    assert data.image_shape == (1, size, size)
+    assert data.spec.image_shape == (1, size, size)
     edge = math.ceil(2 * max(1, size / 8))  # the bicubic filter sees two pixels further, of the larger grid
     assert set(data.images[..., edge:-edge, edge:-edge].flatten().tolist()) == {60}
 

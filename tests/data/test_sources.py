@@ -51,7 +51,7 @@ def test_other_paths(tmp_path):
 
 def test_a_folder_called_like_an_image_is_a_folder(make):
     data = load_images(make({f"{name}/{i}.png": png() for name in ("cat.png", "dog") for i in "12"}), "train")
-    assert data.class_names == ("cat.png", "dog")
+    assert data.spec.class_names == ("cat.png", "dog")
 
 
 @posix
@@ -61,7 +61,7 @@ def test_names_that_are_no_utf8(tmp_path):
     os.rename(os.fsencode(tmp_path / "0"), folder)
     os.rename(os.path.join(folder, b"0.png"), os.path.join(folder, b"\xff\n.png"))
     data = load_images(tmp_path, "train")
-    assert data.class_names == ("1", "2", r"caf\udce9")
+    assert data.spec.class_names == ("1", "2", r"caf\udce9")
     assert len(data) == 3
     with open(os.path.join(folder, b"\xff\n.png"), "wb") as file:
         file.write(b"no image")
@@ -84,7 +84,7 @@ def test_links_to_folders_are_followed_but_not_for_ever(tmp_path):
     (tmp_path / "data/cats").symlink_to(tmp_path / "store/cats")
     (tmp_path / "data/dogs/loop").symlink_to(tmp_path / "data")
     data = load_images(tmp_path / "data", "train")
-    assert data.class_names == ("cats", "dogs")
+    assert data.spec.class_names == ("cats", "dogs")
     assert data.notes == ("skipped 1 link to a folder above: dogs/loop",)
 
 
@@ -166,7 +166,7 @@ def test_ways_to_name_members_of_archives(tmp_path, name):
     }
     path = write_archive(tmp_path / "x.zip", {**files, name.replace("cat", "ape"): png()})
     train, test = load_images(path, "train"), load_images(path, "test")
-    assert train.class_names == test.class_names == ("ape", "cat")
+    assert train.spec.class_names == test.spec.class_names == ("ape", "cat")
     assert (len(train), len(test)) == (3, 2)
 
 
@@ -179,13 +179,13 @@ def test_names_that_are_utf8_without_saying_so(tmp_path):
             content[at + place + 1] &= ~0x08
             at = content.find(signature, at + 1)
     path.write_bytes(content)
-    assert load_images(path, "train").class_names == ("hiver", "été")
+    assert load_images(path, "train").spec.class_names == ("hiver", "été")
 
 
 def test_names_in_the_character_set_of_dos(tmp_path):
     path = write_archive(tmp_path / "x.zip", {f"{name}/{i}.png": png() for name in ("caf@", "the") for i in "12"})
     path.write_bytes(path.read_bytes().replace(b"caf@", b"caf\x82"))
-    assert load_images(path, "train").class_names == ("café", "the")
+    assert load_images(path, "train").spec.class_names == ("café", "the")
 
 
 def test_members_of_one_name(tmp_path):
@@ -228,7 +228,7 @@ def test_a_plain_picture_in_an_archive_may_be_packed_well(tmp_path):
         tmp_path / "x.zip", {f"{i}.bmp": encoded(Image.new("RGB", (600, 600), "white"), "BMP") for i in "12"}
     )
     assert path.stat().st_size < 20000
-    assert load_images(path, "train").image_shape == (3, 600, 600)
+    assert load_images(path, "train").spec.image_shape == (3, 600, 600)
 
 
 def test_an_archive_that_unpacks_too_large(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gencore import Key, ops
+from gencore.config import ConfigError
 from gencore.data import ImageDataset
 from gencore.data.digits import load_digits
 from gencore.metrics import (
@@ -12,9 +13,13 @@ from gencore.metrics import (
     class_report,
     conditional_accuracy,
     draw_samples,
+    sample_batches,
     train_classifier,
 )
-from gencore.models import GenerativeModel, ModelConfig
+from gencore.models import GenerativeModel, ModelConfig, SamplingConfig
+from gencore.plugins import PluginError
+from gencore.processes import Processes
+from gencore.spec import Condition, DataSpec
 
 
 class Brightest(nn.Module):
@@ -35,19 +40,26 @@ def images_of(*classes):
     return torch.eye(4)[list(classes)].reshape(-1, 1, 2, 2)
 
 
+SPEC = DataSpec((1, 2, 2), (Condition("label", "class", tuple("abcd")), Condition("text", "text")))
+
+
 class Sampler(GenerativeModel):
-    """Samples of classes drawn by the key: ``of`` them, from the first on."""
+    """Samples of the classes that it is told, or else of classes drawn by the key: ``of`` them, from the first on."""
+
+    takes = {"label": "optional", "text": "optional"}  # noqa: RUF012
+    sampling = SamplingConfig()
 
     def __init__(self, of):
-        super().__init__()
-        self.config = ModelConfig(image_shape=tuple(images_of(0).shape[1:]))
+        super().__init__(ModelConfig(), SPEC)
         self.of = of
-        self.sizes = []
+        self.draws = []
 
-    def sample(self, n, key, labels=None):
+    def generate(self, draw):
         assert not self.training
-        self.sizes.append(n)
-        return images_of(*(ops.uniform((n,), key) * self.of).long().tolist())
+        assert not torch.is_grad_enabled()
+        self.draws.append(draw)
+        labels = draw.conditions.get("label", (ops.uniform((draw.n,), draw.key) * self.of).long())
+        return images_of(*labels.tolist())
 
 
 def test_report():
@@ -102,16 +114,94 @@ def test_features_are_what_the_last_layer_sees():
         CLASSIFIER.features(images_of(0))
 
 
-def test_samples_are_drawn_with_the_labels_of_each_batch():
-    model, seen = Sampler(4), []
-    model.weight = nn.Parameter(torch.zeros(1))
-    model.sample = lambda n, key, labels: seen.append(labels.tolist()) or images_of(*labels.tolist())
-    labels = torch.tensor([3, 1, 0, 2, 2])
-    samples = draw_samples(model, Key(0), n=5, batch_size=2, labels=labels)
-    assert seen == [[3, 1], [0, 2], [2]]
+def test_samples_are_drawn_with_the_conditions_of_each_batch():
+    model = Sampler(4)
+    labels, texts = torch.tensor([3, 1, 0, 2, 2]), list("vwxyz")
+    samples = draw_samples(model, Key(0), n=5, batch_size=2, conditions={"label": labels, "text": texts})
+    assert [draw.conditions["label"].tolist() for draw in model.draws] == [[3, 1], [0, 2], [2]]
+    assert [draw.conditions["text"] for draw in model.draws] == [("v", "w"), ("x", "y"), ("z",)]
     assert torch.equal(samples, images_of(*labels.tolist()))
-    with pytest.raises(ValueError, match=r"labels must be of shape \(5,\), got \(4,\)"):
-        draw_samples(model, Key(0), n=5, labels=labels[:4])
+    for wrong, name in (({"label": labels[:4]}, "label"), ({"label": labels, "text": texts[:4]}, "text")):
+        with pytest.raises(ValueError, match=rf"conditions\['{name}'\] must be one for each of 5 samples, got 4"):
+            draw_samples(model, Key(0), n=5, conditions=wrong)
+    # What the model refuses is no fault of a plugin where no plugin built it.
+    with pytest.raises(ValueError, match="conditions must not hold 'labels': this model takes label and text alone"):
+        draw_samples(model, Key(0), n=5, conditions={"labels": labels})
+
+
+def test_samples_are_drawn_as_they_are_asked_for():
+    model, sampling = Sampler(4), SamplingConfig()
+    draw_samples(model, Key(0), n=3)
+    draw_samples(model, Key(0), n=3, sampling=sampling)
+    assert [draw.sampling is chosen for draw, chosen in zip(model.draws, (model.sampling, sampling), strict=True)]
+    assert not any(draw.check_finite or draw.progress for draw in model.draws)
+    list(sample_batches(model, Key(0), n=3, check_finite=True, progress=True))
+    list(sample_batches(model, Key(0), n=3, batch_size=2, progress=True))
+    # Of one batch the model says how far it is, of several the caller does.
+    assert [(draw.check_finite, draw.progress) for draw in model.draws[2:]] == [(True, True), *[(False, False)] * 2]
+
+
+def test_batches_are_computed_when_they_are_asked_for():
+    model = Sampler(4)
+    batches = sample_batches(model, Key(0), n=5, batch_size=2)
+    assert model.draws == []
+    next(batches)
+    assert len(model.draws) == 1
+    assert torch.equal(torch.cat(list(batches)), draw_samples(Sampler(4), Key(0), n=5)[2:])
+
+
+class Part(Processes):
+    """One of several processes, to which the others give nothing."""
+
+    def gathered(self, values):
+        return [values]
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([3, 1, 0, 2, 2])])
+@pytest.mark.parametrize("batch_size", [1, 2, 250])
+def test_processes_share_the_samples(batch_size, labels):
+    """Each makes its own rows of every batch, of which there may be none, with their conditions."""
+    conditions = {} if labels is None else {"label": labels}
+    models = [Sampler(4) for _ in range(3)]
+    parts = [
+        sample_batches(
+            model, Key(0), n=5, batch_size=batch_size, conditions=conditions, processes=Part(rank, len(models))
+        )
+        for rank, model in enumerate(models)
+    ]
+    together = torch.cat([torch.cat(batch) for batch in zip(*parts, strict=True)])
+    assert torch.equal(together, draw_samples(Sampler(4), Key(0), n=5, conditions=conditions))
+    made = [[draw.n for draw in model.draws] for model in models]
+    assert sum(map(sum, made)) == 5
+    assert max(map(max, made)) <= batch_size
+
+
+@pytest.mark.parametrize(
+    ("generate", "cause"),
+    [
+        (lambda draw: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda draw: None, "TypeError: it must return a dense tensor, got NoneType"),
+        (lambda draw: images_of(0), r"ValueError: it must return images of shape \(2, 1, 2, 2\), got \(1, 1, 2, 2\)"),
+        (lambda draw: images_of(0, 1).long(), "TypeError: it must return images of a floating dtype, got torch.int64"),
+    ],
+)
+def test_a_plugin_whose_samples_fail_is_named(generate, cause):
+    model = Sampler(4)
+    model.generate, model.plugin_name = generate, "zoo"
+    with pytest.raises(PluginError, match=rf"model plugin 'zoo' is broken: sample\(\) of samples 0 to 1: {cause}"):
+        draw_samples(model, Key(0), n=5, batch_size=2)
+
+
+@pytest.mark.parametrize("error", [ConfigError("sampling", ["steps: must be 1"]), FloatingPointError("call 0")])
+def test_what_a_model_refuses_is_no_fault_of_its_plugin(error):
+    def refuse(draw):
+        raise error
+
+    model = Sampler(4)
+    model.generate, model.plugin_name = refuse, "zoo"
+    with pytest.raises(type(error)) as info:
+        draw_samples(model, Key(0), n=5)
+    assert info.value is error
 
 
 def test_collapse_is_seen():
@@ -127,7 +217,7 @@ def test_samples_do_not_depend_on_the_batch_size():
     model = Sampler(4)
     reports = {class_report(CLASSIFIER, draw_samples(model, Key(0), n=10, batch_size=size)) for size in (3, 10, 99)}
     assert len(reports) == 1
-    assert model.sizes == [3, 3, 3, 1, 10, 10]
+    assert [draw.n for draw in model.draws] == [3, 3, 3, 1, 10, 10]
     assert sum(next(iter(reports)).counts) == 10
 
 
@@ -168,11 +258,17 @@ def test_classifier_is_a_function_of_data_and_seed():
 def test_refuses():
     unlabelled = ImageDataset("toy", "train", torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
     digits = load_digits(None, "test")
-    with pytest.raises(ValueError, match="must have labels, but toy has none"):
+    with pytest.raises(ValueError, match="the data set must have classes, but toy has none"):
         train_classifier(unlabelled, digits)
-    other = ImageDataset("toy", "test", digits.images[:, :, 1:], digits.labels, digits.class_names)
+    with pytest.raises(ValueError, match="the data set must have classes, but toy has none"):
+        train_classifier(digits, unlabelled)
+    names = digits.spec.class_names
+    other = ImageDataset("toy", "test", digits.images[:, :, 1:], digits.labels, names)
     with pytest.raises(ValueError, match="train and test must have the same image shape and classes"):
         train_classifier(digits, other)
+    renamed = ImageDataset("toy", "test", digits.images, digits.labels, names[::-1])
+    with pytest.raises(ValueError, match="train and test must have the same image shape and classes"):
+        train_classifier(digits, renamed)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         train_classifier(digits, digits, steps=0)
     with pytest.raises(ValueError, match="images must hold at least one image"):

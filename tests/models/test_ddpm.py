@@ -7,19 +7,24 @@ from torch import nn
 
 from gencore import Key, diffusion, ops
 from gencore.data.digits import load_digits
-from gencore.models import Batch, Edits, HasLatents, HasLikelihoodBound
-from gencore.models.diffusion import DDPM, DDPMConfig, Sampling, plugin
+from gencore.models import Edits, HasLatents, HasLikelihoodBound, Step
+from gencore.models.diffusion import DDPM, DDPMConfig, Sampling, improved_ddpm, plugin
 from gencore.models.diffusion import model as ddpm_model
 from gencore.models.diffusion.model import STREAM_LABELS, STREAM_NOISE, STREAM_TIME
+from gencore.spec import Batch, Condition, DataSpec
 
 SMALL = {"channels": (8, 16), "num_groups": 4}
 FAST = Sampling(sampler="ddim", steps=6)
 
 
-def build(seed=0, **settings):
+def spec_of(*image_shape):
+    return DataSpec(image_shape, (Condition("label", "class", tuple("0123456789")),))
+
+
+def build(*image_shape, seed=0, **settings):
     """A small model whose every parameter matters: those that begin as zero are drawn here."""
     torch.manual_seed(seed)
-    model = DDPM(DDPMConfig(**{**SMALL, "num_classes": 10, **settings}))
+    model = DDPM(DDPMConfig(**{**SMALL, **settings}), spec_of(*(image_shape or (1, 8, 8))))
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -28,12 +33,21 @@ def build(seed=0, **settings):
 
 
 def images_for(model, n=6, seed=1):
-    levels = (ops.uniform((n, *model.config.image_shape), Key(seed)) * 256).floor()
+    levels = (ops.uniform((n, *model.spec.image_shape), Key(seed)) * 256).floor()
     return levels / 255
 
 
+def of(labels):
+    """The conditions of images of these classes; none where labels are None."""
+    return {} if labels is None else {"label": labels}
+
+
 def loss_of(model, images, key, labels=None):
-    return model.phases()[0].loss(Batch(images, labels), key)
+    return model.phases()[0].loss(Step(Batch(images, of(labels)), key))
+
+
+def bound(model, images, key, *num_samples):
+    return model.log_likelihood_bound(Batch(images), key, *num_samples)
 
 
 # The formulas once more, in float64 and by another way: from betas, as in Ho et al. (2020).
@@ -91,8 +105,7 @@ class Chain:
 
 
 def test_shapes_and_protocols():
-    model = build(image_shape=(3, 6, 7))
-    model.sampling = FAST
+    model = build(3, 6, 7, sampling=FAST)
     images = model.sample(4, Key(0))
     assert images.shape == (4, 3, 6, 7)
     assert images.dtype == torch.float32
@@ -104,7 +117,7 @@ def test_shapes_and_protocols():
     assert isinstance(model, HasLikelihoodBound)
     assert not isinstance(model, HasLatents)
     (phase,) = model.phases()
-    assert {id(p) for p in phase.parameters} == {id(p) for p in model.parameters()}
+    assert {id(p) for p in phase.optimizer.parameters} == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
@@ -112,9 +125,8 @@ def test_shapes_and_protocols():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_loss_is_algorithm_1(parameterization, weighting, schedule):
     model = build(
-        parameterization=parameterization, weighting=weighting, schedule=schedule, gamma=3.0, timesteps=40,
-        image_shape=(2, 6, 6),
-    )  # fmt: skip
+        2, 6, 6, parameterization=parameterization, weighting=weighting, schedule=schedule, gamma=3.0, timesteps=40
+    )
     images, key, chain = images_for(model), Key(7), Chain(model.config)
     loss = loss_of(model, images, key)
     t = (ops.uniform((6,), key.stream(STREAM_TIME)).double() * 40).long()
@@ -169,7 +181,7 @@ def test_hybrid_loss_of_a_learned_variance(parameterization):
 
 
 def test_loss_is_a_function_of_the_key_alone_and_trains_every_parameter():
-    model = build(conditional=True, attention_levels=(0,), variance="learned_range", schedule="cosine")
+    model = build(conditional=True, attention_levels=(0,), variance="learned_range", schedule="cosine", dropout=0.2)
     images, labels, before = images_for(model), torch.arange(6), torch.get_rng_state()
     loss = loss_of(model, images, Key(7), labels).value
     assert torch.equal(loss, loss_of(model, images, Key(7), labels).value)
@@ -181,8 +193,9 @@ def test_loss_is_a_function_of_the_key_alone_and_trains_every_parameter():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_loss_does_not_depend_on_the_batch():
-    model = build(conditional=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loss_does_not_depend_on_the_batch(dropout):
+    model = build(conditional=True, dropout=dropout)
     images, labels, key = images_for(model), torch.arange(6), Key(7)
     whole = loss_of(model, images, key, labels).value
     parts = [loss_of(model, images[s], key.samples(s.start), labels[s]).value for s in (slice(0, 2), slice(2, 6))]
@@ -215,7 +228,7 @@ def test_labels_are_dropped_by_the_key():
     assert torch.equal(dropped, ops.uniform((2000,), Key(7).stream(STREAM_LABELS)) < 0.3)
     # Five standard deviations of a share of 2000.
     assert dropped.double().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 2000))
-    with pytest.raises(ValueError, match="labels must not be None"):
+    with pytest.raises(KeyError, match="label"):
         loss_of(model, images, Key(7))
 
 
@@ -225,8 +238,9 @@ class Recorder(nn.Module):
     def __init__(self, seen):
         super().__init__()
         self.seen = seen
+        self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, t, labels=None):
+    def forward(self, x, t, labels=None, key=None):
         self.seen.append(labels)
         return torch.zeros_like(x)
 
@@ -242,15 +256,17 @@ SAMPLERS = ["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "euler", "euler_ance
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_do_not_depend_on_the_batch_or_the_mode(sampler):
     # With dropout, which is of training alone.
-    model = build(conditional=True, parameterization="v", schedule="cosine", dropout=0.5)
-    model.sampling = Sampling(sampler=sampler, steps=4, guidance_scale=2.0)
+    model = build(
+        conditional=True, parameterization="v", schedule="cosine", dropout=0.5,
+        sampling=Sampling(sampler=sampler, steps=4, guidance_scale=2.0),
+    )  # fmt: skip
     labels = torch.arange(7)
-    together = model.sample(7, Key(3), labels)
-    apart = torch.cat([model.sample(3, Key(3), labels[:3]), model.eval().sample(4, Key(3).samples(3), labels[3:])])
+    together = model.sample(7, Key(3), of(labels))
+    apart = [model.sample(3, Key(3), of(labels[:3])), model.eval().sample(4, Key(3).samples(3), of(labels[3:]))]
     # Rounding in the order of a convolution's sums, some 1e-6, passed on by four steps.
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
-    assert torch.equal(model.eval().sample(7, Key(3), labels), together)
-    assert not torch.allclose(model.sample(7, Key(4), labels), together, atol=1e-2)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-4)
+    assert torch.equal(model.eval().sample(7, Key(3), of(labels)), together)
+    assert not torch.allclose(model.sample(7, Key(4), of(labels)), together, atol=1e-2)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
@@ -279,8 +295,7 @@ def test_sampling_is_algorithm_2(variance):
 
 
 def test_guidance_combines_both_predictions():
-    model = build(conditional=True)
-    model.sampling = Sampling(sampler="ddim", steps=5, guidance_scale=3.0, clip=False)
+    model = build(conditional=True, sampling=Sampling(sampler="ddim", steps=5, guidance_scale=3.0, clip=False))
     labels = torch.tensor([1, 1, 7])
 
     def guided(x, t):
@@ -290,30 +305,32 @@ def test_guidance_combines_both_predictions():
     sampler = diffusion.ddim(model.schedule, 5)
     expected = (diffusion.sample(guided, (3, 1, 8, 8), sampler, Key(2)) + 1) / 2
     # The network on 6 images instead of 3: rounding as above, times the guidance of 3.
-    torch.testing.assert_close(model.sample(3, Key(2), labels), expected.clamp(0, 1), rtol=0, atol=1e-4)
-    assert not torch.allclose(model.sample(3, Key(2), labels.flip(0)), expected.clamp(0, 1), atol=1e-3)
+    torch.testing.assert_close(model.sample(3, Key(2), of(labels)), expected.clamp(0, 1), rtol=0, atol=1e-4)
+    assert not torch.allclose(model.sample(3, Key(2), of(labels.flip(0))), expected.clamp(0, 1), atol=1e-3)
 
 
 def test_no_labels_is_no_class_whatever_the_guidance():
-    model = build(conditional=True)
-    model.sampling = FAST
+    model = build(conditional=True, sampling=FAST)
     plain = model.sample(3, Key(2))
     none = torch.full((3,), -1)
-    assert torch.equal(model.sample(3, Key(2), none), plain)
-    model.sampling = Sampling(sampler="ddim", steps=6, guidance_scale=4.0)
-    assert torch.equal(model.sample(3, Key(2)), plain)
+    assert torch.equal(model.sample(3, Key(2), of(none)), plain)
+    guided = Sampling(sampler="ddim", steps=6, guidance_scale=4.0)
+    assert torch.equal(model.sample(3, Key(2), sampling=guided), plain)
+    # And so it is of the images with -1 beside others; guidance only rounds there.
+    some = model.sample(3, Key(2), of(torch.tensor([-1, 4, -1])), sampling=guided)
+    torch.testing.assert_close(some[::2], plain[::2], rtol=0, atol=1e-4)
+    assert not torch.allclose(some[1], plain[1], atol=1e-3)
 
 
 def test_guidance_calls_the_network_once_a_step():
     model = build(conditional=True)
     calls = []
     model.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    model.sampling = Sampling(sampler="ddim", steps=5, guidance_scale=2.0)
-    model.sample(3, Key(0), torch.arange(3))
+    labels = of(torch.arange(3))
+    model.sample(3, Key(0), labels, sampling=Sampling(sampler="ddim", steps=5, guidance_scale=2.0))
     assert calls == [6] * 5
     calls.clear()
-    model.sampling = Sampling(sampler="ddim", steps=5)
-    model.sample(3, Key(0), torch.arange(3))
+    model.sample(3, Key(0), labels, sampling=Sampling(sampler="ddim", steps=5))
     assert calls == [3] * 5
 
 
@@ -328,17 +345,17 @@ def test_a_bar_is_shown_when_asked_for(monkeypatch):
     monkeypatch.setattr(diffusion, "sample", spy)
     model = build(sampling=FAST)
     model.sample(1, Key(0))
-    model.progress = True
-    model.sample(1, Key(0))
-    assert shown == [False, True]
+    model.sample(1, Key(0), progress=True)
+    images, known = torch.zeros(1, 1, 8, 8), torch.zeros(1)
+    model.edit(images, known, Key(0))
+    model.edit(images, known, Key(0), progress=True)
+    assert shown == [False, True] * 2
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
 def test_the_whole_bound_is_the_sum_of_its_terms(variance, parameterization):
-    model = build(
-        variance=variance, parameterization=parameterization, schedule="cosine", timesteps=8, image_shape=(2, 4, 4)
-    )
+    model = build(2, 4, 4, variance=variance, parameterization=parameterization, schedule="cosine", timesteps=8)
     images, key, chain = images_for(model), Key(5), Chain(model.config)
     images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])  # the outermost bins
     x0 = 2 * images.double() - 1
@@ -352,18 +369,18 @@ def test_the_whole_bound_is_the_sum_of_its_terms(variance, parameterization):
             output = model.unet(x_t.float(), t.float()).double()
         total += chain.term(model.config, x0, x_t, output, t).flatten(1).sum(1)
     for num_samples in (7, 8, 1000):
-        bound = model.log_likelihood_bound(images, key, num_samples)
-        assert bound.dtype == torch.float32
+        found = bound(model, images, key, num_samples)
+        assert found.dtype == torch.float32
         # Terms in float32; their squares are of differences that cancel two digits.
-        torch.testing.assert_close(bound.double(), -total, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.double(), -total, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5])
 def test_fewer_terms_are_an_unbiased_estimate(num_samples):
-    model = build(schedule="cosine", timesteps=12, image_shape=(1, 4, 4))
+    model = build(1, 4, 4, schedule="cosine", timesteps=12)
     images = images_for(model, 1).expand(1500, -1, -1, -1)
-    whole = model.log_likelihood_bound(images, Key(1), 12).double()
-    some = model.log_likelihood_bound(images, Key(2), num_samples).double()
+    whole = bound(model, images, Key(1), 12).double()
+    some = bound(model, images, Key(2), num_samples).double()
     error = math.sqrt((whole.var() + some.var()).item() / 1500)
     # Four standard errors: by chance once in 16,000 seeds.
     assert abs((some.mean() - whole.mean()).item()) < 4 * error
@@ -374,10 +391,10 @@ def test_bound_does_not_depend_on_the_batch():
     model = build(conditional=True)
     images, key = images_for(model), Key(5)
     for num_samples in (1, 7):
-        together = model.log_likelihood_bound(images, key, num_samples)
+        together = bound(model, images, key, num_samples)
         apart = [
-            model.log_likelihood_bound(images[:2], key, num_samples),
-            model.log_likelihood_bound(images[2:], key.samples(2), num_samples),
+            bound(model, images[:2], key, num_samples),
+            bound(model, images[2:], key.samples(2), num_samples),
         ]
         # Terms in float32 that are sums over pixels of hundreds of nats, each with the rounding of the network, 1e-6.
         torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-2)
@@ -390,19 +407,18 @@ def test_nothing_is_left_out_after_training():
     found = []
     for training in (True, False):
         model.train(training)
-        edited, bound = model.edit(images, known, Key(0)), model.log_likelihood_bound(images, Key(0))
-        found.append((model.sample(2, Key(0)), edited, bound))
+        edited, nats = model.edit(images, known, Key(0)), bound(model, images, Key(0))
+        found.append((model.sample(2, Key(0)), edited, nats))
         assert all(module.training == training for module in model.modules())
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     # In training, it is.
-    losses = [loss_of(model.train(), images, Key(0)).value for _ in range(2)]
-    assert not torch.equal(*losses)
+    assert not torch.equal(loss_of(model.train(), images, Key(0)).value, loss_of(model.eval(), images, Key(0)).value)
 
 
 def test_no_images_have_no_bounds():
-    model = build(image_shape=(3, 4, 4))
-    bound = model.log_likelihood_bound(torch.zeros(0, 3, 4, 4), Key(0), 3)
-    assert (bound.shape, bound.dtype) == ((0,), torch.float32)
+    model = build(3, 4, 4)
+    found = bound(model, torch.zeros(0, 3, 4, 4), Key(0), 3)
+    assert (found.shape, found.dtype) == ((0,), torch.float32)
     assert model.edit(torch.zeros(0, 3, 4, 4), torch.zeros(1), Key(0)).shape == (0, 3, 4, 4)
 
 
@@ -411,51 +427,50 @@ def test_what_is_not_finite_is_told_when_asked_for():
     with torch.no_grad():
         model.unet.conv_in.bias.fill_(math.nan)
     assert model.sample(2, Key(0)).isnan().all()
-    model.check_finite = True
     message = r"the model's output is not finite in call 0 of 6, at time 999"
     with pytest.raises(FloatingPointError, match=message):
-        model.sample(2, Key(0))
+        model.sample(2, Key(0), check_finite=True)
     with pytest.raises(FloatingPointError, match=message):
-        model.edit(torch.zeros(2, 1, 8, 8), torch.zeros(1), Key(0))
+        model.edit(torch.zeros(2, 1, 8, 8), torch.zeros(1), Key(0), check_finite=True)
 
 
 def test_the_network_is_given_images_in_its_own_format():
     """Three channels, so that the formats differ: nothing is copied between two calls."""
-    model, seen = build(image_shape=(3, 8, 8), conditional=True), []
+    model, seen = build(3, 8, 8, conditional=True), []
 
     def listening(module, arguments, output):
         seen.append((arguments[0].stride(), output.stride()))
 
     model.unet.register_forward_hook(listening)
     for guidance_scale in (1.0, 2.0):
-        model.sampling = Sampling(sampler="dpm_solver", steps=5, guidance_scale=guidance_scale)
+        sampling = Sampling(sampler="dpm_solver", steps=5, guidance_scale=guidance_scale)
         seen.clear()
-        assert model.sample(2, Key(0), torch.arange(2)).is_contiguous()
+        assert model.sample(2, Key(0), of(torch.arange(2)), sampling=sampling).is_contiguous()
         assert seen == [((192, 1, 24, 3),) * 2] * 5
 
 
 def test_edit_keeps_what_is_known():
-    model = build(conditional=True)
-    model.sampling = Sampling(sampler="ddpm", steps=5)
+    model = build(conditional=True, sampling=Sampling(sampler="ddpm", steps=5))
     # Numbers that do not survive 2 x - 1 and back.
     images = ops.uniform((6, 1, 8, 8), Key(1)) ** 3
     assert not torch.equal(((2 * images - 1) + 1) / 2, images)
     known = (ops.uniform((1, 1, 8, 8), Key(2)) < 0.6).float()
     labels = torch.arange(6)
-    whole = model.edit(images, known, Key(3), labels)
+    whole = model.edit(images, known, Key(3), of(labels))
     where = known.bool().expand_as(images)
     assert torch.equal(whole[where], images[where])
     assert not torch.isclose(whole[~where], images[~where]).all()
-    assert torch.equal(whole, model.edit(images, known.bool(), Key(3), labels))
-    assert not torch.allclose(whole, model.edit(images, known, Key(4), labels))
+    assert torch.equal(whole, model.edit(images, known.bool(), Key(3), of(labels)))
+    assert not torch.allclose(whole, model.edit(images, known, Key(4), of(labels)))
     apart = [
-        model.edit(images[:2], known, Key(3), labels[:2]),
-        model.edit(images[2:], known, Key(3).samples(2), labels[2:]),
+        model.edit(images[:2], known, Key(3), of(labels[:2])),
+        model.edit(images[2:], known, Key(3).samples(2), of(labels[2:])),
     ]
     # Rounding in the order of a convolution's sums, some 1e-6, passed on by five steps.
     torch.testing.assert_close(whole, torch.cat(apart), rtol=0, atol=1e-4)
-    model.sampling = Sampling(sampler="ddpm", steps=5, resamples=3)
-    again = model.edit(images, known, Key(3), labels)
+    assert not torch.allclose(whole, model.edit(images, known, Key(3), of(labels.flip(0))))
+    often = Sampling(sampler="ddpm", steps=5, resamples=3)
+    again = model.edit(images, known, Key(3), of(labels), sampling=often)
     assert torch.equal(again[where], images[where])
     assert not torch.allclose(again, whole)
     assert torch.equal(model.edit(images, torch.ones(1), Key(3)), images)
@@ -474,8 +489,7 @@ def test_ddim_goes_on_with_the_noise_of_the_clipped_image():
     """Without clipping it is DDIM as it stands; with it, x' = alpha' x0 + sigma' eps(x, x0) for the clipped x0."""
     model = build(schedule="cosine", parameterization="v")
     for clip in (False, True):
-        model.sampling = Sampling(sampler="ddim", steps=5, clip=clip)
-        ours = model.sample(3, Key(0))
+        ours = model.sample(3, Key(0), sampling=Sampling(sampler="ddim", steps=5, clip=clip))
         for sampler, same in ((diffusion.ddim, not clip), (diffusion.euler, True)):
             chosen = sampler(model.schedule, 5, parameterization="v", clip=1.0 if clip else None)
             x = diffusion.sample(lambda x, t: model.unet(x, t), (3, 1, 8, 8), chosen, Key(0))
@@ -486,12 +500,12 @@ def test_ddim_goes_on_with_the_noise_of_the_clipped_image():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.sample(2, Key(0), torch.zeros(2, dtype=torch.int64)), "labels must be None: this model is not"),
+        (lambda m: m.sample(2, Key(0), of(torch.zeros(2).long())), "must not hold 'label': this model takes none"),
         (lambda m: m.edit(torch.zeros(2, 1, 8, 9), torch.ones(1), Key(0)), r"images must be of shape \(B, 1, 8, 8\)"),
         (lambda m: m.edit(torch.zeros(2, 1, 8, 8), torch.ones(3, 1, 1, 1), Key(0)), "known must broadcast"),
         (lambda m: m.edit(torch.zeros(2, 1, 8, 8), torch.full((1,), 0.5), Key(0)), "known must be 1 where an image"),
-        (lambda m: m.log_likelihood_bound(torch.zeros(2, 1, 8, 8), Key(0), 0), "num_samples must be at least 1, got 0"),
-        (lambda m: m.log_likelihood_bound(torch.zeros(2, 3, 8, 8), Key(0)), r"images must be of shape \(B, 1, 8, 8\)"),
+        (lambda m: bound(m, torch.zeros(2, 1, 8, 8), Key(0), 0), "num_samples must be at least 1, got 0"),
+        (lambda m: bound(m, torch.zeros(2, 3, 8, 8), Key(0)), r"images must be of shape \(B, 1, 8, 8\)"),
     ],
 )
 def test_refuses(call, message):
@@ -502,10 +516,10 @@ def test_refuses(call, message):
 def test_refuses_what_is_no_tensor():
     model, images = build(conditional=True, sampling=FAST), torch.zeros(2, 1, 8, 8)
     for call, name in (
-        (lambda: model.sample(2, Key(0), [1, 2]), "labels"),
+        (lambda: model.sample(2, Key(0), of([1, 2])), r"conditions\['label'\]"),
         (lambda: model.edit([[1.0]], torch.ones(1), Key(0)), "images"),
         (lambda: model.edit(images, 1, Key(0)), "known"),
-        (lambda: model.log_likelihood_bound(None, Key(0)), "images"),
+        (lambda: bound(model, None, Key(0)), "images"),
     ):
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got"):
             call()
@@ -513,19 +527,51 @@ def test_refuses_what_is_no_tensor():
 
 def test_refuses_labels():
     model = build(conditional=True, sampling=FAST)
-    with pytest.raises(TypeError, match=r"labels must be int64, got torch.float32"):
-        model.sample(2, Key(0), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"labels must be of shape \(2,\), got \(3,\)"):
-        model.sample(2, Key(0), torch.zeros(3, dtype=torch.int64))
-    for wrong in (10, -2):
-        with pytest.raises(ValueError, match=f"labels must be from 0 to 9, or -1 for no class, got .*{wrong}"):
-            model.sample(2, Key(0), torch.tensor([0, wrong]))
+    images, known, name = torch.zeros(2, 1, 8, 8), torch.zeros(1), r"conditions\['label'\]"
+    for call in (
+        lambda labels: model.sample(2, Key(0), of(labels)),
+        lambda labels: model.edit(images, known, Key(0), of(labels)),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} must be int64, got torch.float32"):
+            call(torch.zeros(2))
+        with pytest.raises(ValueError, match=rf"{name} must be of shape \(2,\), got \(3,\)"):
+            call(torch.zeros(3, dtype=torch.int64))
+        for wrong in (10, -2):
+            with pytest.raises(ValueError, match=rf"{name} must be from 0 to 9, or -1 for no class, got .*{wrong}"):
+                call(torch.tensor([0, wrong]))
+
+
+def test_the_class_is_that_of_the_data_set_whatever_it_is_called():
+    spec = DataSpec((1, 8, 8), (Condition("caption", "text"), Condition("breed", "class", ("cat", "dog"))))
+    torch.manual_seed(0)
+    model = DDPM(DDPMConfig(**SMALL, conditional=True, sampling=FAST), spec)
+    assert model.takes == {"breed": "optional"}
+    breeds, images, seen = torch.tensor([0, 1]), images_for(model, 2), []
+    loss = model.phases()[0].loss
+    told = Batch(images, {"caption": ("a", "b"), "breed": breeds})
+    assert loss(Step(told, Key(0))).value.isfinite()
+    model.unet.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    model.sample(2, Key(0), {"breed": breeds})
+    assert torch.equal(seen[0], breeds)
+    with pytest.raises(ValueError, match="conditions must not hold 'caption': this model takes breed alone"):
+        model.sample(2, Key(0), {"caption": ("a", "b")})
+    unconditional = DDPM(DDPMConfig(**SMALL), spec)
+    assert unconditional.takes == {}
+
+
+def test_improved_ddpm_is_a_preset():
+    assert improved_ddpm.preset_of == plugin.name == "ddpm"
+    config = improved_ddpm.config_of({**SMALL, "sampling": {"steps": 3}})
+    assert (config.schedule, config.variance, config.scale_shift) == ("cosine", "learned_range", True)
+    assert improved_ddpm.config_of({"schedule": "linear"}).schedule == "linear"
+    model = improved_ddpm.build(config, DataSpec((3, 8, 8)))
+    assert model.sample(2, Key(0)).shape == (2, 3, 8, 8)
 
 
 def test_a_short_training_gets_better(one_thread):
     torch.manual_seed(0)
-    model = DDPM(DDPMConfig(**SMALL, num_classes=10, parameterization="v", schedule="cosine"))
     data = load_digits(None, "train")
+    model = DDPM(DDPMConfig(**SMALL, parameterization="v", schedule="cosine"), data.spec)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
 
     def held_out():
@@ -547,14 +593,14 @@ def test_a_short_training_gets_better(one_thread):
 
 def test_a_resumed_run_has_the_same_bits(one_thread, tmp_path):
     """Weights that lie channels_last in memory, as those of no other model do."""
-    pytest.importorskip("accelerate")
-    from gencore.train import TrainConfig, Trainer, load_model
+    pytest.importorskip("safetensors")
+    from gencore.train import AverageConfig, TrainConfig, Trainer, load
 
     data = load_digits(None, "train")
-    config = DDPMConfig(**SMALL, image_shape=data.image_shape, num_classes=10, conditional=True, dropout=0.1)
+    config = DDPMConfig(**SMALL, conditional=True, dropout=0.1)
 
     def fit(out, steps, **options):
-        settings = TrainConfig(steps=steps, batch_size=8, ema=0.9)
+        settings = TrainConfig(steps=steps, batch_size=8, average=AverageConfig(0.9))
         trainer = Trainer(plugin, config, data, settings, out, data_name="digits", device="cpu", progress=False)
         trainer.fit(**options)
 
@@ -562,7 +608,7 @@ def test_a_resumed_run_has_the_same_bits(one_thread, tmp_path):
     fit(tmp_path / "parts", 3)
     fit(tmp_path / "parts", 6, resume=True)
     for ema in (False, True):
-        whole, parts = (load_model(tmp_path / name, ema=ema).state_dict() for name in ("whole", "parts"))
+        whole, parts = (load(tmp_path / name, ema=ema, device="cpu").state_dict() for name in ("whole", "parts"))
         for name, tensor in whole.items():
             assert torch.equal(tensor, parts[name]), name
     assert any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in whole.values())
@@ -571,15 +617,13 @@ def test_a_resumed_run_has_the_same_bits(one_thread, tmp_path):
 @pytest.mark.slow
 def test_samples_show_the_classes_that_are_asked_for(one_thread, tmp_path):
     """A minute of training on digits; a run of this kind had 98% of them right."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("safetensors")
     from gencore.metrics import class_report, conditional_accuracy, draw_samples, train_classifier
-    from gencore.train import TrainConfig, Trainer, load_model
+    from gencore.train import AverageConfig, TrainConfig, Trainer, load
 
     train, test = load_digits(None, "train"), load_digits(None, "test")
     config = DDPMConfig.from_dict(
         {
-            "image_shape": train.image_shape,
-            "num_classes": 10,
             "channels": (16, 32),
             "conditional": True,
             "parameterization": "v",
@@ -587,12 +631,12 @@ def test_samples_show_the_classes_that_are_asked_for(one_thread, tmp_path):
             "optimizer": {"lr": 2e-3},
         }
     )
-    settings = TrainConfig(steps=1500, batch_size=64, ema=0.995, schedule="cosine", warmup=50)
+    settings = TrainConfig(steps=1500, batch_size=64, average=AverageConfig(0.995), schedule="cosine", warmup=50)
     Trainer(plugin, config, train, settings, tmp_path, data_name="digits", device="cpu", progress=False).fit()
-    model, classifier = load_model(tmp_path), train_classifier(train, test)
-    model.sampling = Sampling(sampler="ddim", steps=25)
+    model, classifier = load(tmp_path, device="cpu"), train_classifier(train, test)
+    sampling = Sampling(sampler="ddim", steps=25)
     labels = torch.arange(500) % 10
-    samples = draw_samples(model, Key(0), n=500, labels=labels)
+    samples = draw_samples(model, Key(0), n=500, conditions={"label": labels}, sampling=sampling)
     assert conditional_accuracy(classifier, samples, labels) > 0.9
     assert class_report(classifier, samples).confident > 0.8
-    assert class_report(classifier, draw_samples(model, Key(1), n=500)).present == 10
+    assert class_report(classifier, draw_samples(model, Key(1), n=500, sampling=sampling)).present == 10

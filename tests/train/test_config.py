@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gencore.config import ConfigError
 from gencore.train import TrainConfig
+from gencore.train.config import RESUMABLE
 
 
 def test_steps_and_epochs():
-    assert TrainConfig(epochs=2, batch_size=10).total_steps(images=95, repeats=1) == 19
-    assert TrainConfig(epochs=2, batch_size=10).total_steps(images=95, repeats=5) == 4
-    assert TrainConfig(epochs=2, steps=7).total_steps(images=95, repeats=1) == 7
+    assert TrainConfig(epochs=2, batch_size=10).total_steps(images=95, minibatches=1) == 19
+    assert TrainConfig(epochs=2, batch_size=10).total_steps(images=95, minibatches=5) == 4
+    assert TrainConfig(epochs=2, batch_size=10).total_steps(images=95, minibatches=1 / 4) == 76
+    assert TrainConfig(epochs=2, steps=7).total_steps(images=95, minibatches=1) == 7
 
 
 def test_learning_rate():
@@ -26,9 +30,28 @@ def test_learning_rate():
 
 def test_every_fault_is_reported():
     with pytest.raises(ConfigError) as caught:
-        TrainConfig.from_strings(
-            {"batch_size": "1048577", "ema": "1", "precision": "float16", "clip": "x", "seed": "-1"}
+        TrainConfig.from_settings(
+            {"batch_size": "1048577", "average.decay": "1", "precision": "float8", "clip": "x", "seed": "-1"}
         )
     assert [fault.split(":")[0] for fault in sorted(caught.value.faults)] == [
-        "batch_size", "clip", "ema", "precision", "seed",
+        "average.decay", "batch_size", "clip", "precision", "seed",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"batch_size": 4, "accumulate": 5}, "accumulate: must be at most batch_size=4, was 5"),
+        ({"keep_best": True}, "keep_best: must be false without validate_every"),
+        ({"average": {"every": 0}}, "average.every: must be >= 1, was 0"),
+        ({"sharding": "half"}, "sharding: must be one of 'none', 'full', was 'half'"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, fault):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict(settings)
+    assert list(caught.value.faults) == [fault]
+
+
+def test_the_settings_of_a_resumed_run_that_may_differ_are_settings():
+    assert set(RESUMABLE) <= {field.name for field in dataclasses.fields(TrainConfig)}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gencore.models.base import ModelPlugin
-from gencore.plugins import load_model
-from gencore.train import NotEnoughMemoryError, Trainer
+from gencore.plugins import MODELS
+from gencore.train import NotEnoughMemoryError
 from gencore.train.memory import enough_memory
 
 
@@ -35,14 +35,14 @@ def test_other_errors_stay(trainer):
 
 
 def test_model_and_step_are_named(trainer, tmp_path):
-    def build(config):
+    def build(config, spec):
         raise MemoryError
 
-    toy = load_model("toy")
     made = trainer(tmp_path / "run")
-    plugin = ModelPlugin("toy", "vae", toy.config, build)
+    plugin = ModelPlugin("toy", "vae", MODELS.load("toy").config, build)
     with pytest.raises(NotEnoughMemoryError, match="not enough memory for the model toy"):
-        Trainer(plugin, made.model.config, made.data, made.config, tmp_path / "run", data_name="bars")
-    object.__setattr__(made.optimizers[0].phase, "loss", lambda batch, key: torch.empty(1 << 55))
+        trainer(tmp_path / "run", plugin=plugin)
+    made.begin()
+    made.runners[0].loss.loss = lambda step: torch.empty(1 << 55)
     with pytest.raises(NotEnoughMemoryError, match="not enough memory for a step of toy with minibatches of 16"):
         made.fit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -12,29 +13,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from train.comparing import assert_same, assert_same_runs, metrics, stopping, weights
 
-from gencore import data, plugins, train
-from gencore.models.base import Adam, GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase
-from gencore.train import CheckpointError, TrainConfig, Trainer, TrainingError, checkpoint
+from gencore import Key, data, train
+from gencore.models.base import GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase, Step, freeze
+from gencore.models.optimizers import Adam, Optimizer
+from gencore.plugins import MODELS, PluginError
+from gencore.processes import Processes
+from gencore.spec import Batch
+from gencore.train import AverageConfig, CheckpointError, TrainConfig, Trainer, TrainingError, checkpoint
+from gencore.train.descent import Descent, PhaseRunner
 from gencore.train.log import read_metrics
-from gencore.train.trainer import _PhaseOptimizer
 
-EVERYTHING = {"ema": 0.9, "clip": 0.5, "schedule": "cosine", "warmup": 3}
-
-
-def weights(directory, name="model") -> dict[str, Tensor]:
-    return checkpoint.read(directory).tensors(name)
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def without_time(records):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+EVERYTHING = {"average": {"decay": 0.9}, "clip": 0.5, "schedule": "cosine", "warmup": 3}
 
 
 def test_training_lowers_the_loss(trainer, tmp_path):
@@ -45,16 +37,16 @@ def test_training_lowers_the_loss(trainer, tmp_path):
 
 def test_every_phase_runs_its_repeats_and_trains_its_parameters_only(trainer, tmp_path):
     made = trainer(tmp_path / "run", steps=3)
+    made.begin()
     seen = []
-    for optimizer in made.optimizers:
-        phase, loss = optimizer.phase, optimizer.phase.loss
+    for runner in made.runners:
 
-        def spy(batch, key, *, name=phase.name, loss=loss):
+        def spy(step, *, name=runner.phase.name, loss=runner.loss.loss):
             state = {k: v.clone() for k, v in made.model.named_parameters()}
             seen.append((name, state))
-            return loss(batch, key)
+            return loss(step)
 
-        object.__setattr__(phase, "loss", spy)
+        runner.loss.loss = spy
     made.fit()
     assert [name for name, _ in seen] == ["critic", "critic", "autoencoder"] * 3
     for (name, before), (_, after) in itertools.pairwise(seen):
@@ -64,15 +56,16 @@ def test_every_phase_runs_its_repeats_and_trains_its_parameters_only(trainer, tm
 
 def test_repetitions_have_minibatches_and_keys_of_their_own(trainer, tmp_path):
     made = trainer(tmp_path / "run", steps=2)
+    made.begin()
     images, keys = [], []
-    for optimizer in made.optimizers:
+    for runner in made.runners:
 
-        def spy(batch, key, *, loss=optimizer.phase.loss):
-            images.append(tuple(batch.images.flatten().tolist()))
-            keys.append(repr(key))
-            return loss(batch, key)
+        def spy(step, *, loss=runner.loss.loss):
+            images.append(tuple(step.batch.images.flatten().tolist()))
+            keys.append(repr(step.key))
+            return loss(step)
 
-        object.__setattr__(optimizer.phase, "loss", spy)
+        runner.loss.loss = spy
     made.fit()
     assert len(set(images)) == len(set(keys)) == 6
 
@@ -91,36 +84,25 @@ def test_torch_generator_is_left_alone(trainer, tmp_path):
     torch.manual_seed(3)
     expected = torch.get_rng_state()
     trainer(tmp_path / "run").fit()
-    train.load_model(tmp_path / "run")
+    train.load(tmp_path / "run")
     assert torch.equal(torch.get_rng_state(), expected)
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 11])
 def test_an_interrupted_run_goes_on_to_the_same_bits(trainer, tmp_path, stop_after):
     trainer(tmp_path / "whole", **EVERYTHING).fit()
-    interrupted = trainer(tmp_path / "parts", **EVERYTHING)
-    one_step = interrupted.advance
-
-    def stop() -> None:
-        if interrupted.step == stop_after:
-            raise KeyboardInterrupt
-        one_step()
-
-    interrupted.advance = stop
     with pytest.raises(KeyboardInterrupt):
-        interrupted.fit()
+        stopping(trainer(tmp_path / "parts", **EVERYTHING), stop_after).fit()
     trainer(tmp_path / "parts", **EVERYTHING).fit(resume=True)
-    for name in ("model", "ema", "optimizer"):
-        assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
-    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
-    assert without_time(metrics[0]) == without_time(metrics[1])
-    assert [record["step"] for record in metrics[0]] == [3, 6, 9, 12]
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert weights(tmp_path / "whole", "ema")
+    assert [record["step"] for record in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
 
 
 def test_checkpoints_by_time(trainer, tmp_path, monkeypatch):
     saved, clock = [], itertools.count(step=20)
     monkeypatch.setattr(train.trainer.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(Trainer, "_save", lambda self: saved.append(self.step))
+    monkeypatch.setattr(Trainer, "_save", lambda self, is_best=False: saved.append(self.step))
     trainer(tmp_path / "a", checkpoint_every=1000, checkpoint_minutes=2).fit()
     trainer(tmp_path / "b", checkpoint_every=1000, checkpoint_minutes=None).fit()
     assert saved[-2:] == [12, 12]
@@ -129,7 +111,7 @@ def test_checkpoints_by_time(trainer, tmp_path, monkeypatch):
 
 
 def test_training_state_of_other_shapes_is_refused(trainer, tmp_path):
-    trainer(tmp_path / "run", ema=0.9).fit()
+    trainer(tmp_path / "run", average={"decay": 0.9}).fit()
     saved = checkpoint.read(tmp_path / "run")
     whole = {each: saved.tensors(each) for each in ("model", "ema", "optimizer")}
     for file, name in (("optimizer", "critic/critic.weight/exp_avg"), ("ema", "critic.weight")):
@@ -138,7 +120,7 @@ def test_training_state_of_other_shapes_is_refused(trainer, tmp_path):
         shutil.rmtree(tmp_path / "run" / "checkpoints")
         checkpoint.save(tmp_path / "run", saved.run, saved.step, tensors, saved.state, keep=1)
         with pytest.raises(CheckpointError, match=rf"{name} of shape \(1, 15\) for \(1, 16\)"):
-            trainer(tmp_path / "run", ema=0.9, steps=13).fit(resume=True)
+            trainer(tmp_path / "run", average={"decay": 0.9}, steps=13).fit(resume=True)
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(trainer, tmp_path):
@@ -199,7 +181,7 @@ def test_the_learning_rate_is_used_and_logged(trainer, tmp_path):
 
     def follow() -> None:
         one_step()
-        used.append([group["lr"] for optimizer in made.optimizers for group in optimizer.adam.param_groups])
+        used.append([group["lr"] for one in made.descents for group in one.torch.param_groups])
 
     made.advance = follow
     made.fit()
@@ -211,22 +193,27 @@ def test_the_learning_rate_is_used_and_logged(trainer, tmp_path):
 
 
 def test_a_step_is_one_of_adam_with_the_settings_of_the_phase(trainer, tmp_path):
-    made = trainer(tmp_path / "run")
+    model = trainer(tmp_path / "run").model
+    given = list(model.critic.parameters())
     settings = Adam(lr=0.1, beta1=0.3, beta2=0.6, eps=0.01, weight_decay=0.2)
-    phase = replace(made.optimizers[0].phase, optimizer=settings)
-    optimizer = _PhaseOptimizer(0, phase, made.model, torch.device("cpu"))
-    own = [parameter.detach().clone().requires_grad_() for parameter in phase.parameters]
+
+    def loss(step):
+        return Loss(torch.stack([(parameter - step.number).square().sum() for parameter in given]).sum())
+
+    phase = Phase("critic", loss, Optimizer(given, settings))
+    descent = Descent("critic", phase.optimizer, model, torch.device("cpu"))
+    runner = PhaseRunner(0, phase, descent, Processes())
+    descent.scale_rates(0.5)
+    own = [parameter.detach().clone().requires_grad_() for parameter in given]
     adam = torch.optim.AdamW(own, lr=0.05, betas=(0.3, 0.6), eps=0.01, weight_decay=0.2, fused=True)
     for step in (1, 2):
-        for parameters in (own, phase.parameters):
-            value = torch.stack([(parameter - step).square().sum() for parameter in parameters]).sum()
-            if parameters is own:
-                adam.zero_grad()
-                value.backward()
-                adam.step()
-            else:
-                optimizer.descend(Loss(value, {}), factor=0.5, clip=None, step=step)
-    for expected, parameter in zip(own, phase.parameters, strict=True):
+        adam.zero_grad()
+        torch.stack([(parameter - step).square().sum() for parameter in own]).sum().backward()
+        adam.step()
+        runner.clear()
+        runner.add(Step(Batch(torch.zeros(1, 1, 4, 4)), Key(0), step, 2))
+        runner.descend(step)
+    for expected, parameter in zip(own, given, strict=True):
         assert torch.equal(parameter, expected)
 
 
@@ -235,11 +222,12 @@ def test_a_step_is_one_of_adam_with_the_settings_of_the_phase(trainer, tmp_path)
     [("vae", "float32"), ("vae", "bfloat16"), ("gan", "float32"), ("ddpm", "float32"), ("ddpm", "bfloat16")],
 )
 def test_the_real_models_go_on_to_the_same_bits(tmp_path, name, precision):
-    plugin, images = plugins.load_model(name), data.load("digits", "train")
-    config = plugin.config.from_dict({"image_shape": images.image_shape, "num_classes": images.num_classes})
+    plugin, images = MODELS.load(name), data.load("digits", "train")
 
     def made(out, steps):
-        settings = TrainConfig(steps=steps, batch_size=16, precision=precision, ema=0.9, clip=1.0)
+        average = AverageConfig(decay=0.9)
+        settings = TrainConfig(steps=steps, batch_size=16, precision=precision, average=average, clip=1.0)
+        config = plugin.config_of({})
         return Trainer(plugin, config, images, settings, tmp_path / out, data_name="digits", progress=False)
 
     made("whole", 4).fit()
@@ -252,13 +240,13 @@ def test_the_real_models_go_on_to_the_same_bits(tmp_path, name, precision):
 def test_clip_bounds_the_gradient(trainer, tmp_path):
     made = trainer(tmp_path / "run", clip=1e-3, steps=1)
     made.fit()
-    for optimizer in made.optimizers:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters])
+    for one in made.descents:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in one.parameters])
         assert norm <= 1.001e-3
 
 
-def test_ema_is_the_average_of_the_weights(trainer, tmp_path):
-    made = trainer(tmp_path / "run", ema=0.5, steps=5)
+def test_the_moving_average_is_the_average_of_the_weights(trainer, tmp_path):
+    made = trainer(tmp_path / "run", average={"decay": 0.5}, steps=5)
     expected = {k: v.clone().double() for k, v in made.model.named_parameters()}
     one_step = made.advance
 
@@ -273,9 +261,9 @@ def test_ema_is_the_average_of_the_weights(trainer, tmp_path):
     averaged = weights(tmp_path / "run", "ema")
     for name, value in expected.items():
         torch.testing.assert_close(averaged[name].double(), value, rtol=1e-5, atol=1e-6)
-    loaded = train.load_model(tmp_path / "run")
+    loaded = train.load(tmp_path / "run")
     assert_same(dict(loaded.state_dict()), averaged)
-    assert_same(dict(train.load_model(tmp_path / "run", ema=False).state_dict()), weights(tmp_path / "run"))
+    assert_same(dict(train.load(tmp_path / "run", ema=False).state_dict()), weights(tmp_path / "run"))
 
 
 def test_a_loss_that_is_not_finite_names_phase_and_step_and_keeps_the_checkpoint(trainer, tmp_path):
@@ -325,8 +313,7 @@ def test_a_run_that_came_to_no_checkpoint_is_no_run(trainer, tmp_path):
     trainer(tmp_path / "run").fit()
     trainer(tmp_path / "whole").fit()
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
-    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
-    assert without_time(metrics[0]) == without_time(metrics[1])
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
 def test_the_environment_changes_no_weights(trainer, tmp_path, monkeypatch):
@@ -408,32 +395,44 @@ class _Config(ModelConfig):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("none", "lists no training phases"),
         ("twice", "two phases of one name"),
-        ("repeats", "repeats >= 1"),
-        ("foreign", "must train parameters of the model"),
-        ("loss", "must be a Loss with a scalar value"),
+        ("repeats", "'fit' of its model must have repeats and every of at least 1, but has 0 and 1"),
+        ("every", "'fit' of its model must have repeats and every of at least 1, but has 1 and 0"),
+        ("foreign", "'fit' of its model must train parameters of the model that are not frozen"),
+        ("frozen", "'fit' of its model must train parameters of the model that are not frozen"),
+        ("loss", "the loss of phase 'fit' at step 1: TypeError: it must be a Loss with a scalar value"),
+        ("number", "the loss of phase 'fit' at step 1: TypeError: it must be a Loss with a scalar value"),
+        ("parameters", "'fit' of its model must have a gencore.models.Optimizer, but has list"),
+        ("later", "must take the batch of an earlier phase that draws its own, but of 'later'"),
+        ("borrowed", "must take the batch of an earlier phase that draws its own, but of 'second'"),
+        ("out of step", "'second' of its model must run only in steps of 'fit', whose batch it takes"),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_named(trainer, tmp_path, fault, message):
     class Broken(GenerativeModel):
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
+        def __init__(self, config, spec):
+            super().__init__(config, spec)
             self.weight = nn.Parameter(torch.zeros(2))
+            self.part = freeze(nn.Linear(2, 2))
 
         def phases(self):
-            good = Phase("fit", [self.weight], lambda batch, key: Loss(self.weight.sum(), {}))
-            vector = Phase("fit", [self.weight], lambda batch, key: Loss(self.weight, {}))
+            own = Optimizer([self.weight])
+            good = Phase("fit", lambda step: Loss(self.weight.sum()), own)
+            second = replace(good, name="second", batch_of="fit")
             return {
-                "none": [],
                 "twice": [good, good],
-                "repeats": [Phase("fit", [self.weight], good.loss, repeats=0)],
-                "foreign": [Phase("fit", [nn.Parameter(torch.zeros(1))], good.loss)],
-                "loss": [vector],
+                "repeats": [replace(good, repeats=0)],
+                "every": [replace(good, every=0)],
+                "foreign": [replace(good, optimizer=Optimizer([nn.Parameter(torch.zeros(1))]))],
+                "frozen": [replace(good, optimizer=Optimizer(self.part.parameters()))],
+                "loss": [replace(good, loss=lambda step: Loss(self.weight))],
+                "number": [replace(good, loss=lambda step: 1.0)],
+                "parameters": [replace(good, optimizer=[self.weight])],
+                "later": [replace(good, batch_of="later"), replace(good, name="later")],
+                "borrowed": [good, second, replace(good, name="third", batch_of="second")],
+                "out of step": [replace(good, every=2), second],
             }[fault]
 
-    source = trainer(tmp_path / "unused").data
     plugin = ModelPlugin("broken", "vae", _Config, Broken)
-    with pytest.raises((ValueError, TypeError), match=message):
-        Trainer(plugin, _Config(), source, TrainConfig(steps=1), tmp_path / "run", data_name="bars").fit()
+    with pytest.raises(PluginError, match=f"'broken' is broken: .*{re.escape(message)}"):
+        trainer(tmp_path / "run", plugin=plugin).fit()

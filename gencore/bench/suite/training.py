@@ -26,12 +26,15 @@ from gencore.bench.suite import networks
 from gencore.bench.suite.base import HALF, Benchmark, Call, Comparison, largest_error
 from gencore.bench.suite.diffusion_step import DDIM, SCHEDULE, STEPS
 from gencore.integrations.diffusers import accelerate
-from gencore.models import Batch, GenerativeModel, Loss
+from gencore.models import GenerativeModel, Step
+from gencore.processes import ALONE
+from gencore.spec import Batch, DataSpec
+from gencore.train.descent import Descent, PhaseRunner
 
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
 _SAMPLING_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
-# So small that the loss stays what it is: the work is the same.
-_LEARNING_RATE = 1e-7
+# Of the learning rates: so small that the loss stays what it is. The work is the same.
+_FACTOR = 1e-4
 _SETTINGS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "vae": ("vae", {"latent_size": 20}, {"hidden_sizes": (16,), "latent_size": 4}),
     "ddpm": ("ddpm", {}, {"channels": (8, 16), "num_groups": 4, "blocks_per_level": 1}),
@@ -45,12 +48,10 @@ _SETTINGS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 
 def _model(case: NetworkCase, device: str) -> GenerativeModel:
     name, settings, small = _SETTINGS[case.name]
-    plugin = plugins.load_model(name)
-    shape = (_channels(case), case.size, case.size)
+    plugin = plugins.MODELS.load(name)
+    spec = DataSpec((_channels(case), case.size, case.size))
     torch.manual_seed(0)
-    return plugins.build_model(plugin, plugin.config(image_shape=shape, **(small if case.small else settings))).to(
-        device
-    )
+    return plugins.build_model(plugin, plugin.config_of(small if case.small else settings), spec).to(device)
 
 
 def _channels(case: NetworkCase) -> int:
@@ -58,35 +59,23 @@ def _channels(case: NetworkCase) -> int:
 
 
 def _step(model: GenerativeModel, batch: Batch, dtype: torch.dtype, is_plain: bool = False) -> Callable[[], Tensor]:
-    """What a trainer does in a step, with its optimiser; gives the loss and the gradient's norm."""
+    """What the trainer does in a step of a model's only phase; gives the loss and the gradient's norm."""
     (phase,) = model.phases()
-    parameters, adam = list(phase.parameters), phase.optimizer
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=_LEARNING_RATE,
-        betas=(adam.beta1, adam.beta2),
-        eps=adam.eps,
-        weight_decay=adam.weight_decay,
-        fused=True,
-    )
+    descent = Descent(phase.name, phase.optimizer, model, batch.images.device)
+    descent.scale_rates(_FACTOR)
+    runner = PhaseRunner(0, phase, descent, ALONE)
     numbers = itertools.count()
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with networks.on_operations(is_plain):
-            loss = _loss(phase.loss, batch, Key(0).fold_in(next(numbers)), dtype)
-            loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        optimizer.step()
-        return torch.stack([loss.detach(), norm])
+        number = next(numbers)
+        runner.clear()
+        # In a half type as trainers have it: under autocast, the weights in float32.
+        autocast = torch.autocast(batch.images.device.type, dtype, enabled=dtype in HALF)
+        with networks.on_operations(is_plain), autocast:
+            loss = runner.add(Step(batch, Key(0).fold_in(number)))
+        return torch.stack([loss, runner.descend(number)])
 
     return step
-
-
-def _loss(loss: Callable[[Batch, Key], Loss], batch: Batch, key: Key, dtype: torch.dtype) -> Tensor:
-    """In a half type as trainers have it: under autocast, the weights in float32."""
-    with torch.autocast(batch.images.device.type, dtype, enabled=dtype in HALF):
-        return loss(batch, key).value
 
 
 def _compiled(model: GenerativeModel) -> GenerativeModel:
@@ -102,7 +91,7 @@ def training_step(case: NetworkCase, dtype: torch.dtype, device: str) -> Compari
     if dtype == torch.float64:
         model.double()
     images = torch.rand(case.batch, _channels(case), case.size, case.size, device=device)
-    batch = Batch(images.double() if dtype == torch.float64 else images, None)
+    batch = Batch(images.double() if dtype == torch.float64 else images)
 
     @functools.lru_cache(maxsize=1)
     def expected() -> Tensor:

@@ -21,8 +21,8 @@ from torch.overrides import has_torch_function
 
 from gencore import nn as ours
 from gencore import ops
-from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
 from gencore.integrations.diffusers.originals import is_differentiated_forward, original
+from gencore.integrations.diffusers.parts import ALREADY, Left, Part, Replacement
 
 try:
     from torch.nn.modules.module import _has_any_global_hook

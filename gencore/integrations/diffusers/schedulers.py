@@ -17,8 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from gencore import ops
-from gencore.integrations.diffusers.acceleration import ALREADY, Left, Part, Replacement
 from gencore.integrations.diffusers.originals import is_differentiated_forward, original
+from gencore.integrations.diffusers.parts import ALREADY, Left, Part, Replacement
 from gencore.noise import Key
 
 # For a step whose noise is a tensor: a key of its own would be a draw of torch's generator.

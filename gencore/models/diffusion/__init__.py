@@ -4,7 +4,7 @@ from gencore.models.base import ModelPlugin
 from gencore.models.diffusion.config import DDPMConfig, Sampling
 from gencore.models.diffusion.model import DDPM
 
-__all__ = ["DDPM", "DDPMConfig", "Sampling", "plugin"]
+__all__ = ["DDPM", "DDPMConfig", "Sampling", "improved_ddpm", "plugin"]
 
 plugin = ModelPlugin(
     name="ddpm",
@@ -12,4 +12,13 @@ plugin = ModelPlugin(
     config=DDPMConfig,
     build=DDPM,
     summary="denoising diffusion model, U-Net, with or without classes, many samplers",
+)
+
+# Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021).
+improved_ddpm = plugin.preset(
+    "improved-ddpm",
+    "diffusion model with a cosine schedule and a learned variance",
+    schedule="cosine",
+    variance="learned_range",
+    scale_shift=True,
 )

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gencore.config import Config, field
-from gencore.models.base import Adam, ModelConfig
+from gencore.config import field
+from gencore.models.base import ModelConfig, SamplingConfig
+from gencore.models.optimizers import Adam
+from gencore.spec import DataSpec
 
 # Beta rises to 20 / timesteps, and is a probability.
 _LEAST_LINEAR = 21
@@ -18,8 +20,10 @@ _OF_ONE = {"eta": "ddim", "churn": "heun"}
 
 
 @dataclass(frozen=True)
-class Sampling(Config):
+class Sampling(SamplingConfig):
     """How :class:`gencore.models.diffusion.DDPM` samples: what ``gencore sample --set`` takes."""
+
+    of_conditions = ("guidance_scale", "guidance_rescale")
 
     sampler: Literal["ddpm", "ddim", "dpm_solver", "dpm_solver_sde", "euler", "euler_ancestral", "heun"] = field(
         "ddpm", doc="ddpm is Algorithm 2 of Ho et al. (2020); the others need fewer steps"
@@ -50,22 +54,22 @@ class Sampling(Config):
     )
 
     @classmethod
-    def from_strings(
+    def from_settings(
         cls,
-        settings: Mapping[str, str],
+        settings: Mapping[str, Any],
         base: Mapping[str, Any] | None = None,
         *,
         prefix: str = "",
         known: Iterable[str] | None = None,
     ) -> Sampling:
-        """:meth:`Config.from_strings`; another sampler leaves out what ``base`` says that only others use."""
+        """:meth:`Config.from_settings`; another sampler leaves out what ``base`` says that only others use."""
         kept, sampler = dict(base or {}), settings.get("sampler")
         if sampler is not None:
             unused = [name for name, only in _OF_ONE.items() if sampler != only]
             unused += ["resamples"] if sampler in _USES_EARLIER else []
             for name in unused:
                 kept.pop(name, None)
-        return super().from_strings(settings, kept, prefix=prefix, known=known)
+        return super().from_settings(settings, kept, prefix=prefix, known=known)
 
     def check(self) -> Iterable[str]:
         for name, only in _OF_ONE.items():
@@ -147,12 +151,15 @@ class DDPMConfig(ModelConfig):
         indivisible = sorted(width for width in attended if width % self.num_heads)
         if indivisible:
             yield f"num_heads: must divide the channels at attention, {indivisible[0]}, was {self.num_heads}"
-        if min(self.image_shape[1:]) >> (levels - 1) == 0:
-            most = min(self.image_shape[1:]).bit_length()
-            yield f"channels: must be at most {most} for images of {min(self.image_shape[1:])} pixels, were {levels}"
         if self.schedule == "linear" and self.timesteps < _LEAST_LINEAR:
             yield f"timesteps: must be at least {_LEAST_LINEAR} for schedule=linear, was {self.timesteps}"
-        if self.conditional and self.num_classes == 0:
-            yield "conditional: must be false for images without classes, was true"
         for fault in self.sampling.faults_with(self.timesteps, self.conditional):
             yield f"sampling.{fault}"
+
+    def faults_with(self, spec: DataSpec) -> Iterable[str]:
+        levels, smallest = len(self.channels), min(spec.image_shape[1:])
+        if smallest >> (levels - 1) == 0:
+            most = smallest.bit_length()
+            yield f"channels: must be at most {most} for images of {smallest} pixels, were {levels}"
+        if self.conditional and spec.num_classes == 0:
+            yield "conditional: must be false for images without classes, was true"

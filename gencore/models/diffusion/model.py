@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from gencore import diffusion, ops
-from gencore.config import Config, ConfigError
-from gencore.models._checks import check_images, check_known, check_labels, check_num_samples, check_unconditional
-from gencore.models.base import Batch, GenerativeModel, Loss, Phase
+from gencore.config import ConfigError
+from gencore.models._checks import check_images, check_known, check_num_samples
+from gencore.models.base import NO_CONDITIONS, Draw, GenerativeModel, Loss, Phase, SamplingConfig, Step
 from gencore.models.diffusion.config import DDPMConfig, Sampling
 from gencore.models.modes import evaluating
+from gencore.models.optimizers import Optimizer
 from gencore.nn import UNet
 from gencore.noise import Key
+from gencore.spec import Batch, Conditions, DataSpec
 
 # One stream of the key per purpose, so that no two draws of a training step share noise.
 STREAM_TIME = 0
@@ -32,6 +34,8 @@ STREAM_STRATA = 0
 STREAM_BOUND = 1
 
 _FEW_STEPS = 50
+# Folded into the key of a training step: each dropout has a stream of its own.
+_DROPOUT = int.from_bytes(b"dropout", "big")
 
 
 class DDPM(GenerativeModel):
@@ -40,16 +44,21 @@ class DDPM(GenerativeModel):
     Images in [0, 1] become x_0 in [-1, 1]. The network predicts the noise, the image or the velocity of x_t at timestep
     t, from 0 (least noise) to T - 1; for a conditional model it is told the class, or that there is none.
 
-    Everything random is a pure function of the key: sample ``i`` of a batch uses the noise of ``key.samples(i)``.
-    (Dropout within the network, off by default, draws from torch's generator, which the trainer seeds for each step. It
-    is of training only: whatever mode the model is in, sampling and the bound leave nothing out.)
+    Everything random is a pure function of the key, dropout too: sample ``i`` of a batch uses the noise of
+    ``key.samples(i)``. (Dropout is of training only: whatever mode the model is in, sampling and the bound leave
+    nothing out.)
     """
 
-    def __init__(self, config: DDPMConfig):
-        super().__init__()
-        self.config: DDPMConfig = config
-        self.conditional = config.conditional
-        channels = config.image_shape[0]
+    config: DDPMConfig
+    sampling: Sampling
+
+    def __init__(self, config: DDPMConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        classes = spec.first("class") if config.conditional else None
+        self.class_condition = "" if classes is None else classes.name
+        if classes is not None:
+            self.takes = {classes.name: "optional"}
+        channels = spec.image_shape[0]
         self.unet = UNet(
             in_channels=channels,
             out_channels=2 * channels if config.variance == "learned_range" else channels,
@@ -57,7 +66,7 @@ class DDPM(GenerativeModel):
             blocks_per_level=config.blocks_per_level,
             attention_levels=config.attention_levels,
             num_heads=config.num_heads,
-            num_classes=config.num_classes if config.conditional else 0,
+            num_classes=spec.num_classes if config.conditional else 0,
             dropout=config.dropout,
             scale_shift=config.scale_shift,
             num_groups=config.num_groups,
@@ -67,35 +76,23 @@ class DDPM(GenerativeModel):
         self.schedule = _make_schedule(config)
         self._times: dict[torch.device, Tensor] = {}
         self.sampling = config.sampling
-
-    @property
-    def sampling(self) -> Sampling:
-        """How :meth:`sample` and :meth:`edit` work; settings that do not go with the model are a ConfigError."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: Config | None) -> None:
-        if not isinstance(sampling, Sampling):
-            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
-        faults = list(sampling.faults_with(self.config.timesteps, self.conditional))
-        if faults:
-            raise ConfigError("sampling", faults)
-        self._sampler = _make_sampler(self.config, self.schedule, sampling)
-        self._sampling = sampling
+        # What it refuses is refused at once, and not when samples are wanted.
+        _make_sampler(config, self.schedule, config.sampling)
 
     def phases(self) -> Sequence[Phase]:
         """One phase: Algorithm 1."""
-        return [Phase("denoise", list(self.parameters()), self._loss, self.config.optimizer)]
+        return [Phase("denoise", self._loss, Optimizer(self.parameters(), self.config.optimizer))]
 
-    def _loss(self, batch: Batch, key: Key) -> Loss:
+    def _loss(self, step: Step) -> Loss:
         """Algorithm 1: equation 14, or a loss that improves on it, for one timestep per image, drawn evenly."""
-        config = self.config
-        x0, n = _centered(batch.images), len(batch.images)
+        config, batch, key = self.config, step.batch, step.key
+        x0, n = _centered(batch.images), len(batch)
         # The rounded product is below T: uniform() is at most 1 - 2^-24, and the product is in float64.
         draws = ops.uniform((n,), key.stream(STREAM_TIME), dtype=torch.float64, device=x0.device)
         t = (draws * config.timesteps).long()
         x_t = ops.add_noise(x0, t, self.schedule, key.stream(STREAM_NOISE))
-        output = self._predict(x_t, t, self._told(batch.labels, n, key.stream(STREAM_LABELS)))
+        dropout = key.fold_in(_DROPOUT) if config.dropout > 0 else None
+        output = self._predict(x_t, t, self._told(batch, key.stream(STREAM_LABELS)), dropout)
         losses = ops.denoising_loss(
             output,
             x0,
@@ -109,17 +106,17 @@ class DDPM(GenerativeModel):
         )
         return Loss(losses.mean(), {})
 
-    def _told(self, labels: Tensor | None, n: int, key: Key) -> Tensor | None:
+    def _told(self, batch: Batch, key: Key) -> Tensor | None:
         """The labels that the network is told in training: a share of them is -1, no class (Ho and Salimans 2022)."""
-        if not self.conditional:
+        if not self.config.conditional:
             return None
-        if labels is None:
-            raise ValueError("labels must not be None: this model learns the classes of the images")
-        dropped = ops.uniform((n,), key, device=labels.device) < self.config.label_dropout
+        labels = batch.conditions[self.class_condition]
+        assert isinstance(labels, Tensor)
+        dropped = ops.uniform((len(batch),), key, device=labels.device) < self.config.label_dropout
         return torch.where(dropped, -1, labels)
 
-    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        output: Tensor = self.unet(x_t, self._times_on(x_t.device)[t], labels)
+    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, dropout: Key | None = None) -> Tensor:
+        output: Tensor = self.unet(x_t, self._times_on(x_t.device)[t], labels, dropout)
         return output.float()
 
     def _times_on(self, device: torch.device) -> Tensor:
@@ -127,21 +124,25 @@ class DDPM(GenerativeModel):
             self._times[device] = self.schedule.times.to(device, torch.float32)
         return self._times[device]
 
-    @torch.no_grad()
-    def sample(self, n: int, key: Key, labels: Tensor | None = None) -> Tensor:
-        """``n`` images; see :meth:`GenerativeModel.sample`. Algorithm 2, or what :attr:`sampling` says.
+    def generate(self, draw: Draw) -> Tensor:
+        """Algorithm 2, or what ``draw.sampling`` says; see :meth:`GenerativeModel.generate`.
 
-        Args:
-            labels: (n,) int64, the class of each image, or -1 for none; without labels a conditional model samples
-                p(x), which guidance changes nothing of.
-
-        Raises:
-            TypeError, ValueError: labels are not as above, or were given to a model without classes.
+        Without classes a conditional model samples p(x), which guidance changes nothing of.
         """
-        return self._sampled(n, key, labels)
+        return self._sampled(draw)
 
     @torch.no_grad()
-    def edit(self, images: Tensor, known: Tensor, key: Key, labels: Tensor | None = None) -> Tensor:
+    def edit(
+        self,
+        images: Tensor,
+        known: Tensor,
+        key: Key,
+        conditions: Conditions = NO_CONDITIONS,
+        *,
+        sampling: SamplingConfig | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+    ) -> Tensor:
         """The images (B, C, H, W) with what ``known`` does not mark filled in; see :class:`gencore.models.Edits`.
 
         At every step, the known part of x_t is replaced by the images with as much noise (Song et al., "Score-Based
@@ -150,27 +151,27 @@ class DDPM(GenerativeModel):
         Algorithm 1).
 
         Raises:
-            ConfigError: :attr:`sampling` asks for ``resamples`` of a sampler that uses earlier predictions.
-            TypeError, ValueError: images or labels of another shape, or a ``known`` that does not broadcast to the
-                images or holds anything but 0 and 1.
+            ConfigError: ``sampling`` asks for ``resamples`` of a sampler that uses earlier predictions.
+            TypeError, ValueError: images of another shape, a ``known`` that does not broadcast to the images or holds
+                anything but 0 and 1, or as :meth:`sample`.
         """
-        faults = list(self._sampling.faults_of_editing())
+        check_images(images, self.spec.image_shape)
+        check_known(known, images)
+        draw = self.checked_draw(len(images), key, conditions, sampling, progress, check_finite)
+        faults = list(draw.sampling.faults_of_editing())
         if faults:
             raise ConfigError("sampling", faults)
-        check_images(images, self.config.image_shape)
-        check_known(known, images)
-        filled = self._sampled(len(images), key, labels, known=_centered(images), mask=known.to(images.dtype))
+        with evaluating(self):
+            filled = self._sampled(draw, known=_centered(images), mask=known.to(images.dtype))
         return torch.where(known.bool(), images, filled)
 
-    def _sampled(
-        self, n: int, key: Key, labels: Tensor | None, known: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        if labels is not None:
-            if not self.conditional:
-                check_unconditional(labels)
-            check_labels(labels, n, self.config.num_classes)
-            labels = labels.to(self.device)
-        sampling = self._sampling
+    def _sampled(self, draw: Draw, known: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        sampling = draw.sampling
+        faults = list(sampling.faults_with(self.config.timesteps, self.config.conditional))
+        if faults:
+            raise ConfigError("sampling", faults)
+        labels = draw.conditions.get(self.class_condition)
+        assert labels is None or isinstance(labels, Tensor)
         guided = labels is not None and sampling.guidance_scale != 1
 
         def predict(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -182,27 +183,26 @@ class DDPM(GenerativeModel):
             conditional, unconditional = self.unet(torch.cat((x, x)), torch.cat((t, t)), both).float().chunk(2)
             return conditional, unconditional
 
-        with evaluating(self):
-            x = diffusion.sample(
-                predict,
-                (n, *self.config.image_shape),
-                self._sampler,
-                key,
-                guidance_scale=sampling.guidance_scale if guided else None,
-                guidance_rescale=sampling.guidance_rescale if guided else 0.0,
-                threshold=sampling.threshold,
-                known=known,
-                mask=mask,
-                resamples=1 if mask is None else sampling.resamples,
-                device=self.device,
-                memory_format=torch.channels_last,
-                progress=self.progress,
-                check_finite=self.check_finite,
-            )
+        x = diffusion.sample(
+            predict,
+            (draw.n, *self.spec.image_shape),
+            _make_sampler(self.config, self.schedule, sampling),
+            draw.key,
+            guidance_scale=sampling.guidance_scale if guided else None,
+            guidance_rescale=sampling.guidance_rescale if guided else 0.0,
+            threshold=sampling.threshold,
+            known=known,
+            mask=mask,
+            resamples=1 if mask is None else sampling.resamples,
+            device=self.device,
+            memory_format=torch.channels_last,
+            progress=draw.progress,
+            check_finite=draw.check_finite,
+        )
         return ((x + 1) / 2).clamp(0, 1).contiguous()
 
     @torch.no_grad()
-    def log_likelihood_bound(self, images: Tensor, key: Key, num_samples: int = 1) -> Tensor:
+    def log_likelihood_bound(self, batch: Batch, key: Key, num_samples: int = 1) -> Tensor:
         """The variational bound of log p(x), nats per image, (B,) float32, of 8-bit images (equations 5 and 13)::
 
             -KL(q(x_T | x_0) || N(0, I)) - sum over t of L_t
@@ -222,8 +222,8 @@ class DDPM(GenerativeModel):
             TypeError: ``num_samples`` is no int, or the images are no tensor.
             ValueError: it is below 1, or the images have another shape.
         """
-        num_samples = check_num_samples(num_samples)
-        check_images(images, self.config.image_shape)
+        num_samples, images = check_num_samples(num_samples), batch.images
+        check_images(images, self.spec.image_shape)
         # The decoder's bins lie around the 256 levels.
         x0 = _centered((images.float() * 255).round() / 255)
         draws = min(num_samples, self.config.timesteps - 1)

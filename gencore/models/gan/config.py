@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gencore.config import field
-from gencore.models.base import Adam, ModelConfig
+from gencore.models.base import ModelConfig
+from gencore.models.optimizers import Adam
 
 
 def _adam() -> Adam:

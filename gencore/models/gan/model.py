@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gencore import ops
-from gencore.models._checks import check_latents, check_unconditional
-from gencore.models.base import Batch, GenerativeModel, Loss, Phase
+from gencore.models._checks import check_latents
+from gencore.models.base import Draw, GenerativeModel, Loss, Phase, Step
 from gencore.models.gan.config import GANConfig
 from gencore.models.gan.networks import MLPDiscriminator, MLPGenerator
+from gencore.models.optimizers import Optimizer
 from gencore.noise import Key
+from gencore.spec import DataSpec
 
 # One stream of the key per purpose, so that no two draws of a step share noise.
 STREAM_LATENTS = 0
-STREAM_DROPOUT_REAL = 1
-STREAM_DROPOUT_FAKE = 2
+# Folded into the key: within each, every dropout has a stream of its own.
+_DROPOUT_REAL, _DROPOUT_FAKE = int.from_bytes(b"real", "big"), int.from_bytes(b"fake", "big")
 
 
 class GAN(GenerativeModel):
@@ -34,11 +36,12 @@ class GAN(GenerativeModel):
     Everything random is a pure function of the key, dropout too: sample ``i`` uses the noise of ``key.samples(i)``.
     """
 
-    def __init__(self, config: GANConfig):
-        super().__init__()
-        self.config: GANConfig = config
-        self.generator = MLPGenerator(config.latent_size, config.generator_sizes, config.image_shape)
-        self.discriminator = MLPDiscriminator(config.image_shape, config.discriminator_sizes, config.dropout)
+    config: GANConfig
+
+    def __init__(self, config: GANConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        self.generator = MLPGenerator(config.latent_size, config.generator_sizes, spec.image_shape)
+        self.discriminator = MLPDiscriminator(spec.image_shape, config.discriminator_sizes, config.dropout)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -55,15 +58,9 @@ class GAN(GenerativeModel):
         images: Tensor = self.generator(latents)
         return images
 
-    @torch.no_grad()
-    def sample(self, n: int, key: Key, labels: Tensor | None = None) -> Tensor:
-        """The images of ``n`` latents; see :meth:`GenerativeModel.sample`.
-
-        Raises:
-            ValueError: labels were given (the model is not conditional).
-        """
-        check_unconditional(labels)
-        return self._generate(n, key)
+    def generate(self, draw: Draw) -> Tensor:
+        """The images of latents drawn from the prior; see :meth:`GenerativeModel.generate`."""
+        return self._generate(draw.n, draw.key)
 
     def phases(self) -> Sequence[Phase]:
         """Algorithm 1: the discriminator, ``discriminator_steps`` times, then the generator."""
@@ -71,12 +68,13 @@ class GAN(GenerativeModel):
         return [
             Phase(
                 "discriminator",
-                list(self.discriminator.parameters()),
                 self._discriminator_loss,
-                config.discriminator_optimizer,
+                Optimizer(self.discriminator.parameters(), config.discriminator_optimizer),
                 repeats=config.discriminator_steps,
             ),
-            Phase("generator", list(self.generator.parameters()), self._generator_loss, config.generator_optimizer),
+            Phase(
+                "generator", self._generator_loss, Optimizer(self.generator.parameters(), config.generator_optimizer)
+            ),
         ]
 
     def _generate(self, n: int, key: Key) -> Tensor:
@@ -84,19 +82,19 @@ class GAN(GenerativeModel):
         images: Tensor = self.generator(latents)
         return images
 
-    def _discriminator_loss(self, batch: Batch, key: Key) -> Loss:
+    def _discriminator_loss(self, step: Step) -> Loss:
         """-E_x[log D(x)] - E_z[log(1 - D(G(z)))], with one-sided label smoothing and the R1 penalty if asked for.
 
         Smoothing replaces the first term by the cross-entropy with target 1 - s (Salimans et al. 2016, section 3.4).
         R1 adds gamma / 2 E_x |grad_x l(x)|^2 (Mescheder et al. 2018, equation 9), which keeps D from running away from
         G, and with it the training from oscillating.
         """
-        config = self.config
+        config, images, key = self.config, step.batch.images, step.key
         with torch.no_grad():
-            fakes = self._generate(len(batch.images), key)
-        images = batch.images.detach().requires_grad_(config.gradient_penalty > 0)
-        real = self.discriminator(images, key.stream(STREAM_DROPOUT_REAL))
-        fake = self.discriminator(fakes, key.stream(STREAM_DROPOUT_FAKE))
+            fakes = self._generate(len(images), key)
+        images = images.detach().requires_grad_(config.gradient_penalty > 0)
+        real = self.discriminator(images, key.fold_in(_DROPOUT_REAL))
+        fake = self.discriminator(fakes, key.fold_in(_DROPOUT_FAKE))
         # softplus(-l) + s l is the cross-entropy with target 1 - s.
         loss = (F.softplus(-real) + config.label_smoothing * real).mean() + F.softplus(fake).mean()
         metrics = {
@@ -111,11 +109,12 @@ class GAN(GenerativeModel):
             loss = loss + config.gradient_penalty / 2 * penalty
         return Loss(loss, metrics)
 
-    def _generator_loss(self, batch: Batch, key: Key) -> Loss:
+    def _generator_loss(self, step: Step) -> Loss:
         """Minimax: E_z[log(1 - D(G(z)))]. Non-saturating (section 3, last paragraph): -E_z[log D(G(z))].
 
         The second has the same fixed point, and a gradient early on, when D tells every image of G from a real one.
         """
-        logits = self.discriminator(self._generate(len(batch.images), key), key.stream(STREAM_DROPOUT_FAKE))
+        fakes = self._generate(len(step.batch), step.key)
+        logits = self.discriminator(fakes, step.key.fold_in(_DROPOUT_FAKE))
         loss = -F.softplus(logits) if self.config.loss == "minimax" else F.softplus(-logits)
         return Loss(loss.mean(), {"fooled": (logits > 0).float().mean()})

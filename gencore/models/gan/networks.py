@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gencore import ops
+from gencore.nn import Dropout
 from gencore.noise import Key
 
 _SLOPE = 0.2
@@ -45,21 +45,13 @@ class MLPDiscriminator(nn.Module):
         sizes = (math.prod(image_shape), *hidden_sizes)
         self.layers = nn.ModuleList(nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes))
         self.head = nn.Linear(sizes[-1], 1)
-        self.dropout = dropout
+        self.dropouts = nn.ModuleList(Dropout(dropout, stream) for stream in range(len(hidden_sizes)))
 
     def forward(self, images: Tensor, key: Key | None = None) -> Tensor:
         hidden = 2 * images.flatten(1) - 1
-        for index, layer in enumerate(self.layers):
+        for layer, dropout in zip(self.layers, self.dropouts, strict=True):
             hidden = F.leaky_relu(layer(hidden), _SLOPE)
             if key is not None:
-                hidden = dropped(hidden, self.dropout, key.fold_in(index))
+                hidden = dropout(hidden, key)
         output: Tensor = self.head(hidden)
         return output.squeeze(1).float()
-
-
-def dropped(hidden: Tensor, fraction: float, key: Key) -> Tensor:
-    """Dropout (Srivastava et al. 2014) whose mask is a pure function of the key; kept units are scaled up."""
-    if fraction == 0:
-        return hidden
-    kept = ops.uniform(hidden.shape, key, device=hidden.device) >= fraction
-    return hidden * kept / (1 - fraction)

@@ -4,7 +4,7 @@ from gencore.models.base import ModelPlugin
 from gencore.models.vae.config import VAEConfig
 from gencore.models.vae.model import VAE
 
-__all__ = ["VAE", "VAEConfig", "plugin"]
+__all__ = ["VAE", "VAEConfig", "beta_vae", "plugin"]
 
 plugin = ModelPlugin(
     name="vae",
@@ -13,3 +13,6 @@ plugin = ModelPlugin(
     build=VAE,
     summary="variational autoencoder, MLP or convolutional, Bernoulli or Gaussian likelihood",
 )
+
+# Higgins et al., "beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework" (2017).
+beta_vae = plugin.preset("beta-vae", "VAE whose KL term weighs more, for codes that fall apart into factors", beta=4.0)

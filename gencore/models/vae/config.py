@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gencore.config import field
-from gencore.models.base import Adam, ModelConfig
+from gencore.models.base import ModelConfig
+from gencore.models.optimizers import Adam
+from gencore.spec import DataSpec
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class VAEConfig(ModelConfig):
     optimizer: Adam = dataclasses.field(default_factory=Adam)
 
     def check(self) -> Iterable[str]:
-        if self.network == "conv":
-            if not self.hidden_sizes:
-                yield "hidden_sizes: must not be empty for network='conv', was ()"
-            levels, smallest = len(self.hidden_sizes), min(self.image_shape[1:])
-            if smallest < 2**levels:
-                most = smallest.bit_length() - 1
-                yield f"hidden_sizes: must have at most {most} levels for images of {smallest} pixels, was {levels}"
+        if self.network == "conv" and not self.hidden_sizes:
+            yield "hidden_sizes: must not be empty for network='conv', was ()"
+
+    def faults_with(self, spec: DataSpec) -> Iterable[str]:
+        levels, smallest = len(self.hidden_sizes), min(spec.image_shape[1:])
+        if self.network == "conv" and smallest < 2**levels:
+            most = smallest.bit_length() - 1
+            yield f"hidden_sizes: must have at most {most} levels for images of {smallest} pixels, was {levels}"

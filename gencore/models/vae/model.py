@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gencore import ops
-from gencore.models._checks import check_images, check_latents, check_num_samples, check_unconditional
-from gencore.models.base import Batch, GenerativeModel, Loss, Phase
+from gencore.models._checks import check_images, check_latents, check_num_samples
+from gencore.models.base import Draw, GenerativeModel, Loss, Phase, Step
+from gencore.models.optimizers import Optimizer
 from gencore.models.vae.config import VAEConfig
 from gencore.models.vae.likelihoods import Bernoulli, Gaussian
 from gencore.models.vae.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from gencore.noise import Key
+from gencore.spec import Batch, DataSpec
 
 # One stream of the key per purpose, so that no two draws of a step share noise.
 STREAM_POSTERIOR = 0
@@ -38,10 +40,11 @@ class VAE(GenerativeModel):
     Everything random is a pure function of the key: sample ``i`` of a batch uses the noise of ``key.samples(i)``.
     """
 
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        self.config: VAEConfig = config
-        shape, hidden = config.image_shape, config.hidden_sizes
+    config: VAEConfig
+
+    def __init__(self, config: VAEConfig, spec: DataSpec):
+        super().__init__(config, spec)
+        shape, hidden = spec.image_shape, config.hidden_sizes
         self.likelihood: Bernoulli | Gaussian
         if config.likelihood == "bernoulli":
             self.likelihood = Bernoulli(config.binarize)
@@ -69,9 +72,9 @@ class VAE(GenerativeModel):
         sees gray ones, as the pixels' probabilities; with ``binarize="threshold"`` they are cut here too.
 
         Raises:
-            ValueError: images of another shape than the configuration's.
+            ValueError: images of another shape than those of the training.
         """
-        check_images(images, self.config.image_shape)
+        check_images(images, self.spec.image_shape)
         return self._posterior(self.likelihood.expect(images))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -83,29 +86,23 @@ class VAE(GenerativeModel):
         check_latents(latents, self.config.latent_size)
         return self.likelihood.mean(self.decoder(latents))
 
-    @torch.no_grad()
-    def sample(self, n: int, key: Key, labels: Tensor | None = None) -> Tensor:
-        """Expected images of ``n`` draws from the prior; see :meth:`GenerativeModel.sample`.
-
-        Raises:
-            ValueError: labels were given (the model is not conditional).
-        """
-        check_unconditional(labels)
-        shape = (n, self.config.latent_size)
-        return self.decode(ops.normal(shape, key.stream(STREAM_PRIOR), device=self.device))
+    def generate(self, draw: Draw) -> Tensor:
+        """Expected images of draws from the prior; see :meth:`GenerativeModel.generate`."""
+        shape = (draw.n, self.config.latent_size)
+        return self.decode(ops.normal(shape, draw.key.stream(STREAM_PRIOR), device=self.device))
 
     def phases(self) -> Sequence[Phase]:
         """One phase: the negative bound, averaged over the minibatch (equation 10)."""
-        return [Phase("elbo", list(self.parameters()), self._loss, self.config.optimizer)]
+        return [Phase("elbo", self._loss, Optimizer(self.parameters(), self.config.optimizer))]
 
     def _posterior(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), for what the likelihood observed."""
         mu, logvar = self.encoder(2 * observed - 1).float().chunk(2, dim=1)
         return mu, logvar
 
-    def _loss(self, batch: Batch, key: Key) -> Loss:
-        observed = self.likelihood.observe(batch.images, key.stream(STREAM_OBSERVE))
-        log_likelihood, kl = self._terms(observed, key, self.config.num_samples)
+    def _loss(self, step: Step) -> Loss:
+        observed = self.likelihood.observe(step.batch.images, step.key.stream(STREAM_OBSERVE))
+        log_likelihood, kl = self._terms(observed, step.key, self.config.num_samples)
         log_likelihood, kl = log_likelihood.mean(), kl.mean()
         metrics = {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
         return Loss(self.config.beta * kl - log_likelihood, {name: value.detach() for name, value in metrics.items()})
@@ -122,7 +119,7 @@ class VAE(GenerativeModel):
         return self.likelihood.log_prob(observed, outputs.unflatten(0, latents.shape[:2]))
 
     @torch.no_grad()
-    def log_likelihood_bound(self, images: Tensor, key: Key, num_samples: int = 1) -> Tensor:
+    def log_likelihood_bound(self, batch: Batch, key: Key, num_samples: int = 1) -> Tensor:
         """A lower bound of log p(x), nats per image, (B,) float32.
 
         With one draw, the bound with the KL in closed form (Kingma and Welling 2014, equation 7)::
@@ -140,8 +137,8 @@ class VAE(GenerativeModel):
             TypeError: ``num_samples`` is no int.
             ValueError: it is below 1, the images have another shape, or are gray but should be binary.
         """
-        num_samples = check_num_samples(num_samples)
-        check_images(images, self.config.image_shape)
+        num_samples, images = check_num_samples(num_samples), batch.images
+        check_images(images, self.spec.image_shape)
         observed = self.likelihood.observe(images, key.stream(STREAM_OBSERVE))
         self.likelihood.check_observed(observed)
         if num_samples == 1:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gencore.cli import pictures
-from gencore.cli.common import UserError
+from gencore import pictures
 
 
 def test_images_stand_where_they_belong_and_are_enlarged():
@@ -37,6 +36,26 @@ def test_colour_large_images_and_labels():
     assert picture.height == 2 * pictures._MARGIN + 200 + pictures._GAP
 
 
+def test_captions_stand_below_and_are_cut():
+    images = torch.zeros(3, 1, 56, 56)
+    plain = np.asarray(pictures.grid(images, columns=3))
+    picture = np.asarray(pictures.grid(images, columns=3, captions=["a", "", "b"]))
+    assert picture.shape[0] == plain.shape[0] + pictures._LINE
+    assert picture.shape[1] == plain.shape[1]
+    margin, gap = pictures._MARGIN, pictures._GAP
+    below = picture[margin + 56 : -margin, :, 0].min(axis=0)
+    ink = [bool((below[margin + i * (56 + gap) :][:56] < 128).any()) for i in range(3)]
+    assert ink == [True, False, True]
+    long = np.asarray(pictures.grid(images, columns=3, captions=["many long words " * 9] * 3))
+    assert long.shape[0] == plain.shape[0] + pictures._LINES * pictures._LINE
+    assert long.shape[1] == 2 * margin + 3 * pictures._CAPTION_WIDTH + 2 * gap
+    # Each stays in its own place.
+    assert (long[:, margin + pictures._CAPTION_WIDTH : margin + pictures._CAPTION_WIDTH + gap] == 255).all()
+    assert [pictures._cut(text, 40) for text in ("word", "x" * 90, "")] == ["word", pictures._cut("x" * 50, 40), ""]
+    with pytest.raises(ValueError, match="captions must be one for each of 3 images, got 1"):
+        pictures.grid(images, captions=["a"])
+
+
 def test_opacity_lies_before_white():
     for channels in (2, 4):
         images = torch.zeros(1, channels, 60, 60)
@@ -57,7 +76,7 @@ def test_many_channels_stand_side_by_side():
 def test_what_is_not_finite_is_refused():
     images = torch.rand(4, 3, 8, 8)
     images[1:3, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
-    with pytest.raises(UserError, match="2 of 4 images are not finite, and no picture is written"):
+    with pytest.raises(pictures.NotFiniteError, match="2 of 4 images are not finite, and no picture is written"):
         pictures.grid(images, columns=2)
 
 

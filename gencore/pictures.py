@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gencore.cli.common import UserError
 from gencore.files import write_atomically
 
 # Pillow's mode of an image with so many channels, as PNG has them.
@@ -20,47 +20,71 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # Images are enlarged to about this many pixels a side: 8x8 digits can be seen, and stay as sharp as they are.
 _CELL = 56
 _GAP, _MARGIN = 4, 12
+# A caption has so many lines below its image; a longer one is cut. The place of a narrow image is so wide for it.
+_LINES, _LINE, _CAPTION_WIDTH = 2, 15, 112
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
-def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_group: int = 1) -> Image.Image:
+class NotFiniteError(ValueError):
+    """Images hold a NaN or an infinity, as those of a model that has broken down."""
+
+
+def grid(
+    images: Tensor,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    rows_per_group: int = 1,
+    captions: Sequence[str] = (),
+) -> Image.Image:
     """Images (N, C, H, W) in [0, 1], row by row; small ones enlarged.
 
     One channel is gray, three are RGB; a second or a fourth one is opacity, before white. Of more channels, each is a
     gray image beside the others.
 
     Args:
-        columns: images in a row.
+        columns: images in a row; None: as many as there are rows, or one more.
         row_labels: a word left of each row.
         rows_per_group: a wider gap follows each group of rows.
+        captions: what is written below each image, in one line or two; cut where it is longer.
 
     Raises:
-        ValueError: no image.
-        UserError: an image that is not finite.
+        ValueError: no image, or another number of captions.
+        NotFiniteError: an image that is not finite.
     """
     if images.dim() != 4 or images.numel() == 0:
         raise ValueError(f"images must be (N, C, H, W) and not empty to be drawn, got {tuple(images.shape)}")
+    if captions and len(captions) != len(images):
+        raise ValueError(f"captions must be one for each of {len(images)} images, got {len(captions)}")
     check_finite(images, "images")
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
     if images.shape[1] not in MODES:
         images = images.transpose(1, 2).flatten(2).unsqueeze(1)
     cells = pixels(images)
     scale = max(1, round(_CELL / max(images.shape[2:])))
     height, width = images.shape[2] * scale, images.shape[3] * scale
+    # What an image takes of the picture: itself, and its caption.
+    place = max(width, min(_CAPTION_WIDTH, max(map(_text_width, captions), default=0)))
+    lines = [_wrapped(caption, place) for caption in captions]
+    pitch = height + _LINE * max(map(len, lines), default=0)
     rows = -(-len(images) // columns)
     label_width = max((_text_width(label) for label in row_labels), default=0) + (_GAP * 2 if row_labels else 0)
     groups = (rows - 1) // rows_per_group
     size = (
-        2 * _MARGIN + label_width + columns * (width + _GAP) - _GAP,
-        2 * _MARGIN + rows * (height + _GAP) - _GAP + (groups * _GAP * 2 if rows_per_group > 1 else 0),
+        2 * _MARGIN + label_width + columns * (place + _GAP) - _GAP,
+        2 * _MARGIN + rows * (pitch + _GAP) - _GAP + (groups * _GAP * 2 if rows_per_group > 1 else 0),
     )
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
-        x = _MARGIN + label_width + column * (width + _GAP)
-        y = _MARGIN + row * (height + _GAP) + (row // rows_per_group * _GAP * 2 if rows_per_group > 1 else 0)
+        left = _MARGIN + label_width + column * (place + _GAP)
+        x = left + (place - width) // 2
+        y = _MARGIN + row * (pitch + _GAP) + (row // rows_per_group * _GAP * 2 if rows_per_group > 1 else 0)
         if column == 0 and row < len(row_labels):
             draw.text((_MARGIN, y + height // 2), row_labels[row], _INK, _font(), anchor="lm")
+        for number, line in enumerate(lines[i] if captions else ()):
+            draw.text((left + place // 2, y + height + _LINE * number), line, _INK, _font(), anchor="ma")
         # Smoothly: the eye reads a digit of eight pixels better when it does not see the pixels.
         drawn = picture(cell).resize((width, height), Image.Resampling.BICUBIC)
         canvas.paste(drawn, (x, y), mask=drawn.getchannel("A") if drawn.mode in ("LA", "RGBA") else None)
@@ -68,10 +92,10 @@ def grid(images: Tensor, columns: int, row_labels: Sequence[str] = (), rows_per_
 
 
 def check_finite(images: Tensor, what: str) -> None:
-    """Refuses images that hold a NaN or an infinity, as those of a model that has broken down."""
+    """Raises NotFiniteError for images that hold a NaN or an infinity; ``what`` says which they are."""
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
-        raise UserError(f"{broken} of {len(images)} {what} are not finite, and no picture is written")
+        raise NotFiniteError(f"{broken} of {len(images)} {what} are not finite, and no picture is written")
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -121,3 +145,25 @@ def _font() -> Any:
 
 def _text_width(text: str) -> int:
     return int(_font().getlength(text)) + 1
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in lines of at most so many pixels, cut after the last one that is drawn."""
+    lines: list[str] = []
+    words = text.split()
+    while words and len(lines) < _LINES:
+        line = words.pop(0)
+        while words and _text_width(f"{line} {words[0]}") <= width:
+            line = f"{line} {words.pop(0)}"
+        lines.append(line)
+    if words:
+        lines[-1] += " " + " ".join(words)
+    return [_cut(line, width) for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    if _text_width(text) <= width:
+        return text
+    while text and _text_width(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
