@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -162,11 +163,10 @@ def read(
 def _from_workers(loader: torch_data.DataLoader[Batch], device: torch.device) -> Generator[Batch, None, None]:
     iterator: Any = iter(loader)
     try:
-        with watched():
-            for item in iterator:
-                if isinstance(item, _Failure):
-                    raise item.error()
-                yield item.to(device)
+        while (item := _next(iterator)) is not None:
+            if isinstance(item, _Failure):
+                raise item.error()
+            yield item.to(device)
     finally:
         # PyTorch would end the workers when nothing holds the iterator any more, which the traceback of an error may do
         # for long; and would raise an error meanwhile, wherever this process is, whenever a worker ends.
@@ -175,6 +175,24 @@ def _from_workers(loader: torch_data.DataLoader[Batch], device: torch.device) ->
         for worker in iterator._workers:
             if worker.is_alive():
                 worker.kill()
+
+
+def _next(iterator: Any) -> Batch | _Failure | None:
+    """What comes next, None at the end."""
+    try:
+        return next(iterator, None)
+    except (RuntimeError, OSError, EOFError) as error:
+        # The connection to a worker that dies breaks off, which PyTorch may see before it sees that the worker is dead.
+        end = time.monotonic() + 1.0
+        codes: list[int] = []
+        while not codes and time.monotonic() < end:
+            with suppress(RuntimeError):
+                codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
+                time.sleep(0.01)
+        if not codes:
+            raise
+        told = f"was ended by a signal: {signal.strsignal(-codes[0])}" if codes[0] < 0 else "has ended unexpectedly"
+        raise _died(told) from error
 
 
 # What reads now: a training that is advanced step by step does so until its process ends.
@@ -200,9 +218,13 @@ def watched() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, TrainingError) or (told := _death(error)) is None:
             raise
-        raise TrainingError(
-            f"a process that reads images {told}; too little memory is a common cause, fewer train.workers need less"
-        ) from error
+        raise _died(told) from error
+
+
+def _died(told: str) -> TrainingError:
+    return TrainingError(
+        f"a process that reads images {told}; too little memory is a common cause, fewer train.workers need less"
+    )
 
 
 def _death(error: BaseException | None) -> str | None:

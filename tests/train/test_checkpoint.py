@@ -187,9 +187,7 @@ def test_another_format_is_refused(finished):
 def test_no_average_is_an_error_only_if_asked_for(trainer, tmp_path):
     trainer(tmp_path / "run", steps=1).fit()
     train.load(tmp_path / "run")
-    with pytest.raises(
-        CheckpointError, match=r"holds no moving average \(it was trained without train\.average\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds no moving average \(it was trained without train\.average\)"):
         train.load(tmp_path / "run", ema=True)
 
 

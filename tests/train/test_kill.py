@@ -39,14 +39,15 @@ def attempt(out: Path, model: str) -> None:
 
 def die_at_file_operation(count: int) -> None:
     """Kills this process just before or after its ``count``-th sync, rename, replacement or removal."""
-    left = count
+    left, process = count, os.getpid()
 
     def mortal(function):
         def call(*args, **kwargs):
             nonlocal left
-            left -= 1
+            # The death of a process that reads images is another matter: the training itself tells of it.
+            left -= os.getpid() == process
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
@@ -113,7 +114,11 @@ def test_a_killed_run_ends_with_the_same_bits(environment, tmp_path, model):
     assert len({tuple(steps) for steps in reports["killed"]["steps"]}) >= 3, reports
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     folders = [path.name for path in sorted((whole / "checkpoints").iterdir())]
-    assert folders == [path.name for path in sorted((killed / "checkpoints").iterdir())]
+    found = [path.name for path in sorted((killed / "checkpoints").iterdir())]
+    # A kill between the last checkpoint and the removal of the oldest one leaves that: the run is long enough then.
+    assert found[-2:] == folders[-2:]
+    assert set(folders) <= set(found)
+    assert len(found) <= len(folders) + 1
     if model == "toy":
         assert folders == ["step-00000027", "step-00000030"]
     else:

@@ -1,1 +1,1 @@
-"""A mixture of Bernoullis as a gencore model plugin, and rings and discs as a data set plugin."""
+"""Examples of gencore plugins: two mixtures, a translation of paired images, and data sets without files."""

@@ -1,7 +1,7 @@
 """A model of two stages: a mixture of Gaussians as the prior of a trained autoencoder, such as gencore's vae.
 
-A variational autoencoder draws latents from N(0, I), but the codes of its images are spread otherwise. A prior that is
-fitted to the codes (van den Oord et al. 2017; Dai and Wipf 2019) leaves no such gap.
+A variational autoencoder draws latents from N(0, I), but the codes of its images lie elsewhere. A prior that is fitted
+to the codes in a second stage closes the gap (Dai and Wipf 2019).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,7 @@ from gencore.spec import Dataset, DataSpec
 STREAM_CODES = 0
 STREAM_COMPONENT = 1
 STREAM_LATENTS = 2
-# How many training images the mean and scale of the codes are measured of.
-MEASURED = 1024
+MEASURED = 1024  # training images whose codes say where codes lie
 
 
 @dataclass(frozen=True)
@@ -52,72 +50,68 @@ class LatentMixtureConfig(ModelConfig):
             yield "autoencoder: must be given, the folder of a run"
 
 
-class GaussianMixture(nn.Module):
-    """p(z) = sum over k of pi_k N(z; mean_k, diag(deviation_k^2))."""
+class LatentMixture(GenerativeModel):
+    """p(x) = integral of p(x|z) p(z), with p(x|z) of a trained autoencoder and a mixture of Gaussians as p(z).
 
-    def __init__(self, components: int, size: int):
-        super().__init__()
+    The mixture is one of standardized codes c = (z - center) / scale::
+
+        p(c) = sum over k of pi_k N(c; mean_k, diag(deviation_k^2))
+    """
+
+    config: LatentMixtureConfig
+    autoencoder: Autoencodes
+    center: Tensor
+    scale: Tensor
+
+    def start(self, load_run: Callable[[str], GenerativeModel], data: Dataset) -> None:
+        """Takes the autoencoder and measures where its codes lie."""
+        self.adopt("autoencoder", load_run(self.config.autoencoder))
+        images = data.batch(torch.arange(min(MEASURED, len(data)))).images.to(self.device)
+        with torch.no_grad():
+            latents = self._latents(images, Key(0))
+        self.center.copy_(latents.mean(0))
+        self.scale.copy_(latents.std(0))
+
+    def adopt(self, name: str, part: GenerativeModel) -> None:
+        """Makes a mixture that fits the part's latents, when a run begins and whenever a checkpoint is loaded."""
+        if not isinstance(part, Autoencodes) or part.spec.image_shape != self.spec.image_shape:
+            shape = "x".join(map(str, self.spec.image_shape))
+            raise ConfigError("latent-mixture", [f"autoencoder: must be a run of an autoencoder of images {shape}"])
+        super().adopt(name, part)
+        components, size = self.config.components, math.prod(part.latent_shape)
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
         self.weights = nn.Parameter(torch.zeros(components))  # log pi_k, up to a constant
         self.means = nn.Parameter(torch.randn(components, size))
         self.log_deviations = nn.Parameter(torch.zeros(components, size))
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """log p(z) in nats, (B,), of codes (B, size)."""
+    def phases(self) -> Sequence[Phase]:
+        """One phase: the mean of -log p(c). The autoencoder stays as it is."""
+        prior = (self.weights, self.means, self.log_deviations)
+        return [Phase("prior", self._loss, Optimizer(prior, self.config.optimizer))]
+
+    def generate(self, draw: Draw) -> Tensor:
+        """The decoded draws of the mixture: a component each, then its noise."""
+        place = ops.uniform((draw.n,), draw.key.stream(STREAM_COMPONENT), device=self.device)
+        component = torch.bucketize(place, self.weights.softmax(0).cumsum(0)[:-1], right=True)
+        noise = ops.normal((draw.n, self.means.shape[1]), draw.key.stream(STREAM_LATENTS), device=self.device)
+        latents = self.center + self.scale * (self.means[component] + self.log_deviations[component].exp() * noise)
+        return self.autoencoder.decode(latents.unflatten(1, self.autoencoder.latent_shape))
+
+    def log_prob(self, images: Tensor, key: Key) -> Tensor:
+        """log p(c) in nats, (B,), of a code of each image, drawn from its q(z|x)."""
+        with torch.no_grad():
+            codes = (self._latents(images, key) - self.center) / self.scale
         standardized = (codes[:, None] - self.means) * (-self.log_deviations).exp()
         log_normal = -0.5 * (standardized.square() + math.log(2 * math.pi)) - self.log_deviations
         return torch.logsumexp(log_normal.sum(2) + self.weights.log_softmax(0), dim=1)
 
-    def draw(self, n: int, key: Key) -> Tensor:
-        """Codes (n, size): a component each, then its noise."""
-        device = self.means.device
-        place = ops.uniform((n,), key.stream(STREAM_COMPONENT), device=device)
-        component = torch.bucketize(place, self.weights.softmax(0).cumsum(0)[:-1], right=True)
-        noise = ops.normal((n, self.means.shape[1]), key.stream(STREAM_LATENTS), device=device)
-        return self.means[component] + self.log_deviations[component].exp() * noise
-
-
-class LatentMixture(GenerativeModel):
-    """p(x) = integral of p(x|z) p(z), with p(x|z) of a trained autoencoder and a mixture of Gaussians as p(z)."""
-
-    config: LatentMixtureConfig
-
-    def start(self, load_run: Callable[[Path | str], GenerativeModel], data: Dataset) -> None:
-        """Takes the autoencoder and measures where its codes lie."""
-        part = load_run(self.config.autoencoder)
-        if not isinstance(part, Autoencodes) or part.spec.image_shape != self.spec.image_shape:
-            raise ConfigError("latent-mixture", ["autoencoder: must be an autoencoder of images of this shape"])
-        self.adopt("autoencoder", part)
-        images = data.batch(torch.arange(min(MEASURED, len(data)))).images.to(self.device)
-        with torch.no_grad():
-            codes = self._encode(images, Key(0))
-        self.center.copy_(codes.mean(0))
-        self.scale.copy_(codes.std(0).clamp(min=1e-6))
-
-    def adopt(self, name: str, part: GenerativeModel) -> None:
-        """Builds the prior for the part's latents, here and whenever a checkpoint is loaded."""
-        super().adopt(name, part)
-        size = math.prod(part.latent_shape)
-        self.register_buffer("center", torch.zeros(size, device=self.device))
-        self.register_buffer("scale", torch.ones(size, device=self.device))
-        self.prior = GaussianMixture(self.config.components, size).to(self.device)
-
-    def phases(self) -> Sequence[Phase]:
-        """One phase: the mean of -log p(z) of the codes. The autoencoder stays as it is."""
-        return [Phase("prior", self._loss, Optimizer(self.prior.parameters(), self.config.optimizer))]
-
-    def generate(self, draw: Draw) -> Tensor:
-        """The decoded draws of the prior."""
-        codes = self.center + self.scale * self.prior.draw(draw.n, draw.key)
-        return self.autoencoder.decode(codes.unflatten(1, self.autoencoder.latent_shape))
-
-    def _encode(self, images: Tensor, key: Key) -> Tensor:
+    def _latents(self, images: Tensor, key: Key) -> Tensor:
         """Draws of q(z|x), (B, size)."""
         return ops.reparameterize(*self.autoencoder.encode(images), key.stream(STREAM_CODES)).flatten(1)
 
     def _loss(self, step: Step) -> Loss:
-        with torch.no_grad():
-            codes = (self._encode(step.batch.images, step.key) - self.center) / self.scale
-        return Loss(-self.prior(codes).mean())
+        return Loss(-self.log_prob(step.batch.images, step.key).mean())
 
 
 plugin = ModelPlugin(
