@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic, TypeVar
@@ -111,6 +112,23 @@ class Registry(Generic[Plugin]):
         plugin = found[0] if len(found) == 1 else f"{self.kind} plugin {name!r}"
         return PluginError(f"{plugin} is broken: {what}")
 
+    @contextlib.contextmanager
+    def blamed(self, name: str, what: str, *allowed: type[Exception]) -> Iterator[None]:
+        """Turns an error in the body into one that names the plugin ``name``, its package, and ``what`` failed.
+
+        What is ``allowed`` stays what it is, as do short memory, an error that names a plugin already, and any error of
+        what no plugin made, whose ``name`` is empty.
+
+        Raises:
+            PluginError: from the error, which keeps its traceback.
+        """
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not name or isinstance(error, (PluginError, MemoryError, *allowed)):
+                raise
+            raise self.broken(name, f"{what}: {reason(error)}") from error
+
     def _found(self) -> list[tuple[Entry, metadata.EntryPoint]]:
         found = []
         for point in metadata.entry_points(group=self.group):
@@ -136,9 +154,9 @@ def build_model(plugin: ModelPlugin, config: ModelConfig, spec: DataSpec) -> Gen
         ConfigError: the configuration does not go with the data, or the plugin refuses it.
         PluginError: building it raises anything else, or gives what is no model that can be trained.
     """
+    if faults := faults_with(plugin, config, spec):
+        raise ConfigError(plugin.name, faults)
     try:
-        if faults := list(config.faults_with(spec)):
-            raise ConfigError(plugin.name, faults)
         model = plugin.build(config, spec)
         fault = _built_fault(plugin, model, spec)
     except ConfigError:
@@ -147,26 +165,31 @@ def build_model(plugin: ModelPlugin, config: ModelConfig, spec: DataSpec) -> Gen
         raise MODELS.broken(plugin.name, reason(error)) from error
     if fault:
         raise MODELS.broken(plugin.name, fault) from TypeError(fault)
+    if missing := [name for name in model.takes if name not in spec]:
+        raise ConfigError(
+            plugin.name, [f"data: model {plugin.name} takes {name!r}, which they lack" for name in missing]
+        )
     model.plugin_name = plugin.name
     return model
 
 
-@contextlib.contextmanager
-def blamed(name: str, what: str, *allowed: type[Exception]) -> Iterator[None]:
-    """Turns an error in the body into one that names the model plugin ``name``, its package, and ``what`` failed.
-
-    What is ``allowed`` stays what it is, as do short memory, an error that names a plugin already, and any error of a
-    model that no plugin built, whose ``name`` is empty.
+def faults_with(plugin: ModelPlugin, config: ModelConfig, spec: DataSpec) -> list[str]:
+    """What does not go with such data in a configuration, as its ``faults_with`` says it.
 
     Raises:
-        PluginError: from the error, which keeps its traceback.
+        PluginError: that raises an error, or gives what are no lines.
     """
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if not name or isinstance(error, (PluginError, MemoryError, *allowed)):
-            raise
-        raise MODELS.broken(name, f"{what}: {reason(error)}") from error
+    with blamed(plugin.name, "faults_with()"):
+        faults = config.faults_with(spec)
+        faults = [] if faults is None else list(faults) if not isinstance(faults, str) else [faults]
+        if any(not isinstance(fault, str) for fault in faults):
+            raise TypeError(f"it must give lines, got {faults!r}")
+    return faults
+
+
+def blamed(name: str, what: str, *allowed: type[Exception]) -> AbstractContextManager[None]:
+    """:meth:`Registry.blamed` of models."""
+    return MODELS.blamed(name, what, *allowed)
 
 
 def _model_fault(entry: Entry, plugin: Any) -> str | None:
@@ -215,8 +238,6 @@ def _built_fault(plugin: ModelPlugin, model: Any, spec: DataSpec) -> str | None:
     if not isinstance(model.takes, Mapping):
         return f"takes of its model must be a mapping, but is {kind_of(model.takes)}"
     for name, need in model.takes.items():
-        if name not in spec:
-            return f"its model takes the condition {name!r}, which its data set does not give"
         if need not in ("required", "optional"):
             return f"takes[{name!r}] of its model must be 'required' or 'optional', but is {need!r}"
     return None

@@ -39,7 +39,8 @@ class Processes:
         return self.rank == 0
 
     def rows(self, count: int) -> tuple[int, int]:
-        """The first and the last row but one of ``count`` that belong to this process; they differ by one at most."""
+        """``first`` and ``last``: the rows ``first`` to ``last - 1`` of ``count`` are this process's. Each has as many
+        as the others, or one more."""
         return self.rank * count // self.size, (self.rank + 1) * count // self.size
 
     def by_first(self, function: Callable[[], _Result]) -> _Result | None:
@@ -64,7 +65,7 @@ class Processes:
             raise OtherProcessError(f"the first process ended by {outcome[0]}: {outcome[1]}")
         return result
 
-    def agreed(self, *values: int) -> list[int]:
+    def largest(self, *values: int) -> list[int]:
         """The largest that any process gives of each of the values."""
         if self.size == 1:
             return list(values)
@@ -75,7 +76,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self.agreed(0)
+        self.largest(0)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of the processes' values, in place."""
@@ -101,7 +102,8 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not _is_broken_connection(error):
                 raise
-            raise OtherProcessError("another of the processes has ended") from error
+            told = str(error).strip().partition("\n")[0]
+            raise OtherProcessError(f"another of the processes has ended ({told})") from error
 
 
 # A single process, which waits for nobody.
@@ -110,8 +112,8 @@ ALONE = Processes()
 
 def _is_broken_connection(error: RuntimeError) -> bool:
     told = str(error)
-    words = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "onnection refused", "Gloo")
-    return isinstance(error, dist.DistError) or any(word in told for word in words)
+    words = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "refused", "remote process exited")
+    return any(word in told for word in words)
 
 
 def started() -> tuple[int, int, int]:
@@ -124,6 +126,11 @@ def started() -> tuple[int, int, int]:
     if not 0 <= rank < size:
         raise ValueError(f"RANK must be from 0 to WORLD_SIZE - 1 = {size - 1}, was {rank}")
     return rank, size, _number("LOCAL_RANK", 0)
+
+
+def local_size() -> int:
+    """How many processes there are on this machine."""
+    return max(1, _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1)))
 
 
 def _number(name: str, default: int) -> int:

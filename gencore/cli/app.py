@@ -77,9 +77,14 @@ def _options(
 ) -> None:
     global _traceback
     _traceback = show_traceback
-    if _rank() > 0:
-        if context.invoked_subcommand not in _SHARED:
+    rank = _rank()
+    if context.invoked_subcommand not in _SHARED:
+        if rank > 0:
             raise typer.Exit
+        # Nobody is there to be waited for.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    if rank > 0:
         # What is told to a person is told once.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

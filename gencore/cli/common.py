@@ -16,6 +16,7 @@ from torch import Tensor
 from gencore import data, ops
 from gencore.config import close_names
 from gencore.data import DataError, MissingSplitError, NamedDataset, Split
+from gencore.data.conditions import conditions_for
 from gencore.files import check_writable, is_output_stream
 from gencore.models.base import NO_CONDITIONS, GenerativeModel, ModelConfig, SamplingConfig
 from gencore.noise import Key
@@ -223,7 +224,7 @@ def conditions_of(
         if not model.takes:
             raise UserError(f"--from: model {name} samples without conditions")
         images = load_images(loaded, asked.source, "test", of_data, or_train=True)
-        found.update(conditions_of_images(model, images, n))
+        found.update(conditions_for(model, images, n, in_order=True))
         if not found:
             raise UserError(f"--from: data set {images.name} has no {' and no '.join(model.takes)}")
     if asked.labels is not None:
@@ -244,33 +245,6 @@ def conditions_of(
         options = " and ".join(dict.fromkeys(how[spec[each].kind] for each in lacking))
         raise UserError(f"model {name} needs {' and '.join(lacking)} to sample: give {options}")
     return found
-
-
-def conditions_of_images(
-    model: GenerativeModel, images: NamedDataset, n: int, *, required: bool = False
-) -> dict[str, Tensor | Sequence[str]]:
-    """What the model takes of the conditions of the first ``n`` images, which begin anew if there are less.
-
-    Args:
-        required: give those alone that the model cannot do without, all of them.
-
-    Raises:
-        UserError: the images have a condition of that name that is not the model's, or lack one that is required.
-    """
-    needs = model.takes.items()
-    names = [name for name, need in needs if (need == "required" if required else name in images.spec)]
-    for name in names:
-        if name not in images.spec:
-            raise UserError(f"data set {images.name} has no {name}, which model {model.plugin_name} needs")
-        ours, theirs = model.spec[name], images.spec[name]
-        if (ours.kind, ours.names, ours.shape) != (theirs.kind, theirs.names, theirs.shape):
-            what = {"class": "other classes", "image": "another shape"}[ours.kind] if ours.kind == theirs.kind else ""
-            differs = f"has {what}" if what else f"is of kind {theirs.kind}"
-            raise UserError(f"data set {images.name}: its {name} {differs} than the model was trained with")
-    if not names:
-        return {}
-    given = images.batch(torch.arange(n) % len(images)).conditions
-    return {name: given[name] for name in names}
 
 
 def _prompts(path: Path | None) -> list[str]:

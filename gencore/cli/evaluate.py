@@ -26,7 +26,6 @@ from gencore.cli.common import (
     apart,
     beside,
     check_output,
-    conditions_of_images,
     first_in_random_order,
     folder_or_file,
     load,
@@ -34,6 +33,7 @@ from gencore.cli.common import (
     sampling_of,
 )
 from gencore.data import NamedDataset
+from gencore.data.conditions import conditions_for
 from gencore.files import write_atomically
 from gencore.models.base import GenerativeModel, HasLikelihoodBound, SamplingConfig
 from gencore.noise import Key
@@ -157,6 +157,7 @@ def measure(
     """
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
+        conditions_for(model, test, 1, required=True)
         for name, purpose, draws in (("bound", _BOUND, 1), ("bound_k", _BOUND_K, num_samples)):
             try:
                 bound = metrics.likelihood_bound(
@@ -177,7 +178,7 @@ def measure(
         images = test.batch(torch.arange(len(test))).images
         options: dict[str, Any] = {"n": n, "batch_size": batch_size, "sampling": sampling, "progress": progress}
         options["processes"] = processes
-        needed = conditions_of_images(model, test, n, required=True)
+        needed = conditions_for(model, test, n, required=True)
         samples = metrics.draw_samples(model, key.fold_in(_CLASSES), conditions=needed, **options)
         report = metrics.class_report(classifier, samples)
         found["classes"] = {

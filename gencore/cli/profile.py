@@ -23,10 +23,10 @@ from gencore.cli.common import (
     picture_file,
     read_images,
 )
+from gencore.data.conditions import conditions_for
 from gencore.files import write_atomically
 from gencore.train import Trainer
 from gencore.train.checkpoint import read
-from gencore.train.reports import conditions_of
 from gencore.train.runs import make_trainer
 
 # Of Okabe and Ito (2008), which who sees colours in another way can tell apart too; neighbours differ in lightness.
@@ -122,7 +122,7 @@ def _profiled(trainer: Trainer, step: str) -> tuple[Profile, dict[str, Any]]:
     else:
         if not trainer.model.can_sample:
             raise UserError(f"--step sampling: model {trainer.run.model} cannot sample")
-        conditions = conditions_of(trainer.model, trainer.data, n, required=True)
+        conditions = conditions_for(trainer.model, trainer.data, n, required=True)
         call, parts = profiling.sampling_step(trainer.model, n, conditions)
     found = profiling.profile(call, device=device, parts=parts)
     about = {

@@ -22,13 +22,13 @@ from gencore.cli.evaluate import measure
 from gencore.cli.info import lines as info_lines
 from gencore.cli.latents import reconstruction_picture, traversal_picture
 from gencore.cli.train import run
+from gencore.data.conditions import conditions_for
 from gencore.files import write_atomically
 from gencore.info import info
 from gencore.models.base import Autoencodes, Edits, HasLatents
 from gencore.noise import Key
 from gencore.train import Trainer, load
 from gencore.train.log import read_metrics
-from gencore.train.reports import conditions_of
 from gencore.train.runs import make_trainer
 from gencore.train.settings import DEFAULT_DATA, apart
 
@@ -90,7 +90,7 @@ def command(
         _say(f"drawing samples of {name} and measuring them")
         curves[name.upper()] = read_metrics(out / name / "metrics.jsonl")
         paths.append(out / name / "samples.png")
-        samples = metrics.draw_samples(model, Key(0), n=80, conditions=conditions_of(model, test, 80))
+        samples = metrics.draw_samples(model, Key(0), n=80, conditions=conditions_for(model, test, 80, in_turns=True))
         pictures.save(pictures.grid(samples, columns=10), paths[-1])
         if isinstance(model, Autoencodes):
             paths.append(out / name / "reconstructions.png")

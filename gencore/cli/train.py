@@ -26,7 +26,7 @@ from gencore.data.base import described
 from gencore.models.base import Phase
 from gencore.text import counted
 from gencore.train import Trainer
-from gencore.train.checkpoint import checkpoints, read, read_run
+from gencore.train.checkpoint import Checkpoint, checkpoints, read, read_run
 from gencore.train.interruption import exit_code
 from gencore.train.log import read_metrics
 from gencore.train.memory import peak_memory
@@ -115,7 +115,7 @@ def command(
         model, data_name, out, parsed, saved=saved, start=begun, device=device, read=read_images, tell=say
     )
     if dry_run:
-        _tell_plan(trainer)
+        _tell_plan(trainer, read(out) if resume and checkpoints(out) else None)
     else:
         run(trainer, resume)
 
@@ -164,13 +164,13 @@ def _plan(trainer: Trainer) -> str:
     )
 
 
-def _tell_plan(trainer: Trainer) -> None:
-    """Trains one step by itself, and says what a training would do and need."""
+def _tell_plan(trainer: Trainer, saved: Checkpoint | None) -> None:
+    """Trains one step by itself, from the start or from ``saved``, and says what a training would do and need."""
     before = peak_memory(trainer.device)
-    trainer.begin()
+    trainer.begin(saved)
     lines = [_plan(trainer), f"  images    {described(trainer.data.spec)}"]
     started = time.monotonic()
-    if trainer.total_steps:
+    if trainer.step < trainer.total_steps:
         trainer.advance()
     seconds = time.monotonic() - started
     for runner in trainer.runners:

@@ -115,11 +115,18 @@ class NamedDataset(Dataset):
 
 
 class _Adapted(NamedDataset):
-    """A data set of a plugin that has the three members of the protocol and no more."""
+    """A data set of a plugin that has the three members of the protocol, and of the others of a NamedDataset ``notes``,
+    ``workers`` and ``fingerprint`` at most."""
 
     def __init__(self, dataset: Dataset, name: str, split: Split):
         super().__init__(name, split, dataset.spec, getattr(dataset, "notes", ()))
         self._dataset = dataset
+        self.workers = bool(getattr(dataset, "workers", False))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        own = getattr(self._dataset, "fingerprint", None)
+        return own if isinstance(own, str) else fingerprint_of(self._dataset)
 
     def __len__(self) -> int:
         return len(self._dataset)

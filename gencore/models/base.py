@@ -55,7 +55,7 @@ class Step(NamedTuple):
     Attributes:
         batch: the minibatch, on the model's device.
         key: all noise of this loss comes from it; image ``i`` of the batch uses ``key.samples(i)``.
-        number: the finished steps of the run.
+        number: the finished steps of the run; where the loss is measured on test images, those before the last one.
         total: the steps that the run is to have.
     """
 
@@ -68,7 +68,8 @@ class Step(NamedTuple):
 class Loss(NamedTuple):
     """What a phase's loss function returns: the scalar to minimise and named scalars to log.
 
-    Both are means over the images of the batch: those of a larger batch are the means of those of its parts.
+    Both are means over the images of the batch: those of a larger batch are the means of those of its parts. The
+    metrics have the same names at every step.
     """
 
     value: Tensor
@@ -140,6 +141,7 @@ class GenerativeModel(nn.Module):
     takes: Mapping[str, Need] = MappingProxyType({})
     sampling: SamplingConfig | None = None
     plugin_name: str = ""
+    _adopted: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, spec: DataSpec):
         super().__init__()
@@ -176,12 +178,29 @@ class GenerativeModel(nn.Module):
         """
 
     def adopt(self, name: str, part: GenerativeModel) -> None:
-        """Takes a trained model as the frozen submodule ``name``.
+        """Takes a trained model as the frozen submodule ``name``, for :meth:`start` to call.
 
-        :meth:`start` calls it; when a checkpoint is loaded, it is called again, with a model of the same configuration
-        whose weights are yet to come. So a model that builds its networks to fit its part does it here.
+        Raises:
+            TypeError: ``part`` is no model.
+            ValueError: no plugin built it, so that it could not be built again when a checkpoint is loaded.
         """
+        if not isinstance(part, GenerativeModel):
+            raise TypeError(f"part must be a GenerativeModel, got {type(part).__name__}")
+        if not part.plugin_name:
+            raise ValueError(
+                f"part must be the model of a plugin, got a {type(part).__name__} that was built by itself"
+            )
+        device = part.device
         self.add_module(name, freeze(part))
+        self._adopted = (*self._adopted, name)
+        self.on_adopt(name, part)
+        self.to(device)
+
+    def on_adopt(self, name: str, part: GenerativeModel) -> None:
+        """Called with each part that is adopted: here a model builds the networks that depend on it.
+
+        When a checkpoint is loaded, it is called with a model of the same configuration whose weights are yet to come.
+        """
 
     @torch.no_grad()
     def sample(
@@ -263,9 +282,9 @@ def is_frozen(module: nn.Module) -> bool:
     return getattr(module, "_gencore_frozen", False)
 
 
-def parts_of(model: nn.Module) -> dict[str, GenerativeModel]:
+def parts_of(model: GenerativeModel) -> dict[str, GenerativeModel]:
     """The models that a model has adopted, by name."""
-    return {name: child for name, child in model.named_children() if isinstance(child, GenerativeModel)}
+    return {name: getattr(model, name) for name in model._adopted}
 
 
 def checked_images(images: Any, count: int, spec: DataSpec) -> Tensor:

@@ -35,11 +35,13 @@ from torch import Tensor, nn
 from gencore.config import ConfigError
 from gencore.files import sync_directory, write_atomically, write_synced
 from gencore.models.base import GenerativeModel, parts_of
-from gencore.plugins import MODELS, build_model
+from gencore.plugins import MODELS, blamed, build_model
 from gencore.spec import DataSpec
 from gencore.text import listed
 
 FORMAT = 3
+# Settings of data sets that say how files are read and not what is trained on.
+_READING = ("cache", "skip_bad")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -91,6 +93,9 @@ class Run:
         if self.model == other.model:
             names = sorted(ours["config"].keys() | theirs["config"].keys())
             pairs += [(name, ours["config"].get(name), theirs["config"].get(name)) for name in names]
+        if self.data.partition(":")[0] == other.data.partition(":")[0]:
+            names = sorted((ours["data_settings"].keys() | theirs["data_settings"].keys()) - set(_READING))
+            pairs += [(f"data.{n}", ours["data_settings"].get(n), theirs["data_settings"].get(n)) for n in names]
         names = sorted((ours["train"].keys() | theirs["train"].keys()) - set(allowed))
         pairs += [(f"train.{name}", ours["train"].get(name), theirs["train"].get(name)) for name in names]
         return faults + [f"{name}: the run has {a!r}, asked for is {b!r}" for name, a, b in pairs if a != b]
@@ -336,7 +341,9 @@ def restore_model(checkpoint: Checkpoint, *, ema: bool | None = None, device: st
 def adopt_parts(model: GenerativeModel, parts: Mapping[str, Any], directory: Path) -> None:
     """Gives a model the parts that its run names, without their weights."""
     for name, part in parts.items():
-        model.adopt(name, _built(part["model"], part["config"], part["spec"], part["parts"], directory))
+        built = _built(part["model"], part["config"], part["spec"], part["parts"], directory)
+        with blamed(model.plugin_name, f"adopt({name!r})"):
+            model.adopt(name, built)
 
 
 def _built(

@@ -10,7 +10,7 @@ from typing import Literal
 from gencore.config import Config, field
 
 # What may differ when a run goes on: none of these changes the weights at a given step beyond rounding, the length only
-# if the schedule is constant.
+# if the schedule is constant; accumulate changes those of a model with batch norm, as it does anyway.
 LENGTH = ("steps", "epochs")
 RESUMABLE = (
     *LENGTH, "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "accumulate", "workers",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +50,31 @@ def checked_loss(loss: Any) -> Loss:
     return loss
 
 
+class Losses(nn.Module):
+    """The losses of all phases as one module, so that one reducer of DDP shares the gradients of all."""
+
+    def __init__(self, losses: Sequence[PhaseLoss]):
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+        # One that no loss reaches: without any, DDP warns that it need not look for them.
+        self.unused = nn.Parameter(torch.zeros(1, device=next(losses[0].parameters()).device))
+
+    def forward(self, index: int, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a phase."""
+        result: tuple[Tensor, dict[str, Tensor]] = self.losses[index](step)
+        return result
+
+
+def shared(runners: Sequence[PhaseRunner]) -> None:
+    """Lets DDP share the gradients of these phases with the other processes."""
+    # Parameters that a loss does not reach in some step, such as those of one class, are no error.
+    module = nn.parallel.DistributedDataParallel(
+        Losses([runner.loss for runner in runners]), find_unused_parameters=True
+    )
+    for runner in runners:
+        runner.ddp = module
+
+
 class Descent:
     """An optimiser of a model's, in PyTorch's form, with the names of its parameters in the model."""
 
@@ -65,17 +90,17 @@ class Descent:
         has_fused = "fused" in inspect.signature(kind).parameters and not issubclass(kind, torch.optim.SGD)
         if has_fused and device.type in ("cpu", "cuda") and not sharded:
             groups = [{"fused": True, **group} for group in groups]
-        self.torch: torch.optim.Optimizer = kind(groups)  # type: ignore[call-arg]
-        self._rates = [group["lr"] for group in self.torch.param_groups]
+        self.optimizer: torch.optim.Optimizer = kind(groups)  # type: ignore[call-arg]
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def learning_rate(self) -> float:
         """That of the last step, of the first group."""
-        return self.torch.param_groups[0]["lr"]
+        return self.optimizer.param_groups[0]["lr"]
 
     def scale_rates(self, factor: float) -> None:
         """Sets every group's learning rate to its own times ``factor``."""
-        for group, rate in zip(self.torch.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +108,7 @@ class Descent:
         return {
             f"{self.name}/{name}/{key}": whole(torch.as_tensor(value))
             for name, parameter in zip(self.names, self.parameters, strict=True)
-            for key, value in self.torch.state.get(parameter, {}).items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
             if value is not None
         }
 
@@ -105,7 +130,7 @@ class Descent:
             # A parameter that never had a gradient has no state.
             if found:
                 state[i] = {key: _laid_out_as(self.parameters[i], value) for key, value in found.items()}
-        self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
@@ -158,12 +183,7 @@ class PhaseRunner:
         self.index, self.phase, self.descent, self.processes, self.sharded = index, phase, descent, processes, sharded
         self.meter = Meter()
         self.loss = PhaseLoss(phase)
-        self.module: nn.Module = self.loss
-        if processes.size > 1 and sharded is None:
-            # Parameters that a loss does not reach in some step, such as those of one class, are no error.
-            # One that no loss reaches: without any, DDP warns that it need not look for them.
-            self.loss.unused = nn.Parameter(torch.zeros(1, device=phase.optimizer.parameters[0].device))
-            self.module = nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
+        self.ddp: nn.parallel.DistributedDataParallel | None = None
         self.scaler = torch.amp.GradScaler("cuda") if scaled else None
         self._sums: dict[str, Tensor] = {}
 
@@ -173,7 +193,7 @@ class PhaseRunner:
 
     def clear(self) -> None:
         """Forgets the gradients and figures of the last step."""
-        self.descent.torch.zero_grad(set_to_none=True)
+        self.descent.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
 
     def add(self, step: Step, share: float = 1.0, *, is_last: bool = True) -> Tensor:
@@ -183,9 +203,14 @@ class PhaseRunner:
             share: of the images of the whole minibatch, of all processes.
             is_last: whether no part of it comes after; gradients are shared with the other processes then.
         """
-        ddp = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
-        with nullcontext() if ddp is None or is_last else ddp.no_sync():
-            value, metrics = self.module(step) if self.sharded is None else self.sharded(self.module, step)
+        ddp = self.ddp
+        with nullcontext() if ddp is None or is_last else ddp.no_sync(), self._alone():
+            if ddp is not None:
+                value, metrics = ddp(self.index, step)
+            elif self.sharded is not None:
+                value, metrics = self.sharded(self.loss, step)
+            else:
+                value, metrics = self.loss(step)
             # The gradients of the processes are averaged, so that a process counts as its share of all.
             weight = share * self.processes.size
             self._backward(value if weight == 1 else value * weight)
@@ -193,6 +218,21 @@ class PhaseRunner:
             weighted = scalar if share == 1 else scalar * share
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
         return value.detach()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it, DDP does not wait for the gradients of other phases' parameters, which nobody computes."""
+        others: list[Tensor] = []
+        if self.ddp is not None:
+            own = {id(parameter) for parameter in self.descent.parameters}
+            others = [p for p in self.ddp.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def _backward(self, value: Tensor) -> None:
         try:
@@ -217,7 +257,7 @@ class PhaseRunner:
 
     def descend(self, step: int, clip: float | None = None) -> Tensor:
         """One step of the optimiser down the gradients, and their norm; ``step`` is only what the meter calls it."""
-        optimizer, parameters = self.descent.torch, self.descent.parameters
+        optimizer, parameters = self.descent.optimizer, self.descent.parameters
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
@@ -289,8 +329,8 @@ def shard(model: GenerativeModel, device: torch.device) -> None:
     """Divides a model's parameters among the processes (FSDP2), to be put together where they are needed.
 
     What is put together at a time is a block, an element of a ``ModuleList``; then what is left of a child of the
-    model; then what is left of the model. Blocks and children are taken to be called, and are left to what is around them if
-    they have no forward.
+    model; then what is left of the model. Blocks and children are taken to be called, and are left to what is around
+    them if they have no forward.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

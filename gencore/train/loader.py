@@ -20,6 +20,7 @@ from torch.utils import data as torch_data
 
 from gencore.models.base import Phase
 from gencore.plugins import reason
+from gencore.processes import local_size
 from gencore.spec import Batch, Dataset
 from gencore.train.errors import TrainingError
 from gencore.train.order import batch_indices, data_key
@@ -141,7 +142,7 @@ def read(
         TrainingError: a worker has died. Other errors are those of the data set, raised where the minibatch is taken.
     """
     if workers is None:
-        workers = min(_MOST_WORKERS, max(1, _cores() - 1))
+        workers = min(_MOST_WORKERS, max(1, _cores() // local_size() - 1))
     if not workers or not getattr(data, "workers", False):
         source = _Rows(data, seed, batch_size, rows)
         return (source[which].to(device) for which in minibatches(phases, first, total))

@@ -31,6 +31,9 @@ class Meter:
 
     def add(self, step: int, scalars: Mapping[str, Tensor], is_finite: Tensor) -> None:
         """One repetition's scalars; every repetition has the same ones. ``is_finite`` says whether all is well."""
+        if self.names and self.names != list(scalars):
+            before, now = (", ".join(names) for names in (self.names, scalars))
+            raise TypeError(f"its metrics must have the same names at every step, but were {before} and are {now}")
         self.names = list(scalars)
         sums = torch.stack([scalar.float() for scalar in scalars.values()])
         bad = torch.where(is_finite, -1, step)

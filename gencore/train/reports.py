@@ -14,7 +14,7 @@ from gencore import pictures, plugins
 from gencore.models.base import GenerativeModel, Step, checked_images
 from gencore.models.modes import evaluating
 from gencore.noise import Key
-from gencore.processes import Processes
+from gencore.processes import OtherProcessError, Processes
 from gencore.spec import Dataset
 from gencore.train.descent import Average, PhaseRunner, checked_loss
 from gencore.train.errors import TrainingError
@@ -26,20 +26,29 @@ _MOST_IMAGES = 10_000
 
 
 @contextmanager
-def averaged(model: GenerativeModel, average: Average | None) -> Iterator[None]:
-    """Within it, the model has the moving average of its weights, if there is one."""
-    if average is None:
-        yield
-        return
-    state = model.state_dict()
-    own = {name: state[name].clone() for name in average.tensors}
+def aside(model: GenerativeModel, average: Average | None) -> Iterator[None]:
+    """Within it, what is computed leaves no trace in the training, and the model has the moving average of its weights,
+    if there is one."""
+    own: dict[str, Tensor] = {}
     try:
-        for name, tensor in average.tensors.items():
-            state[name].copy_(tensor)
+        if average is not None:
+            state = _divided_state(model)
+            own = {name: state[name].clone() for name in average.tensors}
+            for name, tensor in average.tensors.items():
+                state[name].copy_(tensor)
         yield
     finally:
+        state = _divided_state(model)
         for name, tensor in own.items():
             state[name].copy_(tensor)
+
+
+def _divided_state(model: GenerativeModel) -> dict[str, Tensor]:
+    """The model's state. Weights that a forward without a backward has put together are divided again before."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+    return model.state_dict()
 
 
 def validation_losses(
@@ -52,7 +61,10 @@ def validation_losses(
     autocast: AbstractContextManager[Any],
     total_steps: int,
 ) -> dict[str, float]:
-    """The mean loss of each phase on test images, in evaluation mode: the same images and noise at every step."""
+    """The mean loss of each phase on test images, in evaluation mode: the same images and noise at every step.
+
+    It is the loss of the last step, so that figures of a loss that changes with the steps can be compared.
+    """
     count = min(len(data), _MOST_IMAGES)
     runners = list(runners)
     sums = torch.zeros(len(runners), dtype=torch.float64, device=model.device)
@@ -60,35 +72,24 @@ def validation_losses(
         for first in range(0, count, batch_size):
             last = min(first + batch_size, count)
             low, high = processes.rows(last - first)
-            batch = data.batch(torch.arange(first + low, first + high)).to(model.device)
-            for runner in runners if len(batch) else ():
+            # A process without a row of its own is needed all the same, where the weights are divided.
+            rows = torch.arange(first + low, max(first + high, first + low + 1)) % count
+            batch = data.batch(rows).to(model.device)
+            for runner in runners:
                 key = Key(seed).fold_in(_VALIDATION).fold_in(runner.index).samples(first + low)
-                with plugins.blamed(model.plugin_name, f"the loss of phase {runner.phase.name!r}"), autocast:
-                    loss = checked_loss(model(runner.phase.loss, Step(batch, key, 0, total_steps)))
-                sums[runner.index] += loss.value.detach().double() * len(batch)
+                what = f"the loss of phase {runner.phase.name!r}"
+                with plugins.blamed(model.plugin_name, what, OtherProcessError), processes.waiting(), autocast:
+                    loss = checked_loss(model(runner.phase.loss, Step(batch, key, total_steps - 1, total_steps)))
+                sums[runner.index] += loss.value.detach().double() * (high - low)
     means = (processes.summed(sums) / count).tolist()
     return {f"validation/{runner.phase.name}/loss": mean for runner, mean in zip(runners, means, strict=True)}
 
 
-def sampled(model: GenerativeModel, n: int, seed: int, conditions: Mapping[str, Any]) -> Tensor:
+def sampled(model: GenerativeModel, n: int, seed: int, conditions: Mapping[str, Any], processes: Processes) -> Tensor:
     """``n`` samples on the CPU: at every step those of the same noise."""
-    with plugins.blamed(model.plugin_name, "sample()"):
+    what = plugins.blamed(model.plugin_name, "sample()", OtherProcessError)
+    with what, processes.waiting():
         return checked_images(model.sample(n, Key(seed).fold_in(_SAMPLES), conditions), n, model.spec)
-
-
-def conditions_of(model: GenerativeModel, data: Dataset, n: int, *, required: bool = False) -> dict[str, Any]:
-    """Conditions for ``n`` samples of a model: classes in turns, and those of the data's first images.
-
-    Args:
-        required: give those alone that the model cannot do without.
-    """
-    names = [name for name, need in model.takes.items() if need == "required" or not required]
-    given = data.batch(torch.arange(n) % len(data)).conditions if names else {}
-    conditions: dict[str, Any] = {}
-    for name in names:
-        classes = model.spec[name].names
-        conditions[name] = torch.arange(n) % len(classes) if classes else given[name]
-    return conditions
 
 
 def write_picture(images: Tensor, path: Path) -> None:

@@ -10,7 +10,7 @@ from gencore import data as data_sets
 from gencore.config import ConfigError
 from gencore.data import MissingSplitError, NamedDataset, Split
 from gencore.models.base import GenerativeModel
-from gencore.plugins import MODELS
+from gencore.plugins import MODELS, faults_with
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, Run
 from gencore.train.config import TrainConfig
@@ -26,7 +26,7 @@ def train(
     model: str,
     *,
     out: Path | str,
-    data: str = DEFAULT_DATA,
+    data: str | None = None,
     steps: int | None = None,
     settings: Mapping[str, Any] | None = None,
     start: Path | str | None = None,
@@ -34,14 +34,15 @@ def train(
     device: Device = "auto",
     progress: bool = True,
 ) -> GenerativeModel:
-    """Trains a model on a data set into a run's folder, as ``gencore train`` does, and returns it.
+    """Trains a model on a data set into a run's folder, as ``gencore train`` does, and returns it as :func:`load` does.
 
     >>> model = train("vae", data="digits", out="runs/vae", steps=500, settings={"latent_size": 20})  # doctest: +SKIP
 
     Args:
         model: the name of a model plugin.
         out: the run's folder, made if it is not there.
-        data: the name of a data set, ``name`` or ``name:path``.
+        data: the name of a data set, ``name`` or ``name:path``; None: that of the run to go on with or to begin with,
+            or else ``digits``.
         steps: of the training; None: as many as ``train.epochs`` says.
         settings: by the names of ``gencore train --set``: those of the model, ``train.NAME`` and ``data.NAME``.
         start: a run whose weights the new one begins with.
@@ -60,7 +61,8 @@ def train(
     saved = checkpoints.read_run(out) if resume and (out / "run.json").exists() else None
     begun = None if start is None else checkpoints.read(Path(start))
     trainer = make_trainer(model, data, out, given, saved=saved, start=begun, device=device, progress=progress)
-    return trainer.fit(resume=resume)
+    trainer.fit(resume=resume)
+    return load(out, device=device)
 
 
 def load(directory: Path | str, *, ema: bool | None = None, device: Device = "auto") -> GenerativeModel:
@@ -130,7 +132,7 @@ def make_trainer(
         with data_sets.showing_progress():
             tell(data_sets.check(images, name, of_data))
     if of_model is not None:
-        of_model_faults += of_model.faults_with(images.spec)
+        of_model_faults += faults_with(plugin, of_model, images.spec)
     if faults := of_model_faults + faults:
         raise ConfigError(plugin.name, faults)
     validation = None

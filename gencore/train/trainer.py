@@ -25,7 +25,8 @@ from torch import Tensor
 
 from gencore import ops, plugins
 from gencore.config import ConfigError
-from gencore.data import DataError, NamedDataset
+from gencore.data import DATASETS, DataError, NamedDataset
+from gencore.data.conditions import conditions_for
 from gencore.files import locked
 from gencore.models.base import GenerativeModel, ModelConfig, ModelPlugin, Step
 from gencore.noise import Key
@@ -240,6 +241,8 @@ class Trainer:
                 runner.compile()
             self.runners.append(runner)
         self.descents = list(made.values())
+        if self.processes.size > 1 and sharded is None and self.runners:
+            descent.shared(self.runners)
         drawing = [phase.repeats / phase.every for phase in phases if phase.batch_of is None]
         self.total_steps = self.config.total_steps(len(self.data), max(drawing)) if phases else 0
 
@@ -384,7 +387,7 @@ class Trainer:
                     self.advance()
                 last = self.step == self.total_steps
                 self.seconds = time.monotonic() - begun
-                signal, is_late = self.processes.agreed(ending() or 0, int(self._is_late(saved_at)))
+                signal, is_late = self.processes.largest(ending() or 0, int(self._is_late(saved_at)))
                 is_best = self._tell(told, progress, last)
                 if last or signal or is_late or is_best or self.step % self.config.checkpoint_every == 0:
                     self._refuse_divergence()
@@ -432,7 +435,7 @@ class Trainer:
     def _validated(self) -> dict[str, float]:
         assert self.validation is not None
         config = self.config
-        with reports.averaged(self.model, self.average):
+        with reports.aside(self.model, self.average):
             return reports.validation_losses(
                 self.runners,
                 self.model,
@@ -446,9 +449,9 @@ class Trainer:
 
     def _draw(self, board: reports.Board | None) -> None:
         config = self.config
-        conditions = reports.conditions_of(self.model, self.validation or self.data, config.samples)
-        with reports.averaged(self.model, self.average):
-            images = reports.sampled(self.model, config.samples, config.seed, conditions)
+        conditions = conditions_for(self.model, self.validation or self.data, config.samples, in_turns=True)
+        with reports.aside(self.model, self.average):
+            images = reports.sampled(self.model, config.samples, config.seed, conditions, self.processes)
         if self.processes.is_first:
             reports.write_picture(images, self.out / "samples" / f"step-{self.step:08d}.png")
         if board is not None:
@@ -502,7 +505,9 @@ class Trainer:
                 device=self.device,
             )
         began = time.monotonic()
-        batch = next(self._batches, None)
+        # What goes wrong with files says so itself.
+        with DATASETS.blamed(self.run.data.partition(":")[0], "batch()", DataError, TrainingError, OSError):
+            batch = next(self._batches, None)
         if batch is None:  # Whoever advances by hand may go on past the end.
             self._batches = None
             return self._next_batch()

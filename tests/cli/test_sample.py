@@ -388,7 +388,7 @@ def test_mistakes_in_conditions_are_one_line(
     ("changed", "message"),
     [
         ({"source": torch.zeros(40, 3, 4, 4, dtype=torch.uint8)}, "its source has another shape"),
-        ({"source": ["a"] * 40}, "its source is of kind text"),
+        ({"source": ["a"] * 40}, "its source is of another kind, text,"),
     ],
 )
 def test_conditions_of_another_kind_are_refused(gencore, conditioned, tmp_path, monkeypatch, changed, message):

@@ -319,6 +319,7 @@ def test_what_is_frozen_within_a_module_stays_so():
 
 def test_a_model_that_is_adopted_is_frozen():
     model, teacher = Model().train(), Model().train()
+    teacher.plugin_name = "teacher"
     model.adopt("teacher", teacher)
     assert model.teacher is teacher
     assert parts_of(model) == {"teacher": teacher}
@@ -328,14 +329,23 @@ def test_a_model_that_is_adopted_is_frozen():
     assert not model.train().teacher.training
     # Nor does it train by itself.
     assert not teacher.train().training
-    # A part of another kind of module is none, and what a part adopted is its own.
-    teacher.adopt("older", Model())
-    model.layers = nn.Sequential(Model())
+    # A model that is a network of another one is no part, and what a part adopted is its own.
+    older = Model()
+    older.plugin_name = "older"
+    teacher.adopt("older", older)
+    model.inner, model.layers = Model(), nn.Sequential(Model())
     assert parts_of(model).keys() == {"teacher"}
     assert parts_of(teacher).keys() == {"older"}
     # Its own samples are made in evaluation mode, and it stays in it.
     model.sample(1, Key(0))
     assert not teacher.training
+
+
+def test_only_the_model_of_a_plugin_is_adopted():
+    with pytest.raises(ValueError, match="part must be the model of a plugin, got a Model that was built by itself"):
+        Model().adopt("teacher", Model())
+    with pytest.raises(TypeError, match="part must be a GenerativeModel, got Linear"):
+        Model().adopt("teacher", nn.Linear(2, 2))
 
 
 def test_start_needs_nothing():

@@ -225,8 +225,7 @@ class ToyStage(GenerativeModel):
             images = data.batch(torch.arange(len(data))).images.to(self.device)
             self.scale.copy_(self.first.encode(images)[0].std())
 
-    def adopt(self, name: str, part: GenerativeModel) -> None:
-        super().adopt(name, part)
+    def on_adopt(self, name: str, part: GenerativeModel) -> None:
         self.center = nn.Parameter(torch.zeros(cast(Toy, part).latent_shape, device=part.device))
 
     def phases(self) -> Sequence[Phase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 
 from gencore.processes import Processes
@@ -25,6 +26,15 @@ def test_means():
     add(meter, 2, 4.0)
     assert meter.means(ALONE) == {"loss": 2.5, "gradient_norm": 1.0, "kl": 2.0}
     assert meter.means(ALONE) == {}
+
+
+def test_metrics_have_the_same_names_at_every_step():
+    meter = Meter()
+    add(meter, 1, 1.0)
+    with pytest.raises(TypeError, match="same names at every step, but were loss, gradient_norm, kl and are loss"):
+        meter.add(2, {"loss": torch.tensor(1.0)}, torch.tensor(True))
+    meter.means(ALONE)
+    meter.add(2, {"loss": torch.tensor(1.0)}, torch.tensor(True))
 
 
 def test_state_goes_through_json():

@@ -124,13 +124,13 @@ def test_groups_keep_their_own_learning_rates_under_a_schedule(trainer, tmp_path
 
     def follow() -> None:
         one_step()
-        used.append([group["lr"] for group in made.descents[1].torch.param_groups])
+        used.append([group["lr"] for group in made.descents[1].optimizer.param_groups])
 
     made.advance = follow
     made.fit()
     factors = [made.config.learning_rate_factor(step, 6) for step in range(6)]
     assert used == [[1e-2 * factor, 1e-3 * factor] for factor in factors]
-    assert [group["momentum"] for group in made.descents[1].torch.param_groups] == [0.0, 0.5]
+    assert [group["momentum"] for group in made.descents[1].optimizer.param_groups] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("stop_after", [3, 6, 7])

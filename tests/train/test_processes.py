@@ -67,14 +67,14 @@ def serve() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(toy_environment):
+def server(environment):
     """The process of :func:`serve`."""
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=toy_environment,
+        env=environment,
         start_new_session=True,
     )
     yield process
@@ -161,6 +161,19 @@ def test_batch_statistics_are_those_of_the_whole_minibatch(gencore, runs):
     # A bias before a batch norm has the gradient 0, but for rounding, which Adam makes steps of full size of. The mean
     # of what it is added to moves with it; the variance does not.
     assert set(differing(runs / "toy", runs / "toy-2")) <= {"encoder.0.bias", "encoder.1.running_mean"}
+
+
+@pytest.mark.parametrize("sharing", [(), ("--set", "train.sharding=full")], ids=["whole", "divided"])
+def test_phases_that_share_an_optimiser_end_with_the_weights_of_one_process(gencore, runs, sharing):
+    arguments = ("train", "toy-phases", "--data", "bars", "--steps", "6", "--batch-size", "16", "--ema", "0.5")
+    # The last test image is that of one process alone.
+    told = ("--set", "train.validate_every=2", "--set", "train.sample_every=3", "--set", "train.samples=4")
+    if not (runs / "phases").exists():
+        gencore(1, *arguments, "--out", runs / "phases")
+    out = runs / ("phases-whole" if not sharing else "phases-divided")
+    gencore(2, *arguments, *told, *sharing, "--set", "train.accumulate=2", "--out", out)
+    for name in ("model", "ema", "optimizer"):
+        assert not differing(runs / "phases", out, name)
 
 
 def test_divided_weights_are_those_of_one_process(gencore, runs):
@@ -306,8 +319,11 @@ def test_too_small_a_minibatch_is_refused(gencore, tmp_path):
     assert "train.batch_size must be at least one image for 2 processes and 2 parts each, was 3" in said
 
 
-def test_commands_that_are_not_shared_are_the_first_process_s(gencore):
+def test_commands_that_are_not_shared_are_the_first_process_s(gencore, runs):
+    run = runs / "vae-alone"
+    gencore(1, "train", "vae", "--set", "hidden_sizes=8", "--steps", "2", "--out", run)
     assert gencore(2, "list").count("variational autoencoder, MLP") == 1
+    assert gencore(2, "reconstruct", run).count("reconstructions") == 2
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from PIL import Image
 from train.comparing import assert_same, assert_same_runs, metrics, stopping, weights
 
 from gencore import data, train
+from gencore.data.conditions import conditions_for
 from gencore.models.base import GenerativeModel, ModelPlugin, Step
 from gencore.plugins import MODELS
+from gencore.processes import ALONE
 from gencore.train import TrainingError, checkpoint, reports
 from gencore.train.log import read_metrics
 
@@ -59,7 +61,7 @@ def test_it_is_the_loss_in_evaluation_mode_of_the_test_images(trainer, tmp_path)
     expected = [
         made.model._critic_loss(Step(step.batch, step.key)).value.item() * len(step.batch) for step, _ in seen[::2]
     ]
-    assert first.number == 0
+    assert first.number == first.total - 1 == 11
     assert found["validation/critic/loss"] == pytest.approx(sum(expected) / len(test), rel=1e-6)
 
 
@@ -273,15 +275,17 @@ def test_pictures_of_samples(trainer, tmp_path):
 
 def test_samples_have_conditions_and_the_same_noise_at_every_step(trainer, tmp_path):
     made = trainer(tmp_path / "run", plugin="toy-sampler")
-    conditions = reports.conditions_of(made.model, made.data, 10)
+    conditions = conditions_for(made.model, made.data, 10, in_turns=True)
     assert conditions["label"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
-    assert reports.conditions_of(made.model, made.data, 10, required=True) == {}
-    images = reports.sampled(made.model, 10, 0, conditions)
-    assert torch.equal(images, reports.sampled(made.model, 10, 0, conditions))
+    assert conditions_for(made.model, made.data, 10, required=True) == {}
+    images = reports.sampled(made.model, 10, 0, conditions, ALONE)
+    assert torch.equal(images, reports.sampled(made.model, 10, 0, conditions, ALONE))
     translator = trainer(tmp_path / "run", plugin="toy-translator", images="toy-pairs")
-    given = reports.conditions_of(translator.model, translator.data, 70, required=True)["source"]
-    # After the last image comes the first again.
-    assert torch.equal(given[60:], given[:10])
+    for in_order in (False, True):
+        given = conditions_for(translator.model, translator.data, 70, required=True, in_order=in_order)["source"]
+        # After the last image comes the first again.
+        assert torch.equal(given[60:], given[:10])
+        assert torch.equal(given[:10], translator.data.batch(torch.arange(10)).conditions["source"]) == in_order
 
 
 def test_a_picture_of_a_model_that_has_broken_down_is_left_out(tmp_path):

@@ -35,14 +35,21 @@ def test_a_model_is_trained_and_loaded(quick, tmp_path):
     model = quick(settings={"hidden": 8})
     assert not model.training
     assert model.config.hidden == 8
-    loaded = load(tmp_path / "run", ema=False)
-    assert_same(loaded.state_dict(), model.state_dict())
-    assert torch.equal(loaded.sample(4, Key(0)), model.sample(4, Key(0)))
-    averaged = load(str(tmp_path / "run"))
+    averaged, loaded = load(str(tmp_path / "run")), load(tmp_path / "run", ema=False)
+    assert_same(averaged.state_dict(), model.state_dict())
+    assert torch.equal(averaged.sample(4, Key(0)), model.sample(4, Key(0)))
     assert_same(averaged.state_dict(), checkpoint.read(tmp_path / "run").weights(ema=True))
     assert not torch.equal(averaged.critic.weight, loaded.critic.weight)
     run = checkpoint.read_run(tmp_path / "run")
     assert (run.model, run.data, run.images, run.train["steps"]) == ("toy", "bars", 60, 3)
+
+
+def test_a_run_goes_on_with_its_own_data(quick, tmp_path):
+    quick()
+    quick(data=None, resume=True, steps=5)
+    assert checkpoint.read(tmp_path / "run").step == 5
+    quick("tuned", data=None, start=tmp_path / "run")
+    assert checkpoint.read_run(tmp_path / "tuned").data == "bars"
 
 
 def test_settings_may_be_nested_values_or_texts(quick, tmp_path):

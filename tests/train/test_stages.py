@@ -41,6 +41,27 @@ def test_a_second_stage_is_whole_without_the_first(trainer, tmp_path, first):
     assert torch.isfinite(train.load(tmp_path / "second").sample(2, Key(0))).all()
 
 
+def test_a_model_among_the_networks_of_another_is_no_part(trainer, tmp_path, monkeypatch):
+    plugin = MODELS.load("toy-mean")
+
+    class Outer(plugin.build):
+        def __init__(self, config, spec):
+            super().__init__(config, spec)
+            self.inner = plugin.build(config, spec)
+
+    monkeypatch.setattr(MODELS, "load", lambda name: ModelPlugin("toy-mean", "toy", plugin.config, Outer))
+    trainer(tmp_path / "run", plugin=MODELS.load("toy-mean")).fit()
+    assert checkpoint.read_run(tmp_path / "run").parts == {}
+    assert isinstance(train.load(tmp_path / "run").inner, plugin.build)
+
+
+def test_what_goes_wrong_when_a_part_is_adopted_again_names_the_plugin(trainer, tmp_path, first, monkeypatch):
+    stage(trainer, tmp_path / "second", first).fit()
+    monkeypatch.setattr(MODELS.load("toy-stage").build, "on_adopt", lambda self, name, part: 1 / 0)
+    with pytest.raises(PluginError, match=r"'toy-stage' .* is broken: adopt\('first'\): ZeroDivisionError"):
+        train.load(tmp_path / "second")
+
+
 def test_a_frozen_part_is_left_alone(trainer, tmp_path, first):
     made = stage(trainer, tmp_path / "second", first)
     made.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -181,7 +182,7 @@ def test_the_learning_rate_is_used_and_logged(trainer, tmp_path):
 
     def follow() -> None:
         one_step()
-        used.append([group["lr"] for one in made.descents for group in one.torch.param_groups])
+        used.append([group["lr"] for one in made.descents for group in one.optimizer.param_groups])
 
     made.advance = follow
     made.fit()
@@ -436,3 +437,23 @@ def test_a_model_that_breaks_the_contract_is_named(trainer, tmp_path, fault, mes
     plugin = ModelPlugin("broken", "vae", _Config, Broken)
     with pytest.raises(PluginError, match=f"'broken' is broken: .*{re.escape(message)}"):
         trainer(tmp_path / "run", plugin=plugin).fit()
+
+
+def test_what_goes_wrong_in_a_data_set_names_its_plugin(trainer, tmp_path, monkeypatch):
+    made = trainer(tmp_path / "run")
+    monkeypatch.setattr(made.data, "batch", lambda indices, key=None: {}["pixels"])
+    with pytest.raises(PluginError, match=r"data set plugin 'bars' .* is broken: batch\(\): KeyError: 'pixels'"):
+        made.fit()
+
+
+def test_a_run_does_not_go_on_with_images_that_are_changed_in_another_way(trainer, tmp_path):
+    def made(settings):
+        new = trainer(tmp_path / "run", steps=4)
+        new.run = dataclasses.replace(new.run, data_settings=settings)
+        return new
+
+    made({"flip": False, "cache": 1.0}).fit()
+    with pytest.raises(CheckpointError, match=r"data.flip: the run has False, asked for is True"):
+        made({"flip": True, "cache": 1.0}).fit(resume=True)
+    # How the files are read is no part of it.
+    made({"flip": False, "cache": 2.0}).fit(resume=True)

@@ -72,12 +72,11 @@ class LatentMixture(GenerativeModel):
         self.center.copy_(latents.mean(0))
         self.scale.copy_(latents.std(0))
 
-    def adopt(self, name: str, part: GenerativeModel) -> None:
+    def on_adopt(self, name: str, part: GenerativeModel) -> None:
         """Makes a mixture that fits the part's latents, when a run begins and whenever a checkpoint is loaded."""
         if not isinstance(part, Autoencodes) or part.spec.image_shape != self.spec.image_shape:
             shape = "x".join(map(str, self.spec.image_shape))
             raise ConfigError("latent-mixture", [f"autoencoder: must be a run of an autoencoder of images {shape}"])
-        super().adopt(name, part)
         components, size = self.config.components, math.prod(part.latent_shape)
         self.register_buffer("center", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
