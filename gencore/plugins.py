@@ -166,9 +166,8 @@ def build_model(plugin: ModelPlugin, config: ModelConfig, spec: DataSpec) -> Gen
     if fault:
         raise MODELS.broken(plugin.name, fault) from TypeError(fault)
     if missing := [name for name in model.takes if name not in spec]:
-        raise ConfigError(
-            plugin.name, [f"data: model {plugin.name} takes {name!r}, which they lack" for name in missing]
-        )
+        told = f"data: must give what model {plugin.name} takes, but lack"
+        raise ConfigError(plugin.name, [f"{told} {name!r}" for name in missing])
     model.plugin_name = plugin.name
     return model
 

@@ -8,6 +8,7 @@ import torch
 from gencore import Key, data, plugins
 from gencore.config import ConfigError
 from gencore.data import DATASETS
+from gencore.models import ModelConfig, ModelPlugin
 from gencore.plugins import MODELS, Entry, PluginError
 from gencore.spec import Batch, Condition, DataSpec
 
@@ -280,7 +281,6 @@ def test_a_configuration_is_held_against_the_data_before_anything_is_built(insta
         ("NoInit", "its model must keep its Settings as config, but config is of type NoneType"),
         ("OtherSpec", "its model must keep the DataSpec that it is built with as spec"),
         ("NotImplementedPhases", r"its model NotImplementedPhases does not implement phases\(\)"),
-        ("TakesText", "its model takes the condition 'text', which its data set does not give"),
         (
             "TakesPerhaps",
             r"takes\['label'\] of its model must be 'required' or 'optional', but is 'perhaps'",
@@ -450,3 +450,30 @@ def test_a_data_set_needs_the_three_members_only(install):
 
 def test_status_of_an_entry_that_is_gone():
     assert MODELS.status(Entry("gone", "model", "zoo", "1.0", "zoo:plugin")) == "broken: no longer installed"
+
+
+def test_a_condition_that_the_data_lack_is_no_fault_of_the_plugin(install):
+    with pytest.raises(ConfigError) as info:
+        build_with(install, "TakesText")
+    assert info.value.faults == ["data: must give what model bad takes, but lack 'text'"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [(None, []), ("size: is odd", ["size: is odd"]), (("a", "b"), ["a", "b"]), ([1], None), (ZeroDivisionError, None)],
+)
+def test_what_faults_with_gives(faults, told):
+    """Lines, one line, or none; anything else is the plugin's fault."""
+
+    class Settings(ModelConfig):
+        def faults_with(self, spec):
+            if faults is ZeroDivisionError:
+                raise faults
+            return faults
+
+    plugin = ModelPlugin("bad", "other", Settings, lambda config, spec: None)
+    if told is None:
+        with pytest.raises(PluginError, match=r"'bad' is broken: faults_with\(\): "):
+            plugins.faults_with(plugin, Settings(), DataSpec((1, 2, 2)))
+    else:
+        assert plugins.faults_with(plugin, Settings(), DataSpec((1, 2, 2))) == told

@@ -99,7 +99,7 @@ def test_epochs(gencore, tmp_path):
         (("toy", *QUICK, "--precision", "float8"), ["Invalid value for '--precision'"]),
         (("toy", *QUICK, "--set", "train.keep_best=true"), ["train.keep_best: must be false without validate_every"]),
         (("toy-translator", *QUICK), ["source: must be given by the data set, as toy-pairs does"]),
-        (("toy-captions", *QUICK), ["its model takes the condition 'text', which its data set does not give"]),
+        (("toy-captions", *QUICK), ["data: must give what model toy-captions takes, but lack 'text'"]),
         (("toy", *QUICK, "--device", "tpu"), ["Invalid value for '--device'"]),
         (("toy", *QUICK, "--batch-size", "many"), ["Invalid value for '--batch-size'"]),
         (("toy", *QUICK, "--colour"), ["No such option"]),

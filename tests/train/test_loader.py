@@ -19,6 +19,7 @@ from train.toys import LazyBars, OddError
 
 from gencore import Key
 from gencore.data import DataError
+from gencore.plugins import PluginError
 from gencore.spec import Batch
 from gencore.train import NotEnoughMemoryError, TrainingError, checkpoint, loader
 from gencore.train.errors import TrainingError as AnyTrainingError
@@ -149,7 +150,6 @@ def test_the_number_of_processes_is_that_of_the_cores_to_spare(trainer, tmp_path
         ("local", DataError, "LocalError: bars.zip: image 9 is damaged"),
         ("attribute", DataError, "bars.zip: image 9 is damaged"),
         ("odd", DataError, "OddError: bars.zip has 9"),
-        ("exit", SystemExit, "enough"),
     ],
 )
 def test_an_error_of_a_worker_arrives_as_it_is(trainer, tmp_path, environment, fault, kind, message):
@@ -164,6 +164,16 @@ def test_an_error_of_a_worker_arrives_as_it_is(trainer, tmp_path, environment, f
     if fault == "damaged":
         assert caught.value.files == ("9.png",)
         assert "OSError: short" in str(caught.value.__cause__)
+    del caught
+    assert not children()
+
+
+def test_a_data_set_that_ends_the_worker_is_broken(trainer, tmp_path, environment):
+    made = trainer(tmp_path / "run", images=LazyBars(bad=9, fault="exit"), workers=2)
+    with pytest.raises(PluginError, match=r"batch\(\): SystemExit: enough$") as caught:
+        made.fit()
+    # Where it was raised is not lost.
+    assert "in fail" in str(caught.value.__cause__.__cause__)
     del caught
     assert not children()
 
