@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TextIO
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 import typer
@@ -27,7 +27,7 @@ from gencore.text import counted, listed, shown
 from gencore.train.checkpoint import Checkpoint, read, restore_model
 from gencore.train.settings import Settings, data_settings
 from gencore.train.settings import apart as split_settings
-from gencore.train.trainer import choose_device
+from gencore.train.trainer import Device, choose_device
 
 # The notes that this command has shown.
 _said: set[str] = set()
@@ -49,7 +49,6 @@ def folder_or_file(text: str | Path) -> Path:
     return Path(text)
 
 
-DeviceName = Literal["auto", "cpu", "cuda"]
 RunFolder = Annotated[
     Path,
     typer.Argument(metavar="DIR", parser=folder_or_file, help="The folder of a run, or of one of its checkpoints."),
@@ -58,7 +57,7 @@ Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Governs every
 BatchSize = Annotated[
     int, typer.Option(min=1, max=1 << 20, help="Images computed at a time; changes rounding at most.")
 ]
-DeviceOption = Annotated[DeviceName, typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 UseEma = Annotated[
     bool | None,
     typer.Option("--ema/--no-ema", help="Take the moving average of the weights.  [default: if there is one]"),
@@ -127,7 +126,7 @@ def picture_file(text: str | Path) -> Path:
     return path
 
 
-def load(directory: Path, ema: bool | None, device: DeviceName) -> Loaded:
+def load(directory: Path, ema: bool | None, device: Device) -> Loaded:
     """The trained model in ``directory``."""
     checkpoint, place = read(directory), choose_device(device)
     model = restore_model(checkpoint, ema=ema, device=str(place))

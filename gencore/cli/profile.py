@@ -14,7 +14,7 @@ from gencore.bench import profiling
 from gencore.bench.machine import describe
 from gencore.bench.profiling import Profile
 from gencore.cli.common import (
-    DeviceName,
+    Device,
     DeviceOption,
     UserError,
     folder_or_file,
@@ -89,7 +89,7 @@ def command(
 
 
 def _trainer(
-    model: str, data_name: str | None, settings: list[str], batch_size: int | None, device: DeviceName, folder: Path
+    model: str, data_name: str | None, settings: list[str], batch_size: int | None, device: Device, folder: Path
 ) -> Trainer:
     """That of the plugin of that name; if there is none, of the run in that folder, though with new weights.
 

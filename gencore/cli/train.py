@@ -70,7 +70,7 @@ def command(
         typer.Option(
             metavar="FILE",
             parser=folder_or_file,
-            help="Settings in JSON or TOML, named as with --set, which goes before.",
+            help="Settings in JSON or TOML, by the names of --set. Options override them.",
         ),
     ] = None,
     device: DeviceOption = "auto",
