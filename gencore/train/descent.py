@@ -332,11 +332,12 @@ def shard(model: GenerativeModel, device: torch.device) -> None:
     model; then what is left of the model. Blocks and children are taken to be called, and are left to what is around
     them if they have no forward.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # Nothing here changes what a module returned in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     children = [child for child in model.children() if not is_frozen(child)]
     blocks = [
         block
