@@ -87,6 +87,11 @@ class NamedDataset(Dataset):
     def notes(self) -> tuple[str, ...]:
         return self._notes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, ``spec.class_names``; empty without classes."""
+        return self.spec.class_names
+
     def __len__(self) -> int:
         raise NotImplementedError
 

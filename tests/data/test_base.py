@@ -320,3 +320,9 @@ def test_a_folder_that_is_gone_has_no_absolute_specs(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: os.stat("/nowhere"))
     with pytest.raises(DataError, match=r"data set toy: cannot find the path 'x': .*No such file"):
         data.absolute_spec("toy:x")
+
+
+def test_class_names_are_those_of_the_spec():
+    images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    assert ImageDataset("set", "train", images, torch.tensor([0, 1]), ("cat", "dog")).class_names == ("cat", "dog")
+    assert ImageDataset("set", "train", images).class_names == ()
