@@ -319,8 +319,8 @@ def read_images(name: str, split: Split, settings: dict[str, Any]) -> NamedDatas
         with data.showing_progress():
             images = data.load(name, split, settings)
     except DataError as error:
-        path = name.partition(":")[2]
-        if path and not Path(path).exists():
+        kind, _, path = name.partition(":")
+        if path and not Path(path).exists() and not data.DATASETS.load(kind).remote:
             message = f"{error}; if you moved the images, give their new place with --data"
             raise DataError(message, error.files) from error
         raise
