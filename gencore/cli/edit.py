@@ -38,7 +38,7 @@ from gencore.cli.common import (
 from gencore.config import ConfigError
 from gencore.data import DataError
 from gencore.data.images import read_image
-from gencore.models.base import NO_CONDITIONS, Edits, GenerativeModel, SamplingConfig, checked_images
+from gencore.models.base import NO_CONDITIONS, GenerativeModel, SamplingConfig, checked_images
 from gencore.noise import Key
 from gencore.spec import Conditions
 
@@ -80,7 +80,7 @@ def command(
     loaded = load(directory, ema, device)
     check_guidance(loaded, of_sampling, asked)
     sampling = sampling_of(loaded, of_sampling)
-    if not isinstance(loaded.model, Edits):
+    if not loaded.model.can_edit:
         raise UserError(f"model {loaded.checkpoint.run.model} cannot edit images")
     path = out or loaded.directory / "edits.png"
     check_output(path)
@@ -150,14 +150,12 @@ def edited(
     sampling: SamplingConfig | None = None,
 ) -> Tensor:
     """The images filled in, on the CPU; image ``i`` has the noise of sample id ``i`` of ``key``."""
-    if not isinstance(model, Edits):
-        raise TypeError(f"model must have a method edit, and {type(model).__name__} has none")
     parts = []
     for first in range(0, len(images), batch_size):
         some = images[first : first + batch_size].to(model.device)
         chosen = {name: values[first : first + batch_size] for name, values in conditions.items()}
         options: dict[str, Any] = {"sampling": sampling, "progress": len(images) <= batch_size, "check_finite": True}
-        with torch.no_grad(), plugins.blamed(model.plugin_name, "edit()", ConfigError, FloatingPointError):
+        with plugins.blamed(model.plugin_name, "edit()", ConfigError, FloatingPointError):
             filled = model.edit(some, known.to(model.device), key.samples(first), chosen, **options)
             parts.append(checked_images(filled, len(some), model.spec))
     return torch.cat(parts)

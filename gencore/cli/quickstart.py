@@ -25,7 +25,7 @@ from gencore.cli.train import run
 from gencore.data.conditions import conditions_for
 from gencore.files import write_atomically
 from gencore.info import info
-from gencore.models.base import Autoencodes, Edits, HasLatents
+from gencore.models.base import Autoencodes, HasLatents
 from gencore.noise import Key
 from gencore.train import Trainer, load
 from gencore.train.log import read_metrics
@@ -99,7 +99,7 @@ def command(
             paths.append(out / name / "traversal.png")
             images = test if isinstance(model, Autoencodes) else None
             pictures.save(traversal_picture(model, images, 8, 11, seed=0), paths[-1])
-        if isinstance(model, Edits):
+        if model.can_edit:
             paths.append(out / name / "edits.png")
             known = known_pixels("bottom", test.spec.image_shape)
             pictures.save(edit_picture(model, chosen_images(test, 10, seed=0).images, known, 3, Key(0)), paths[-1])

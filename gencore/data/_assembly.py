@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -167,48 +167,19 @@ def _made(
         conditions[SOURCE] = read["source"]
     unpaired = {SOURCE: read["domain"]} if "domain" in read else {}
     name = shown(source.where.absolute().stem)
-    flip, crop = settings.flip and split == "train", settings.crop == "random" and split == "train"
-    images = read["image"]
+    training, images = split == "train", read["image"]
+    options: dict[str, Any] = {"notes": notes, "flip": settings.flip and training}
+    first = (labels, plan.class_names)
+    columns = [images, *(values for values in conditions.values() if isinstance(values, Column)), *unpaired.values()]
+    if all(isinstance(column, Held) for column in columns):
+        options["conditions"] = {name: _pixels(v) if isinstance(v, Column) else v for name, v in conditions.items()}
+        options["unpaired"] = {name: _pixels(column) for name, column in unpaired.items()}
+        return ImageDataset(name, split, _pixels(images), *first, **options)
+    options |= {"conditions": conditions, "unpaired": unpaired, "crop": settings.crop == "random" and training}
     if isinstance(images, FileColumn):
-        return FileImages(
-            name,
-            split,
-            images,
-            labels,
-            plan.class_names,
-            notes,
-            conditions=conditions,
-            unpaired=unpaired,
-            flip=flip,
-            crop=crop,
-            where=f"data set {source.kind}: {shown(str(source.where))}",
-            skip_bad=settings.skip_bad,
-        )
-    others = [images, *(values for values in conditions.values() if isinstance(values, Column)), *unpaired.values()]
-    if all(isinstance(column, Held) for column in others):
-        return ImageDataset(
-            name,
-            split,
-            _pixels(images),
-            labels,
-            plan.class_names,
-            notes,
-            conditions={name: _pixels(v) if isinstance(v, Column) else v for name, v in conditions.items()},
-            unpaired={name: _pixels(column) for name, column in unpaired.items()},
-            flip=flip,
-        )
-    return ColumnDataset(
-        name,
-        split,
-        images,
-        labels,
-        plan.class_names,
-        notes,
-        conditions=conditions,
-        unpaired=unpaired,
-        flip=flip,
-        crop=crop,
-    )
+        where = f"data set {source.kind}: {shown(str(source.where))}"
+        return FileImages(name, split, images, *first, where=where, skip_bad=settings.skip_bad, **options)
+    return ColumnDataset(name, split, images, *first, **options)
 
 
 def _pixels(column: Column) -> Tensor:

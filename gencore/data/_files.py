@@ -23,7 +23,7 @@ from torch import Tensor
 from gencore.data._columns import Block, Column, Shape, Strings, Windowed, byte_ends
 from gencore.data._pixels import BadImageError, Fit, decoded, reason_of
 from gencore.data._sources import Files
-from gencore.data.base import DataError, Split
+from gencore.data.base import DataError
 from gencore.data.memory import ColumnDataset
 from gencore.noise import Key
 from gencore.spec import Batch
@@ -174,32 +174,14 @@ class FileImages(ColumnDataset):
 
     def __init__(
         self,
-        name: str,
-        split: Split,
-        images: FileColumn,
-        labels: Tensor | None = None,
-        class_names: Sequence[str] = (),
-        notes: Sequence[str] = (),
-        *,
-        conditions: Mapping[str, Column | Sequence[str]] | None = None,
-        unpaired: Mapping[str, Column] | None = None,
-        flip: bool = False,
-        crop: bool = False,
+        *arguments: Any,
         where: str,
         skip_bad: bool,
+        conditions: Mapping[str, Column | Sequence[str]],
+        **options: Any,
     ):
-        super().__init__(
-            name,
-            split,
-            images,
-            labels,
-            class_names,
-            notes,
-            conditions={n: v if isinstance(v, Column) else Strings(v) for n, v in (conditions or {}).items()},
-            unpaired=unpaired,
-            flip=flip,
-            crop=crop,
-        )
+        kept = {n: v if isinstance(v, Column) else Strings(v) for n, v in conditions.items()}
+        super().__init__(*arguments, conditions=kept, **options)
         self._where, self._skip_bad = where, skip_bad
 
     @property

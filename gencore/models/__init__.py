@@ -3,7 +3,6 @@
 from gencore.models.base import (
     Autoencodes,
     Draw,
-    Edits,
     GenerativeModel,
     HasLatents,
     HasLikelihoodBound,
@@ -22,7 +21,6 @@ __all__ = [
     "Adam",
     "Autoencodes",
     "Draw",
-    "Edits",
     "GenerativeModel",
     "HasLatents",
     "HasLikelihoodBound",

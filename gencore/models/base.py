@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gencore.arguments import integer
 from gencore.config import Config, merged
-from gencore.models._checks import check_conditions
+from gencore.models._checks import check_conditions, check_images, check_known
 from gencore.models.modes import evaluating
 from gencore.models.optimizers import Optimizer
 from gencore.noise import Key
@@ -162,6 +162,14 @@ class GenerativeModel(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot generate images")
 
+    def fill(self, draw: Draw, images: Tensor, known: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] that go with what is known: what :meth:`edit` puts where ``known`` is 0.
+
+        Called in evaluation mode and without gradients. ``known`` is of the images' dtype and broadcasts to them. A
+        model that cannot edit leaves it out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot edit images")
+
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``: what wraps a module's forward, such as FSDP, sees so what a model computes."""
         return function(*arguments)
@@ -228,20 +236,51 @@ class GenerativeModel(nn.Module):
                 that are missing, or of another dtype, shape or number; ``sampling`` of another type than the model's.
             ConfigError: settings of sampling that the model cannot do.
         """
-        draw = self.checked_draw(n, key, conditions, sampling, progress, check_finite)
+        draw = self._checked(n, key, conditions, sampling, progress, check_finite)
         with evaluating(self):
             return self.generate(draw)
 
-    def checked_draw(
+    @torch.no_grad()
+    def edit(
         self,
-        n: int,
+        images: Tensor,
+        known: Tensor,
         key: Key,
         conditions: Conditions = NO_CONDITIONS,
+        *,
         sampling: SamplingConfig | None = None,
         progress: bool = False,
         check_finite: bool = False,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1]: ``images`` where ``known`` is 1, bit for bit, and the model's where it is 0.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the model's device.
+            known: 0 or 1; broadcasts to the images.
+            key: image ``i`` uses the noise of ``key.samples(i)``.
+            conditions, sampling, progress, check_finite: as for :meth:`sample`.
+
+        Raises:
+            TypeError, ValueError: images of another shape, a ``known`` that does not broadcast to them or holds
+                anything but 0 and 1, or as :meth:`sample`.
+            ConfigError: settings of sampling that the model cannot edit by.
+        """
+        check_images(images, self.spec.image_shape)
+        check_known(known, images)
+        draw = self._checked(len(images), key, conditions, sampling, progress, check_finite)
+        with evaluating(self):
+            return torch.where(known.bool(), images, self.fill(draw, images, known.to(images.dtype)))
+
+    def _checked(
+        self,
+        n: int,
+        key: Key,
+        conditions: Conditions,
+        sampling: SamplingConfig | None,
+        progress: bool,
+        check_finite: bool,
     ) -> Draw:
-        """The arguments of :meth:`sample`, checked; its errors."""
+        """What was asked for, checked."""
         n = integer("n", n, least=0)
         if not isinstance(key, Key):
             raise TypeError(f"key must be a gencore.Key, got {type(key).__name__}; gencore.Key(seed) makes one")
@@ -263,6 +302,11 @@ class GenerativeModel(nn.Module):
     def can_sample(self) -> bool:
         """Whether it generates images."""
         return type(self).generate is not GenerativeModel.generate
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether it fills in what is missing of images."""
+        return type(self).fill is not GenerativeModel.fill
 
     @property
     def device(self) -> torch.device:
@@ -330,28 +374,6 @@ class HasLikelihoodBound(Protocol):
     """
 
     def log_likelihood_bound(self, batch: Batch, key: Key, num_samples: int = 1) -> Tensor: ...
-
-
-@runtime_checkable
-class Edits(Protocol):
-    """A model that fills in what is missing of images.
-
-    ``edit`` gives images (B, C, H, W) in [0, 1] that are ``images`` where ``known`` is 1, bit for bit, and the model's
-    where it is 0; ``known`` broadcasts to the images. Image ``i`` uses the noise of ``key.samples(i)``; the other
-    arguments are those of :meth:`GenerativeModel.sample`.
-    """
-
-    def edit(
-        self,
-        images: Tensor,
-        known: Tensor,
-        key: Key,
-        conditions: Conditions = NO_CONDITIONS,
-        *,
-        sampling: SamplingConfig | None = None,
-        progress: bool = False,
-        check_finite: bool = False,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class PhaseRunner:
         self.meter = Meter()
         self.loss = PhaseLoss(phase)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
-        self.scaler = torch.amp.GradScaler("cuda") if scaled else None
+        self.scaler = torch.amp.GradScaler(phase.optimizer.parameters[0].device.type) if scaled else None
         self._sums: dict[str, Tensor] = {}
 
     def compile(self) -> None:

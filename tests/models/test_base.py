@@ -265,8 +265,48 @@ def test_conditions_that_are_refused(takes, conditions, error, message):
         model.sample(2, Key(0), conditions)
     assert str(info.value) == message
     assert model.draws == []
-    with pytest.raises(error):
-        model.checked_draw(2, Key(0), conditions)
+
+
+class Editor(Model):
+    """Fills with the number of the sample, and keeps what it was asked."""
+
+    def fill(self, draw, images, known):
+        self.asked = (draw, images, known, self.training)
+        return torch.full_like(images, 0.5)
+
+
+def test_what_is_known_stays_and_the_rest_is_the_models():
+    model, images = Editor().train(), torch.rand(2, 1, 2, 3)
+    known = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    edited = model.edit(images, known, Key(3), progress=True)
+    assert torch.equal(edited, torch.where(known.bool(), images, 0.5))
+    draw, given, mask, training = model.asked
+    assert (draw.n, draw.key, draw.progress, draw.check_finite, training) == (2, Key(3), True, False, False)
+    assert torch.equal(given, images)
+    assert (mask.dtype, mask.tolist()) == (torch.float32, known.tolist())
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("images", "known", "message"),
+    [
+        (torch.rand(2, 1, 3, 3), torch.ones(1), r"images must be of shape \(B, 1, 2, 3\), got \(2, 1, 3, 3\)"),
+        (torch.rand(2, 1, 2, 3), torch.ones(2), "known must broadcast to the images"),
+        (torch.rand(2, 1, 2, 3), torch.full((1,), 0.5), "known must be 1 where an image is kept"),
+    ],
+)
+def test_editing_refuses_other_images_and_masks(images, known, message):
+    model = Editor()
+    with pytest.raises(ValueError, match=message):
+        model.edit(images, known, Key(0))
+    assert not hasattr(model, "asked")
+
+
+def test_a_model_that_cannot_edit_says_so():
+    assert Editor().can_edit
+    assert not Model().can_edit
+    with pytest.raises(NotImplementedError, match="Model cannot edit images"):
+        Model().edit(torch.rand(1, 1, 2, 3), torch.ones(1), Key(0))
 
 
 def test_a_model_that_cannot_generate_says_so():

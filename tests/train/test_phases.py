@@ -10,10 +10,12 @@ from torch import nn
 from train.comparing import assert_same, assert_same_runs, metrics, stopping, weights
 from train.toys import Adafactor, NAdam
 
+from gencore import Key
 from gencore.models.base import GenerativeModel, Loss, ModelConfig, ModelPlugin, Phase, Step, freeze
 from gencore.models.optimizers import SGD, Adam, Optimizer, RMSprop
+from gencore.processes import ALONE
 from gencore.train import AverageConfig, TrainingError, checkpoint
-from gencore.train.descent import Average
+from gencore.train.descent import Average, Descent, PhaseRunner
 from gencore.train.loader import Minibatch, minibatches
 
 
@@ -301,6 +303,41 @@ def test_float16_is_for_gpus(trainer, tmp_path):
     with pytest.raises(TrainingError, match=r"train\.precision=float16 is for GPUs; bfloat16 runs on the CPU too"):
         trainer(tmp_path / "run", precision="float16")
     assert not (tmp_path / "run").exists()
+
+
+def scaled_runner(scaled):
+    """A phase of one weight with the gradient 3, and the trainer's way down it."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.tensor([2.0]))
+    model = nn.Module()
+    model.register_parameter("weight", weight)
+    phase = Phase("fit", lambda step: Loss((3 * weight * float(step.number)).sum()), Optimizer([weight], SGD(lr=0.125)))
+    descent = Descent("fit", phase.optimizer, model, torch.device("cpu"))
+    return PhaseRunner(0, phase, descent, ALONE, scaled=scaled), weight
+
+
+def test_a_scaled_loss_gives_the_same_steps_and_leaves_out_those_that_overflow():
+    """What float16 needs on GPUs, on the CPU: the scale is a power of two, so that nothing is rounded."""
+    found = []
+    for scaled in (False, True):
+        runner, weight = scaled_runner(scaled)
+        for _ in range(3):
+            runner.clear()
+            runner.add(Step(None, Key(0), 1))
+            assert runner.descend(1) == 3
+        found.append(weight.item())
+    assert found == [2 - 3 * 3 * 0.125] * 2
+    scale = runner.scaler.get_scale()
+    runner.clear()
+    runner.add(Step(None, Key(0), int(1e38)))
+    assert runner.descend(2).isinf()
+    assert weight.item() == found[1]
+    assert runner.scaler.get_scale() == scale / 2
+    # An overflow of the scaled gradient is no divergence.
+    assert runner.meter.first_bad_step() is None
+    again, _ = scaled_runner(True)
+    again.load_state(runner.state())
+    assert again.scaler.get_scale() == scale / 2
 
 
 def test_sharding_is_for_several_processes(trainer, tmp_path):

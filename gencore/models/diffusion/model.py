@@ -16,14 +16,14 @@ from torch import Tensor
 
 from gencore import diffusion, ops
 from gencore.config import ConfigError
-from gencore.models._checks import check_images, check_known, check_num_samples
-from gencore.models.base import NO_CONDITIONS, Draw, GenerativeModel, Loss, Phase, SamplingConfig, Step
+from gencore.models._checks import check_images, check_num_samples
+from gencore.models.base import Draw, GenerativeModel, Loss, Phase, Step
 from gencore.models.diffusion.config import DDPMConfig, Sampling
 from gencore.models.modes import evaluating
 from gencore.models.optimizers import Optimizer
 from gencore.nn import UNet
 from gencore.noise import Key
-from gencore.spec import Batch, Conditions, DataSpec
+from gencore.spec import Batch, DataSpec
 
 # One stream of the key per purpose, so that no two draws of a training step share noise.
 STREAM_TIME = 0
@@ -131,19 +131,8 @@ class DDPM(GenerativeModel):
         """
         return self._sampled(draw)
 
-    @torch.no_grad()
-    def edit(
-        self,
-        images: Tensor,
-        known: Tensor,
-        key: Key,
-        conditions: Conditions = NO_CONDITIONS,
-        *,
-        sampling: SamplingConfig | None = None,
-        progress: bool = False,
-        check_finite: bool = False,
-    ) -> Tensor:
-        """The images (B, C, H, W) with what ``known`` does not mark filled in; see :class:`gencore.models.Edits`.
+    def fill(self, draw: Draw, images: Tensor, known: Tensor) -> Tensor:
+        """What goes with the known part; see :meth:`GenerativeModel.fill`.
 
         At every step, the known part of x_t is replaced by the images with as much noise (Song et al., "Score-Based
         Generative Modeling through Stochastic Differential Equations" (2021b), appendix I.2; Lugmayr et al. 2022,
@@ -152,18 +141,11 @@ class DDPM(GenerativeModel):
 
         Raises:
             ConfigError: ``sampling`` asks for ``resamples`` of a sampler that uses earlier predictions.
-            TypeError, ValueError: images of another shape, a ``known`` that does not broadcast to the images or holds
-                anything but 0 and 1, or as :meth:`sample`.
         """
-        check_images(images, self.spec.image_shape)
-        check_known(known, images)
-        draw = self.checked_draw(len(images), key, conditions, sampling, progress, check_finite)
         faults = list(draw.sampling.faults_of_editing())
         if faults:
             raise ConfigError("sampling", faults)
-        with evaluating(self):
-            filled = self._sampled(draw, known=_centered(images), mask=known.to(images.dtype))
-        return torch.where(known.bool(), images, filled)
+        return self._sampled(draw, known=_centered(images), mask=known)
 
     def _sampled(self, draw: Draw, known: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         sampling = draw.sampling
