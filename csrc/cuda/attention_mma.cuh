@@ -33,16 +33,6 @@ template <int channels>
 using KeysTiles = MmaTiles<channels, channels <= 64 ? 2 : 1, channels <= 160 ? 1 : channels / 128,
                            channels <= 256 ? 32 : 16, channels <= 32>;
 
-// What the current device gives; what every one of compute capability 8.0 or later has, if it does not tell.
-inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device, value;
-  if (cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess) {
-    return value;
-  }
-  cudaGetLastError();
-  return otherwise;
-}
-
 // What a launch takes of a plane.
 struct MmaPlan {
   // The tokens that blocks have as their own; how many tensors of them, and how many sums for add_splits.
@@ -61,7 +51,7 @@ template <class Tiles, class Arguments>
 cudaError_t launch_tiles(void (*kernel)(Arguments), Arguments args, const AttentionShape& shape, const MmaPlan& plan,
                          cudaStream_t stream) {
   const std::int64_t planes = shape.batch * shape.heads;
-  const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 99 << 10);
+  const int most_bytes = static_cast<int>(most_shared_bytes());
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
   const int streamed = tile_elements(Tiles::streamed, Tiles::channels, plan.columns);
   const auto own_of = [&](int groups) {
@@ -85,14 +75,6 @@ cudaError_t launch_tiles(void (*kernel)(Arguments), Arguments args, const Attent
   args.work.streamed = streamed;
   args.work.stages = bytes_of(groups, 2) <= most_bytes ? 2 : 1;
   const int bytes = bytes_of(groups, args.work.stages);
-  // More than kernels have unless they ask.
-  if (bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return error;
-    }
-  }
   return launch(kernel, blocks_of(planes * args.work.tiles), groups * Tiles::splits * warp_threads,
                 static_cast<std::size_t>(bytes), stream, args);
 }

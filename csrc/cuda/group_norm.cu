@@ -37,39 +37,16 @@ bool are_aligned(std::initializer_list<const void*> addresses) {
 
 bool is_empty(const GroupNormShape& shape) { return shape.samples == 0 || shape.channels == 0 || shape.pixels == 0; }
 
-// Shared memory that a block has without asking; that every GPU of compute capability 8.0 or later gives.
-constexpr std::uintptr_t usual_bytes = 48 << 10, common_bytes = 96 << 10;
-
 // Whether one block, with `bytes` of shared memory, takes all slices of a tile.
 bool takes_whole(const GroupNormWork& work, bool channels_last, std::uintptr_t bytes, std::uintptr_t most_bytes) {
   if (work.tiles_per_group > 1) return false;
-  if (work.slices == 1 && bytes <= usual_bytes) return true;
+  if (work.slices == 1 && bytes <= usual_shared_bytes) return true;
   return !channels_last && work.tiles >= enough_blocks && work.slices <= rows_at_once && bytes <= most_bytes;
 }
 
-// What the current device gives a block that asks.
-std::uintptr_t most_shared_bytes() {
-  int device, limit;
-  if (cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess) {
-    return static_cast<std::uintptr_t>(limit);
-  }
-  cudaGetLastError();
-  return common_bytes;
-}
-
-// Launches with more shared memory than kernels have unless they ask.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::uintptr_t bytes,
                           cudaStream_t stream, Arguments&&... arguments) {
-  if (bytes > usual_bytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return error;
-    }
-  }
   return launch(kernel, blocks_for(blocks * block_threads), threads, bytes, stream,
                 std::forward<Arguments>(arguments)...);
 }
@@ -123,7 +100,8 @@ std::uintptr_t backward_bytes(const GroupNormWork& work, GroupNormPhase phase, b
 // As little as every device has, so that the workspace depends on none.
 template <class T, bool channels_last>
 bool forward_takes_whole(const GroupNormWork& work) {
-  return takes_whole(work, channels_last, forward_bytes<T>(work, GroupNormPhase::whole, !channels_last), common_bytes);
+  return takes_whole(work, channels_last, forward_bytes<T>(work, GroupNormPhase::whole, !channels_last),
+                     common_shared_bytes);
 }
 
 template <class T, int width, bool channels_last>

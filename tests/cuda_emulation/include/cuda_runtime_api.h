@@ -79,6 +79,10 @@ struct cudaLaunchConfig_t {
   unsigned int numAttrs;
 };
 
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
+};
+
 #define CUDART_VERSION 13000
 
 // Of an error that the emulator found in a kernel, cudaGetErrorString gives the whole story.
@@ -98,5 +102,6 @@ cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStr
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream = nullptr);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_size,
                                                           std::size_t dynamic_shared_bytes);
