@@ -27,6 +27,7 @@ WHEEL_HOLDS = (
     "gencore/py.typed",
     "gencore/_cpu.pyi",
     "gencore/backends/reference/",
+    "gencore/backends/tables/attention.json",
     "gencore/backends/triton/",
     "gencore/bench/page.html.jinja",
     "gencore/models/vae/",

@@ -114,14 +114,21 @@ def emulated() -> Iterator[EmulatedOps]:
 
     # Another order of blocks and threads for each test, the same every time; in order for a quarter of them.
     watched._emulator.set_schedule(zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()) % 4)
-    choice._choose.cache_clear()
+    forget_backends()
     in_its_place = mock.patch.multiple(cuda, load=lambda: ops, refusal=lambda device: None)
     with in_its_place, mock.patch.object(torch.Tensor, "data_ptr", data_ptr):
         try:
             yield ops
         finally:
             watched._emulator.set_schedule(0)
-            choice._choose.cache_clear()
+            forget_backends()
+
+
+def forget_backends() -> None:
+    """For tests that put something else in the place of a backend: what serves a device is found out anew."""
+    choice._choose.cache_clear()
+    choice._refusal.cache_clear()
+    choice.dispatched.cache_clear()
 
 
 _emulators: dict[str, Emulator] = {}

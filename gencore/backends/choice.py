@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu, cuda
+from gencore.backends import cpu, cuda, dispatch, handover
 
 Name = Literal["cpu", "cuda", "triton"]
 # In the order of preference.
@@ -25,11 +25,13 @@ _named: Name | None = None
 def backend(name: Name) -> Iterator[None]:
     """Within this context every op runs on the backend ``name``, or raises and says why that backend cannot.
 
-    Without it, an op takes the first backend that serves the device of its tensors. The noise is the same on each.
+    Without it, an op takes a backend that serves the device of its tensors: where several do, the one that is faster for
+    such a call, as far as is known (:func:`gencore.explain` says which). The noise is the same on each.
 
     Args:
         name: ``"cpu"``, the compiled kernels for the CPU; ``"cuda"``, the compiled kernels for NVIDIA GPUs;
-            ``"triton"``, kernels that Triton compiles for a GPU when they are first called.
+            ``"triton"``, kernels that Triton compiles for a GPU when they are first called. Nothing is handed over to
+            PyTorch's own kernels.
 
     It holds for the whole process, as PyTorch's own switches of backends do, because backward passes run in threads of
     their own. Compiled functions follow it when they run, not when they are compiled.
@@ -77,7 +79,7 @@ class NoBackend(ValueError):
 
 
 def choose(device: torch.device) -> Name:
-    """The backend that serves tensors on ``device``. Raises :class:`NoBackend`."""
+    """The first backend that serves tensors on ``device``. Raises :class:`NoBackend`."""
     return _choose(_named, device)
 
 
@@ -86,17 +88,74 @@ def choose(device: torch.device) -> Name:
 def _choose(only: Name | None, device: torch.device) -> Name:
     reasons: dict[Name, str | None] = {}
     for name in NAMES if only is None else (only,):
-        reasons[name] = refusal(name, device)
+        reasons[name] = _refusal(name, device)
         if reasons[name] is None:
             return name
     raise NoBackend(device, reasons)
 
 
+@functools.cache
+def _refusal(name: Name, device: torch.device) -> str | None:
+    return refusal(name, device)
+
+
 def kernel(op: str, tensor: Tensor) -> Callable[..., Any]:
     """What runs an op on tensors where ``tensor`` is. Raises :class:`NoBackend`."""
-    if _named is None and tensor.is_cpu:
-        return getattr(cpu.ops, op)
+    if _named is None:
+        if tensor.is_cpu:
+            return getattr(cpu.ops, op)
+        if dispatch.has_table(op):
+            return dispatched(op, tensor.device)
     return getattr(load(_choose(_named, tensor.device)), op)
+
+
+@functools.cache
+def dispatched(op: str, device: torch.device) -> Dispatched:
+    """An op that has a table, on ``device``."""
+    return Dispatched(op, device)
+
+
+class Dispatched:
+    """A kernel by whichever of several runners is the fastest for a call, as far as is known.
+
+    A call goes through the runners in the order of its row in the table, then through the backends in theirs, to the
+    first that takes it. Raises :class:`NoBackend` where none does.
+    """
+
+    def __init__(self, op: str, device: torch.device):
+        self._op, self._device, self._capability = op, device, dispatch.capability_of(device)
+
+    def __call__(self, *args: Any) -> Any:
+        for runner in self._order(args):
+            if self._refusal(runner, args) is not None:
+                continue
+            if runner not in handover.RUNNERS:
+                return getattr(load(runner), self._op)(*args)
+            done = handover.attention(runner, *args)
+            if done is not None:
+                return done
+        raise NoBackend(self._device, {name: _refusal(name, self._device) for name in NAMES})
+
+    def explained(self, *args: Any) -> tuple[str | None, str, dict[str, str]]:
+        """Who would run a call, what that rests on, and of those before it in the order why they would not."""
+        entry = dispatch.entry_of_call(self._op, self._capability, args)
+        source = "not measured" if entry is None else entry.source
+        refused: dict[str, str] = {}
+        for runner in self._order(args):
+            reason = self._refusal(runner, args)
+            if reason is None:
+                return runner, source, refused
+            refused[runner] = reason
+        return None, source, refused
+
+    def _order(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        row = dispatch.row_of(self._op, self._capability, args)
+        return NAMES if row is None else (*row.order, *NAMES)
+
+    def _refusal(self, runner: Any, args: tuple[Any, ...]) -> str | None:
+        if runner in handover.RUNNERS:
+            return handover.refusal(runner, *args[:4])
+        return _refusal(runner, self._device)
 
 
 def triton_unavailable() -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends import cpu, handover
+from gencore.backends import cpu
 from gencore.backends.compiled import CompiledOps
 from gencore.backends.layout import readable, writable
 
@@ -47,13 +47,6 @@ class CudaOps(CompiledOps):
 
     def _writable(self, tensor: Tensor) -> Tensor:
         return writable(tensor)
-
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None, with_lse: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        if handover.row_of(q, k, v, scale) is not None:
-            return handover.attention(q, k, v, scale, out, with_lse)
-        return super().attention(q, k, v, scale, out, with_lse)
 
 
 def _current_stream_of_torch(device: int) -> int:

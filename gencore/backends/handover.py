@@ -1,94 +1,79 @@
-"""Where the CUDA backend hands the forward pass of attention over to cuDNN, through PyTorch, and why.
+"""PyTorch's own kernels for the forward pass of attention, cuDNN's and FlashAttention's, as runners beside ours.
 
-Our kernels multiply by ``mma.sync``, from which Hopper's tensor cores get two thirds of what they can do; its own
-instructions for tiles in shared memory get the rest. cuDNN's kernels take them, so it is ahead where the time goes into
-products: at long sequences, with the head sizes that it is made for. Where a head would be padded, and where a call is
-short, ours are.
-
-The rows of :data:`TABLE` rest on published figures: Shah et al., "FlashAttention-3" (2024), figure 5, has cuDNN well
-ahead of FlashAttention-2, which is built as our kernels are, on an H100 in these sizes. They stand until
-`make gpu-check` has measured them; ``benchmarks/test_attention.py`` times every backend of PyTorch's.
-
-What is handed over gets cuDNN's bits. The backward pass is always ours: cuDNN's adds with atomics.
+The table of attention says where they are ahead: cuDNN's take Hopper's own instructions. They are called directly, past
+the checks of ``scaled_dot_product_attention``, so what they cannot do is refused here. What is handed over has their
+bits. The backward pass is always ours: theirs add with atomics.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+_HALF = (torch.bfloat16, torch.float16)
+# They read 16 bytes of a half type at a time.
+_UNIT = 8
 
 
-class Row(NamedTuple):
-    """Calls that are handed over: on GPUs of at least this compute capability, with more than ``tokens`` queries and
-    keys, where the channels of each tensor lie side by side."""
-
-    capability: tuple[int, int]
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[int, ...]
-    tokens: int
-    why: str
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    out, lse, *_ = op(q, k, v, None, with_lse, 0.0, False, False, scale=scale)
+    return out, lse
 
 
-TABLE = (
-    Row(
-        (9, 0),
-        (torch.bfloat16, torch.float16),
-        (64, 128),
-        1024,
-        "at 64 or 128 channels and more than 1,024 tokens, Hopper's own instructions are ahead of mma.sync",
-    ),
-)
-_FEWEST = min(row.tokens for row in TABLE)
+def _by_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+    out, lse, *_ = op(q, k, v, 0.0, False, False, scale=scale)
+    return out, lse
 
 
-def takes_over(
-    capability: tuple[int, int], dtype: torch.dtype, size: int, queries: int, keys: int, channels_adjoin: bool
-) -> Row | None:
-    """The row of :data:`TABLE` that a call is in; None if our kernels run it."""
-    for row in TABLE:
-        if (
-            capability >= row.capability
-            and dtype in row.dtypes
-            and size in row.sizes
-            and min(queries, keys) > row.tokens
-            and channels_adjoin
-        ):
-            return row
-    return None
+_OPS = {"cudnn": _by_cudnn, "flash": _by_flash}
+RUNNERS = tuple(_OPS)
+# Calls that one of them failed in, which it is not given again, with what it said.
+_failed: dict[tuple[Any, ...], str] = {}
 
 
-def row_of(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Row | None:
-    """The row for these tensors (B, heads, tokens, d)."""
-    # A call that is not long is told in a fraction of a microsecond.
-    queries, keys = q.shape[2], k.shape[2]
-    if queries <= _FEWEST or keys <= _FEWEST or scale <= 0:
-        return None
-    channels_adjoin = q.stride(3) == k.stride(3) == v.stride(3) == 1
-    return takes_over(capability_of(q.device), q.dtype, q.shape[3], queries, keys, channels_adjoin)
-
-
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """(0, 0) where cuDNN does not serve."""
-    return _capability(device.index) if device.type == "cuda" else (0, 0)
-
-
-@functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
-    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
-        return 0, 0
-    return torch.cuda.get_device_capability(index)
+def refusal(runner: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Why a runner cannot take a call with these tensors (B, heads, tokens, d); None if it can."""
+    if scale <= 0:
+        return "scale is not positive"
+    if q.dtype not in _HALF:
+        return "it serves half types"
+    if q.shape[3] % _UNIT:
+        return f"the channels of a head are no multiple of {_UNIT}"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.numel() == 0:
+            return f"{name} is empty"
+        if tensor.data_ptr() % 16:
+            return f"the address of {name} is no multiple of 16 bytes"
+        shape, stride = tensor.shape, tensor.stride()
+        if stride[3] != 1:
+            return f"the channels of {name} do not lie side by side"
+        # The stride of a dimension of one element says nothing.
+        steps = [stride[i] for i in range(3) if shape[i] > 1]
+        if 0 in steps:
+            return f"{name} is expanded"
+        if any(step % _UNIT for step in steps):
+            return f"a stride of {name} is no multiple of {_UNIT}"
+    if not _is_allowed(runner, q, k, v):
+        return "PyTorch does not allow it here"
+    return _failed.get(_call(runner, q, k, v))
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None, with_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The op of that name, by cuDNN."""
-    result, lse, *_ = _cudnn(q, k, v, None, with_lse, 0.0, False, False, scale=scale)
+    runner: str, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None] | None:
+    """The kernel of that name, by a runner; None, from then on too, where it fails in such a call."""
+    try:
+        result, lse = _OPS[runner](q, k, v, scale, with_lse)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _failed[_call(runner, q, k, v)] = f"it failed: {str(error).strip().partition(chr(10))[0]}"
+        return None
     return _put(result, q, out), lse.reshape(q.shape[:3]).contiguous() if with_lse else None
 
 
@@ -99,3 +84,29 @@ def _put(result: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
     if result.stride() == torch.empty_like(like, device="meta").stride():
         return result
     return torch.empty_like(like).copy_(result)
+
+
+def _call(runner: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What a runner's success depends on, but for the batch: it does not decide which bits a sample has."""
+    layouts = [(tensor.shape[1:], tensor.stride()[1:]) for tensor in (q, k, v)]
+    return runner, q.device, q.dtype, *layouts
+
+
+def _is_allowed(runner: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """PyTorch's own word: its switches, the GPU, the head size."""
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    return _ALLOWS[runner](params, False)
+
+
+_ALLOWS = {
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "flash": torch.backends.cuda.can_use_flash_attention,
+}
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) of anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)

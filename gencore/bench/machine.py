@@ -31,6 +31,7 @@ def describe(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": told["gpus"],
+        "capability": list(torch.cuda.get_device_capability()) if device == "cuda" else None,
         "system": told["system"],
         "compiler": told["cpu_module"]["compiler"],
         "cuda": torch.version.cuda,

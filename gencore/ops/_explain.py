@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gencore.backends import choice, cpu, handover
+from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
+from gencore.ops.attention import heads_of
 
 # Of these only the channels must lie side by side.
 _PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")
@@ -25,21 +25,26 @@ class Explanation:
     Attributes:
         op: its name.
         device: where its tensors are.
-        chosen: the backend that would run it; None if none can.
+        chosen: what would run it: a backend, or for attention "cudnn" or "flash", PyTorch's own kernels; None if nothing
+            can.
+        source: where several serve the device, what the choice rests on: "measured on" a GPU and when, or "not measured".
         reasons: for every other backend, why it would not run.
         notes: what the call does besides, such as copies of its arguments.
     """
 
     op: str
     device: str
-    chosen: choice.Name | None
-    reasons: dict[choice.Name, str]
+    chosen: str | None
+    source: str | None
+    reasons: dict[str, str]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
         chosen: str = self.chosen or "no backend, it would raise"
         if self.chosen == "cpu":
             chosen += f", {cpu.simd_level()} on up to {torch.get_num_threads()} threads"
+        if self.source is not None:
+            chosen += f", {self.source}"
         lines = [f"{self.op} on {self.device}: {chosen}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
@@ -95,17 +100,22 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     tensors = {name: argument for name, argument in arguments.items() if isinstance(argument, Tensor)}
     if device is None:
         device = next(iter(tensors.values())).device
-    chosen: choice.Name | None
+    chosen: str | None
     try:
         chosen = choice.choose(device)
     except choice.NoBackend:
         chosen = None
-    reasons = {}
+    source: str | None = None
+    reasons: dict[str, str] = {}
+    notes: list[str] = []
+    if arguments and chosen in ("cuda", "triton") and choice.named() is None:
+        chosen, source, reasons, notes = _by_table(op, arguments, device)
     for name in choice.NAMES:
         if name != chosen:
             reason = choice.refusal(name, device)
-            reasons[name] = reason or ("it comes later" if choice.named() is None else f'backend("{choice.named()}")')
-    notes = []
+            if reason is None:
+                reason = "it comes later" if choice.named() is None else f'backend("{choice.named()}")'
+            reasons.setdefault(name, reason)
     for argument, tensor in tensors.items():
         if argument == "key":
             if tensor.dim() == 2 and tensor.device != device:
@@ -113,26 +123,41 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
         elif argument in _PER_CHANNEL and tensor.stride(-1) == 1:
             continue
         elif op == "attention":
-            if chosen != "cpu" and not has_rows(tensor):
+            if chosen in ("cuda", "triton") and not has_rows(tensor):
                 notes.append(
                     f"{argument} has neither its channels nor its tokens side by side, so it goes through a copy"
                 )
         elif memory_format_of(tensor) is torch.contiguous_format and not tensor.is_contiguous():
             notes.append(f"{argument} is neither contiguous nor channels_last, so it goes through a copy that is")
-    row = _handed_over(op, arguments, device) if chosen == "cuda" else None
-    if row is not None:
-        notes.append(f"forward, it is handed over to cuDNN: {row.why}")
-    return Explanation(op, str(device), chosen, reasons, tuple(notes))
+    return Explanation(op, str(device), chosen, source, reasons, tuple(notes))
 
 
-def _handed_over(op: str, arguments: dict[str, Any], device: torch.device) -> handover.Row | None:
-    if op == "attention":
-        return handover.row_of(*(arguments[name] for name in ("q", "k", "v", "scale")))
-    if op == "spatial_attention" and arguments["scale"] > 0:
-        qkv, size = arguments["qkv"], arguments["qkv"].shape[1] // (3 * arguments["num_heads"])
-        pixels = math.prod(qkv.shape[2:])
-        # As they are when they reach the kernel.
-        channels_adjoin = suggested_format(qkv) is not torch.contiguous_format
-        capability = handover.capability_of(device)
-        return handover.takes_over(capability, qkv.dtype, size, pixels, pixels, channels_adjoin)
-    return None
+# The kernels that have another name than their op.
+_KERNELS = {"normal": "normal_", "uniform": "uniform_", "spatial_attention": "attention"}
+_GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
+
+
+def _by_table(
+    op: str, arguments: dict[str, Any], device: torch.device
+) -> tuple[str | None, str, dict[str, str], list[str]]:
+    """Of a call on a GPU: who runs it, what that rests on, why not those that the table has before, and a note of its
+    gradient, where someone else makes that."""
+    kernel = _KERNELS.get(op, op)
+    args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())
+    runner, source, refused = choice.dispatched(kernel, device).explained(*args)
+    gradient, notes = _GRADIENTS.get(kernel, f"{kernel}_backward"), []
+    if gradient in dispatch.KERNELS:
+        main = dispatch.KERNELS[kernel].main
+        of_gradient = (None,) * dispatch.KERNELS[gradient].main + args[main:]
+        behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)
+        if (behind, why) != (runner, source):
+            notes.append(f"its gradient: {behind}, {why}")
+    return runner, source, refused, notes
+
+
+def _heads(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What the kernel of attention is given of an image: q, k, v without their values, and the scale."""
+    qkv = arguments["qkv"]
+    memory_format = suggested_format(qkv)
+    like = torch.empty_like(qkv, device="meta", memory_format=memory_format)
+    return *heads_of(like, 3, arguments["num_heads"], memory_format), arguments["scale"]

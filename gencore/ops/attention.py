@@ -97,7 +97,7 @@ _attention = define(
 )
 
 
-def _heads(x: Tensor, parts: int, num_heads: int, memory_format: torch.memory_format) -> tuple[Tensor, ...]:
+def heads_of(x: Tensor, parts: int, num_heads: int, memory_format: torch.memory_format) -> tuple[Tensor, ...]:
     """(N, parts C, ...), in that format, as ``parts`` views (N, heads, pixels, channels of a head)."""
     samples, channels = x.shape[:2]
     pixels = math.prod(x.shape[2:])
@@ -114,8 +114,8 @@ def _attend(qkv: Tensor, num_heads: int, scale: float, with_lse: bool = True) ->
     memory_format = suggested_format(qkv)
     qkv = qkv.contiguous(memory_format=memory_format)
     out = _empty_out(qkv, memory_format)
-    q, k, v = _heads(qkv, 3, num_heads, memory_format)
-    _, lse = choice.kernel("attention", qkv)(q, k, v, scale, *_heads(out, 1, num_heads, memory_format), with_lse)
+    q, k, v = heads_of(qkv, 3, num_heads, memory_format)
+    _, lse = choice.kernel("attention", qkv)(q, k, v, scale, *heads_of(out, 1, num_heads, memory_format), with_lse)
     return out, lse
 
 
@@ -137,12 +137,12 @@ def _attend_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, nu
         *(
             tensor
             for x, parts in ((grad_out, 1), (qkv, 3), (out, 1))
-            for tensor in _heads(x, parts, num_heads, memory_format)
+            for tensor in heads_of(x, parts, num_heads, memory_format)
         ),
         lse,
         scale,
         [True] * 3,
-        _heads(grad_qkv, 3, num_heads, memory_format),
+        heads_of(grad_qkv, 3, num_heads, memory_format),
     )
     return grad_qkv
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels import emulated
+from kernels import emulated, forget_backends
 from support import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,9 +24,9 @@ def without_a_gpu(monkeypatch):
     """As on a machine with torch's CPU build, Triton not interpreted."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(choice, "_is_interpreted", lambda: False)
-    choice._choose.cache_clear()
+    forget_backends()
     yield
-    choice._choose.cache_clear()
+    forget_backends()
 
 
 def test_the_device_decides(without_a_gpu):
@@ -43,12 +43,12 @@ def test_the_device_decides(without_a_gpu):
 
 def test_cuda_comes_before_triton(monkeypatch):
     monkeypatch.setattr(choice, "refusal", lambda name, device: "it is the CPU's" if name == "cpu" else None)
-    choice._choose.cache_clear()
+    forget_backends()
     assert choice.choose(CUDA) == "cuda"
     monkeypatch.setattr(choice, "refusal", lambda name, device: None if name == "triton" else f"no {name}")
-    choice._choose.cache_clear()
+    forget_backends()
     assert choice.choose(CUDA) == "triton"
-    choice._choose.cache_clear()
+    forget_backends()
 
 
 def test_a_named_backend_that_cannot_serve_says_why(without_a_gpu):

@@ -202,8 +202,8 @@ def test_the_floor_of_a_network_counts_every_product():
 
 
 def test_the_share_of_triton_is_ours_on_a_gpu_alone():
-    assert base.on_triton(lambda: None, "cpu") == {}
-    assert list(base.on_triton(lambda: None, "cuda")) == ["ours, Triton"]
+    assert base.on_backends(lambda: None, "cpu") == {}
+    assert list(base.on_backends(lambda: None, "cuda")) == ["ours, CUDA", "ours, Triton"]
 
 
 def test_every_op_has_a_module():

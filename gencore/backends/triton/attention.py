@@ -133,6 +133,7 @@ def plan(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
     the logits. Shared memory has the queries and, for each stage, a tile of keys and one of values: with warpgroups 120
     KiB at most, and 160 for heads of 512, whose queries would else be read again with each tile of keys. Without them
     queries are in registers, so that longer heads are read in chunks, and it stays below the 99 KiB of smaller GPUs.
+    Beyond 160 channels two warpgroups share the sums, some of which Triton 3.6 keeps in memory where it has but one.
     The other types are multiplied by each thread, or by the tensor cores of float64, and take short chunks.
     """
     if dtype == torch.float64:
@@ -141,8 +142,10 @@ def plan(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
         return cut(size, 16, 128), Tiles(64, 32, 8, 1)
     if size > (512 if warpgroups else 192):
         return cut(size, 64, 256), Tiles(64, 32, 8, 2)
+    if size > 160 and warpgroups:
+        return cut(size, 0, 256), Tiles(64, 32, 8, 2)
     if size > 128:
-        return cut(size, 0, 256), Tiles(64, 64 if warpgroups and size <= 192 else 32, 4, 2)
+        return cut(size, 0, 256), Tiles(64, 64 if warpgroups else 32, 4, 2)
     return cut(size, 0, 256), Tiles(128, 64, 8, 3 if size <= 64 else 2)
 
 

@@ -21,7 +21,7 @@ from gencore.bench.suite.base import (
     double,
     gradient_call,
     largest_error,
-    on_triton,
+    on_backends,
 )
 
 # Products of queries by keys: forward, and with the backward pass, which makes the probabilities again.
@@ -103,7 +103,7 @@ def forward(case: AttentionCase, dtype: torch.dtype, device: str) -> Comparison:
         )
         return out.squeeze(1).transpose(1, 2)
 
-    calls: dict[str, Callable[[], Any]] = {"ours": ours, **on_triton(ours, device)}
+    calls: dict[str, Callable[[], Any]] = {"ours": ours, **on_backends(ours, device)}
     calls |= bound(_peers(case), image)
     if (moved := _in_channels_last(case, image)) is not None:
         calls["eager, channels_last"] = lambda: peers.spatial_attention(moved, case.heads)
@@ -139,7 +139,7 @@ def forward_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -
         return ops.spatial_attention(image, case.heads)
 
     mine = gradient_call(ours, [image], g)
-    calls = {"ours": mine, **on_triton(mine, device)}
+    calls = {"ours": mine, **on_backends(mine, device)}
     calls |= {name: gradient_call(peer, [image], g) for name, peer in _peers(case).items()}
     if (moved := _in_channels_last(case, image)) is not None:
         calls["eager, channels_last"] = gradient_call(
@@ -223,7 +223,7 @@ def block(case: AttentionCase, dtype: torch.dtype, device: str) -> Comparison:
     calls = {name: without_gradient(*one) for name, one in found.items()}
     mine = calls.pop("ours")
     return Comparison(
-        {"ours": mine, **on_triton(mine, device), **calls},
+        {"ours": mine, **on_backends(mine, device), **calls},
         _work(case, x, backward=False),
         largest_error(expected, of=lambda out: out[:1].flatten(2)[:, :, :rows]),
         TOLERANCES[dtype],
@@ -267,7 +267,7 @@ def block_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -> 
     calls = {name: both_ways(*one) for name, one in found.items()}
     mine = calls.pop("ours")
     return Comparison(
-        {"ours": mine, **on_triton(mine, device), **calls},
+        {"ours": mine, **on_backends(mine, device), **calls},
         _work(case, image, backward=True),
         largest_error(expected, of),
         TOLERANCES[dtype],

@@ -12,7 +12,7 @@ from gencore import Key, diffusion, ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import Case
 from gencore.bench.limits import Work
-from gencore.bench.suite.base import NOISE_TOLERANCES, Benchmark, Comparison, bound, judged, noise_error, on_triton
+from gencore.bench.suite.base import NOISE_TOLERANCES, Benchmark, Comparison, bound, judged, noise_error, on_backends
 
 SCHEDULE = diffusion.linear()
 # Two products and a sum for each value.
@@ -62,7 +62,7 @@ def _comparison(case: Case, dtype: torch.dtype, device: str, into: bool) -> Comp
     def ours() -> Tensor:
         return ops.add_noise(x0, t, SCHEDULE, key, out=out)
 
-    calls = {"ours": ours, **on_triton(ours, device)} | _peers(x0, t, device)
+    calls = {"ours": ours, **on_backends(ours, device)} | _peers(x0, t, device)
     if out is not None:
         alpha, sigma = (level.to(device, x0.dtype) for level in (SCHEDULE.alpha, SCHEDULE.sigma))
         calls["eager, in place"] = lambda: _noised_into(out, x0, t, alpha, sigma)

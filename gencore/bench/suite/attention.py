@@ -29,7 +29,7 @@ from gencore.bench.suite.base import (
     double,
     gradient_call,
     largest_error,
-    on_triton,
+    on_backends,
 )
 
 _PINNED = {
@@ -93,7 +93,7 @@ def forward(case: AttentionCase, dtype: torch.dtype, device: str) -> Comparison:
         some = double(*(tensor.contiguous() for tensor in (_head(q)[:, :, :rows], _head(k), _head(v))))
         return F.scaled_dot_product_attention(some[0], some[1], some[2])
 
-    calls = {"ours": ours, **on_triton(ours, device)}
+    calls = {"ours": ours, **on_backends(ours, device)}
     calls |= bound(_peers(case, tensors, device), q, k, v)
     return Comparison(
         calls,
@@ -126,7 +126,7 @@ def forward_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -
     functions = {"ours": ops.attention, **_peers(case, tensors, device)}
     calls = {name: gradient_call(function, tensors, g) for name, function in functions.items()}
     return Comparison(
-        {"ours": calls.pop("ours")} | on_triton(gradient_call(ops.attention, tensors, g), device) | calls,
+        {"ours": calls.pop("ours")} | on_backends(gradient_call(ops.attention, tensors, g), device) | calls,
         # Forward; backward q, k, v and the result's gradient are read, and three gradients written.
         Work(
             nbytes=5 * g.nbytes + 3 * (tensors[1].nbytes + tensors[2].nbytes),

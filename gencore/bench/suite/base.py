@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,16 +85,20 @@ def is_compiled(name: str) -> bool:
     return "compile" in name
 
 
-def on_triton(call: Call, device: str) -> dict[str, Call]:
-    """Ours on Triton's kernels as one more candidate, on a GPU whose CUDA kernels are the ones that serve."""
-    if device != "cuda":
-        return {}
+def on_backends(call: Call, device: str) -> dict[str, Call]:
+    """Ours on the kernels of each backend as further candidates, on a GPU, where ours is the one that the tables choose.
 
-    def run() -> Any:
-        with ops.backend("triton"):
-            return call()
+    What they measure makes the tables: see benchmarks/dispatch.py.
+    """
 
-    return {"ours, Triton": run}
+    def by(name: Literal["cuda", "triton"]) -> Call:
+        def run() -> Any:
+            with ops.backend(name):
+                return call()
+
+        return run
+
+    return {"ours, CUDA": by("cuda"), "ours, Triton": by("triton")} if device == "cuda" else {}
 
 
 def largest_error(expected: Callable[[], Any], of: Callable[[Any], Any] | None = None) -> Callable[[Any], float]:

@@ -28,7 +28,7 @@ from gencore.bench.suite.base import (
     judged,
     largest_error,
     noise_error,
-    on_triton,
+    on_backends,
 )
 
 _FLOAT32 = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
@@ -71,7 +71,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
         return ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key)
 
     return Comparison(
-        {"ours": ours, **on_triton(ours, device)} | bound(_peers(device), output, eps),
+        {"ours": ours, **on_backends(ours, device)} | bound(_peers(device), output, eps),
         # Read the output, and the noise where it was kept; a network that predicts the noise has no x0 in its target.
         Work(nbytes=2 * output.nbytes, flops=_FORWARD * case.elements),
         largest_error(lambda: loss(output.double(), _noise(x0, key, torch.float64, case))),
@@ -99,7 +99,7 @@ def forward_and_backward(case: Case, dtype: torch.dtype, device: str) -> Compari
 
     ours = through(lambda output, eps: ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key))
     return Comparison(
-        {"ours": ours, **on_triton(ours, device)} | {name: through(peer) for name, peer in _peers(device).items()},
+        {"ours": ours, **on_backends(ours, device)} | {name: through(peer) for name, peer in _peers(device).items()},
         # Read the output and the noise, write the gradient.
         Work(nbytes=3 * output.nbytes, flops=(_FORWARD + _BACKWARD) * case.elements),
         largest_error(expected),

@@ -22,7 +22,7 @@ from gencore.bench.suite.base import (
     judged,
     largest_error,
     noise_error,
-    on_triton,
+    on_backends,
 )
 
 SCHEDULE = diffusion.linear()
@@ -102,7 +102,7 @@ def _step(sampler: Sampler, case: Case, dtype: torch.dtype, device: str, into: b
     def ours() -> Tensor:
         return ops.diffusion_step(x, output, row, key, out=out)
 
-    calls: dict[str, Callable[[], Any]] = {"ours": ours, **on_triton(ours, device)}
+    calls: dict[str, Callable[[], Any]] = {"ours": ours, **on_backends(ours, device)}
     calls |= bound(peers.eager_and_compiled(sampler.function, device), x, output, *values)
     scheduler = peers.diffusers_scheduler(sampler.theirs, device, STEPS)
     if scheduler is not None:

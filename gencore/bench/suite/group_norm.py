@@ -24,7 +24,7 @@ from gencore.bench.suite.base import (
     double,
     gradient_call,
     largest_error,
-    on_triton,
+    on_backends,
 )
 
 # Operations per value: mean and squares 3, normalising with weight and bias 4, SiLU 4. Backward: the derivative of SiLU
@@ -99,7 +99,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
     def ours() -> Tensor:
         return ops.group_norm(x, case.groups, weight, bias, activation="silu")
 
-    calls = {"ours": ours, **on_triton(ours, device)}
+    calls = {"ours": ours, **on_backends(ours, device)}
     calls |= bound(_peers(norm, case.groups, device), *args)
     if moved := _in_channels_last(case, args):
         calls["eager, channels_last"] = lambda: norm(*moved)

@@ -9,7 +9,7 @@ from gencore import Key, ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import Case
 from gencore.bench.limits import Work
-from gencore.bench.suite.base import NOISE_TOLERANCES, Benchmark, Comparison, judged, noise_error, on_triton
+from gencore.bench.suite.base import NOISE_TOLERANCES, Benchmark, Comparison, judged, noise_error, on_backends
 
 
 def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
@@ -21,7 +21,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
     calls = {
         "ours": ours,
-        **on_triton(ours, device),
+        **on_backends(ours, device),
         "eager": lambda: torch.randn(case.shape, dtype=dtype, device=device, out=out),
     }
     if device == "cuda":

@@ -25,7 +25,7 @@ from gencore.bench.suite.base import (
     judged,
     largest_error,
     noise_error,
-    on_triton,
+    on_backends,
 )
 
 # Operations per value: half of logvar and its exponential; times eps and plus mu for each draw. Backward, of logvar:
@@ -75,7 +75,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
     functions = peers.eager_and_compiled(sample if draws is None else _sample_draws(draws), device)
     return Comparison(
-        {"ours": ours, **on_triton(ours, device)} | bound(functions, mu, logvar),
+        {"ours": ours, **on_backends(ours, device)} | bound(functions, mu, logvar),
         Work(
             nbytes=mu.nbytes * (2 + many),
             values=case.elements * many,
@@ -119,7 +119,7 @@ def _forward_and_backward(case: Case, dtype: torch.dtype, device: str, kl: bool)
     functions = peers.eager_and_compiled(_sample_kl if kl else sample, device)
     flops = _SCALE + _DRAW + _BACKWARD + ((_KL + _KL_BACKWARD) if kl else 0)
     return Comparison(
-        {"ours": ours, **on_triton(ours, device)} | {name: through(peer) for name, peer in functions.items()},
+        {"ours": ours, **on_backends(ours, device)} | {name: through(peer) for name, peer in functions.items()},
         Work(
             # Read mu, logvar and write z; read logvar and grad_z and write that of logvar (that of mu may be grad_z
             # itself). With the divergence, mu is read again and its gradient written.
