@@ -4,9 +4,9 @@ Each of ``benchmarks/results/*.json`` that was measured on a GPU makes an entry 
 for its compute capability and each type and direction that it has, in the place of what was there: an expectation, or
 older figures. ``gencore/backends/dispatch.py`` says how a call finds its row.
 
-A runner's time is the longer of what a call takes on the GPU and on the host, as calls follow each other; the gradient's
-is what forward and backward take together without forward. Who is not ahead by 5% does not come before our CUDA kernels:
-so little does not survive another run.
+A runner's time is the longer of what a call takes on the GPU and on the host, as calls follow each other; that of the
+gradient is what forward and backward take together without forward. Who is not ahead by 5% does not come before our
+CUDA kernels: so little does not survive another run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gencore.backends import dispatch
 from gencore.backends.dispatch import Direction, Entry, Measured, Row
 from gencore.bench import suite
 from gencore.bench.case import AttentionCase, Case
-from gencore.bench.results import Candidate, Report, Result, positive, read
+from gencore.bench.results import Report, Result, positive, read
 from gencore.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -130,6 +130,18 @@ def merged(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(found)
 
 
+def joined(reports: Iterable[Report]) -> list[Report]:
+    """Those of GPUs, oldest first; reports of one commit on one kind of GPU are one, with what each measured last."""
+    alike: dict[tuple[str, str], Report] = {}
+    for report in sorted(reports, key=lambda report: report.date):
+        if report.machine["device"] == "cuda":
+            key = report.machine["name"], report.commit
+            earlier = alike.pop(key).results if key in alike else ()
+            results = {result.name: result for result in (*earlier, *report.results)}
+            alike[key] = dataclasses.replace(report, results=tuple(results.values()))
+    return list(alike.values())
+
+
 def combined(before: Iterable[Entry], after: Iterable[Entry]) -> list[Entry]:
     """The entries, of which later ones stand in the place of those for the same GPUs, type and direction."""
     found = {(entry.capability, entry.dtype, entry.direction): entry for entry in (*before, *after)}
@@ -158,15 +170,13 @@ def text(found: Iterable[Entry]) -> str:
 
 def main(names: list[str]) -> int:
     """``names``: of files of results; those that are committed, if there are none."""
-    reports = [read(path) for path in names or sorted(RESULTS.glob("*.json"))]
     found: dict[str, list[Entry]] = defaultdict(list)
-    for report in sorted(reports, key=lambda report: report.date):
-        if report.machine["device"] == "cuda":
-            for op, some in entries(report).items():
-                found[op] += some
+    for report in joined(read(path) for path in names or sorted(RESULTS.glob("*.json"))):
+        for op, some in entries(report).items():
+            found[op] += some
     for op, some in found.items():
         path = dispatch.FOLDER / f"{op}.json"
-        write_atomically(path, text(combined(dispatch.read(op), some)))
+        write_atomically(path, text(combined(dispatch.read(op, dispatch.FOLDER), some)))
         print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}: {len(some)} entries")
     if not found:
         print("there are no results of a GPU")

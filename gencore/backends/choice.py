@@ -25,8 +25,8 @@ _named: Name | None = None
 def backend(name: Name) -> Iterator[None]:
     """Within this context every op runs on the backend ``name``, or raises and says why that backend cannot.
 
-    Without it, an op takes a backend that serves the device of its tensors: where several do, the one that is faster for
-    such a call, as far as is known (:func:`gencore.explain` says which). The noise is the same on each.
+    Without it, an op takes a backend that serves the device of its tensors: where several do, the fastest for such a
+    call, as far as is known (:func:`gencore.explain` says which). The noise is the same on each.
 
     Args:
         name: ``"cpu"``, the compiled kernels for the CPU; ``"cuda"``, the compiled kernels for NVIDIA GPUs;

@@ -1,9 +1,9 @@
 """Which of several backends runs an op on a GPU: a table per op, of what was measured or, until then, is expected.
 
 ``tables/<op>.json`` has an entry for each kind of GPU, type and direction. An entry has rows: the features of a problem
-that was measured, and who ran it in which order, the fastest first. A call takes the row that is nearest to it. Features
-are those of one sample, so that the batch that a sample is in does not change its bits. ``make dispatch`` writes the
-entries from the results of benchmarks; where there is no entry, the first backend that serves the device runs the op.
+that was measured, and who runs it, the fastest first. A call takes the row that is nearest to it. Features are those of
+one sample, so that the batch that a sample is in does not change its bits. ``make dispatch`` writes the entries from
+the results of benchmarks; where there is no entry, the first backend that serves the device runs the op.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
     features: Features
     order: tuple[Runner, ...]
-    seconds: Mapping[str, float] = {}  # noqa: RUF012 - nobody writes to it
+    seconds: Mapping[str, float] = {}
 
 
 class Entry(NamedTuple):

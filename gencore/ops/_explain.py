@@ -25,9 +25,10 @@ class Explanation:
     Attributes:
         op: its name.
         device: where its tensors are.
-        chosen: what would run it: a backend, or for attention "cudnn" or "flash", PyTorch's own kernels; None if nothing
+        chosen: what would run it: a backend, or "cudnn" or "flash", PyTorch's own kernels for attention; None if none
             can.
-        source: where several serve the device, what the choice rests on: "measured on" a GPU and when, or "not measured".
+        source: on a GPU, what the choice rests on: "measured on" which one and when, or "not measured". None elsewhere,
+            and where a backend is named.
         reasons: for every other backend, why it would not run.
         notes: what the call does besides, such as copies of its arguments.
     """

@@ -109,7 +109,7 @@ def test_the_nearest_row_is_taken():
 
 def test_the_nearest_gpu_of_the_generation_speaks():
     known = entry((8, 0)), entry((8, 9))
-    with mock.patch.object(dispatch, "_read", lambda op: known):
+    with mock.patch.object(dispatch, "_read", return_value=known):
         dispatch.entry_of.cache_clear()
         found = [
             dispatch.entry_of("attention", "forward", capability, torch.bfloat16)

@@ -58,7 +58,7 @@ def cudnn() -> Iterator[PytorchAttention]:
     reason = "it serves tensors on the CPU"
     with (
         emulated(),
-        mock.patch.object(cpu, "refusal", lambda device: reason),
+        mock.patch.object(cpu, "refusal", return_value=reason),
         mock.patch.object(choice, "kernel", lambda op, tensor: choice.dispatched(op, tensor.device)),
         mock.patch.multiple(dispatch, _read=lambda op: table(("cudnn", "cuda")), capability_of=lambda device: HOPPER),
         mock.patch.multiple(handover, _OPS={"cudnn": fake}, _is_allowed=lambda *call: True, _failed={}),
@@ -134,7 +134,7 @@ def test_images(memory_format, cudnn):
     out.backward(torch.ones_like(out))
     assert cudnn.calls == goes
     leaf = qkv.detach().requires_grad_()
-    with mock.patch.object(handover, "refusal", lambda *call: "a test"):
+    with mock.patch.object(handover, "refusal", return_value="a test"):
         mine = ops.spatial_attention(leaf, 2, scale=SCALE)
         (grad,) = torch.autograd.grad(mine, leaf, torch.ones_like(out))
     assert_alike(out.detach(), mine.detach())
@@ -274,7 +274,7 @@ def test_on_a_gpu(name, runner):
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     whole = Row({"size": SIZE, "tokens": 1024}, (runner, "cuda", "triton"))
     entry = Entry(torch.cuda.get_device_capability(), "bfloat16", "forward", None, "a test", (whole,))
-    with mock.patch.object(dispatch, "_read", lambda op: (entry,)):
+    with mock.patch.object(dispatch, "_read", return_value=(entry,)):
         forget_tables()
         assert explain(ops.attention, q, k, v).chosen == (runner if refusal is None else "cuda")
         out = ops.attention(*leaves, scale=SCALE)

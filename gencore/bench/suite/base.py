@@ -86,9 +86,9 @@ def is_compiled(name: str) -> bool:
 
 
 def on_backends(call: Call, device: str) -> dict[str, Call]:
-    """Ours on the kernels of each backend as further candidates, on a GPU, where ours is the one that the tables choose.
+    """Ours on the kernels of each backend as further candidates, on a GPU, where "ours" is by whom the tables choose.
 
-    What they measure makes the tables: see benchmarks/dispatch.py.
+    The tables are made from their times: see benchmarks/dispatch.py.
     """
 
     def by(name: Literal["cuda", "triton"]) -> Call:
