@@ -176,8 +176,9 @@ def main(names: list[str]) -> int:
             found[op] += some
     for op, some in found.items():
         path = dispatch.FOLDER / f"{op}.json"
-        write_atomically(path, text(combined(dispatch.read(op, dispatch.FOLDER), some)))
-        print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}: {len(some)} entries")
+        whole = combined(dispatch.read(op, dispatch.FOLDER), some)
+        write_atomically(path, text(whole))
+        print(f"{path}: {sum(entry.measured is not None for entry in whole)} of {len(whole)} entries are measured")
     if not found:
         print("there are no results of a GPU")
     return 0

@@ -132,7 +132,7 @@ def test_what_is_measured_takes_the_place_of_what_is_expected(tmp_path, monkeypa
     dataclasses.replace(report(new), date="2027-01-01T00:00:00+00:00").write(paths[1])
     report(new, name="a CPU", device="cpu", capability=None).write(paths[2])
     assert dispatch.main([str(path) for path in (paths[1], paths[0], paths[2])]) == 0
-    assert "attention.json: 2 entries" in capsys.readouterr().out
+    assert "attention.json: 1 of 4 entries are measured" in capsys.readouterr().out
     found = {(entry.capability, entry.direction): entry for entry in tables.read("attention", folder)}
     assert found[(9, 0), "forward"].measured.date == "2027-01-01"
     assert found[(9, 0), "forward"].rows[0].order == ("triton", "cuda")
