@@ -100,6 +100,8 @@ class Result:
         floor_seconds: what the machine takes at best.
         limit: of what that is the limit.
         tolerance: the error up to which a candidate computes the same.
+        clock: what the seconds are of: "calls" that follow each other, or a "graph", replays of a CUDA graph of calls
+            whose tensors take turns.
     """
 
     section: Section
@@ -115,6 +117,7 @@ class Result:
     floor_seconds: float | None
     limit: str
     tolerance: float | None
+    clock: Literal["calls", "graph"] = "calls"
 
     @property
     def name(self) -> str:

@@ -10,11 +10,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gencore.bench import limits, machine
+from gencore.bench import limits, machine, replay
 from gencore.bench.limits import Work
 from gencore.bench.measure import Timing, interleave, median_interval, quiet_profiler
 from gencore.bench.results import OURS, Candidate, Limits, Report, Result
@@ -130,15 +131,20 @@ class _Runner:
         }
         found = {name: self._tried(name, call, comparison) for name, call in calls.items()}
         able = {name: calls[name] for name, candidate in found.items() if candidate.failure is None}
-        if OURS not in able:
-            timings: dict[str, Timing] = {}
-        else:
-            timings = interleave(
-                able,
-                rounds=self.settings.rounds,
-                device=comparison.clock or self.device,
-                budget=self.settings.budget,
-            )
+        timings: dict[str, Timing] = {}
+        clock: Literal["calls", "graph"] = "calls"
+        if OURS in able:
+            timings, failures = self._replayed(task, comparison, able)
+            if OURS in timings:
+                clock = "graph"
+                found |= {name: replace(found[name], failure=why) for name, why in failures.items()}
+            else:
+                timings = interleave(
+                    able,
+                    rounds=self.settings.rounds,
+                    device=comparison.clock or self.device,
+                    budget=self.settings.budget,
+                )
         overheads = self._overheads(benchmark, task) if benchmark.section == "ops" else {}
         return self._result(
             task,
@@ -148,6 +154,25 @@ class _Runner:
                 for name, candidate in found.items()
             ],
             *limits.floor(comparison.work, task.dtype, self.device),
+            clock=clock,
+        )
+
+    def _replayed(
+        self, task: Task, comparison: Comparison, able: Mapping[str, Call]
+    ) -> tuple[dict[str, Timing], dict[str, str]]:
+        """Of an op on a GPU, what the calls take in CUDA graphs, and why others have no graph; nothing of the rest."""
+        if self.device != "cuda" or comparison.clock or task.benchmark.section != "ops":
+            return {}, {}
+        turns = [able]
+        for _ in range(1, replay.copies(comparison.work.nbytes, replay.cache_bytes())):
+            turns.append(task.benchmark.make(task.case, task.dtype, self.device).calls)
+        calls = {name: [turn[name] for turn in turns] for name in able}
+        once = interleave(able, rounds=1, round_seconds=0.0, device="cuda", budget=0.0)
+        return replay.timings(
+            calls,
+            {name: timing.median for name, timing in once.items()},
+            rounds=self.settings.rounds,
+            budget=self.settings.budget,
         )
 
     def _result(
@@ -157,6 +182,7 @@ class _Runner:
         candidates: Sequence[Candidate],
         floor: float | None = None,
         limit: str = "",
+        clock: Literal["calls", "graph"] = "calls",
     ) -> Result:
         return Result(
             section=task.benchmark.section,
@@ -172,6 +198,7 @@ class _Runner:
             floor_seconds=floor,
             limit=limit,
             tolerance=comparison.tolerance,
+            clock=clock,
         )
 
     def _tried(self, name: str, call: Call, comparison: Comparison) -> Candidate:

@@ -1,0 +1,156 @@
+"""Calls in CUDA graphs: tensors take turns, results are kept until their turn, what cannot be captured is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gencore.bench import replay, run
+from gencore.bench.cases import Case
+from gencore.bench.limits import Work
+from gencore.bench.measure import Timing
+from gencore.bench.suite import Task
+from gencore.bench.suite.base import Benchmark, Comparison
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "cache", "wanted"), [(100, 50, 1), (99, 50, 2), (10, 50, 10), (1, 50, 32), (0, 50, 32), (10**9, 50, 1)]
+)
+def test_there_are_as_many_copies_as_the_cache_wants(nbytes, cache, wanted):
+    assert replay.copies(nbytes, cache) == wanted
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """What a capture runs is run, and replays are counted."""
+    replays = []
+
+    def run_at_once(calls, warm_up):
+        calls()
+        return lambda: replays.append(1)
+
+    monkeypatch.setattr(replay, "_captured", run_at_once)
+    return replays
+
+
+def test_calls_take_turns_and_their_results_do_not_share_memory(captured):
+    order, alive = [], []
+
+    def call(number):
+        def made():
+            order.append(number)
+            result = torch.empty(1000)
+            alive.append(result.data_ptr())
+            return result
+
+        return made
+
+    graph = replay.Graph([call(0), call(1), call(2)], repeats=4)
+    assert order == [0, 1, 2] * 4
+    assert graph.calls == 12
+    # Any three that follow each other.
+    assert all(len(set(alive[i : i + 3])) == 3 for i in range(len(alive) - 2))
+    graph()
+    assert len(captured) == 1
+    assert len(order) == 12, "a replay calls nothing"
+
+
+def test_a_replay_is_long_enough_and_its_time_is_shared_out(captured, monkeypatch):
+    """Of 20 us and two sets of tensors 50 calls, of 10 ms two, of the shortest no more than the most."""
+    seen = {}
+
+    def interleave(graphs, **settings):
+        seen.update({name: graph.calls for name, graph in graphs.items()})
+        assert settings == {"rounds": 7, "round_seconds": 0.0, "device": "cuda", "budget": 3.0}
+        return {name: Timing((graph.calls * 2.0, graph.calls * 4.0)) for name, graph in graphs.items()}
+
+    monkeypatch.setattr(replay, "interleave", interleave)
+    calls = [lambda: None, lambda: None]
+    found, failures = replay.timings(
+        {"a": calls, "b": calls, "c": calls}, {"a": 20e-6, "b": 1e-2, "c": 0.0}, rounds=7, budget=3.0
+    )
+    assert seen == {"a": 50, "b": 2, "c": 256}
+    assert {name: timing.seconds for name, timing in found.items()} == dict.fromkeys("abc", (2.0, 4.0))
+    assert failures == {}
+
+
+def test_who_cannot_be_captured_is_said(captured, monkeypatch):
+    def wrong():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(replay, "interleave", lambda graphs, **settings: {name: Timing((1.0,)) for name in graphs})
+    found, failures = replay.timings(
+        {"ours": [lambda: None], "eager": [wrong]}, {"ours": 1e-3, "eager": 1e-3}, rounds=5, budget=1.0
+    )
+    assert list(found) == ["ours"]
+    assert failures == {"eager": "a CUDA graph cannot have it: operation not permitted when stream is capturing"}
+
+
+class Made:
+    """A benchmark whose comparisons are told apart."""
+
+    def __init__(self, clock=None):
+        self.count, self.clock = 0, clock
+
+    def __call__(self, case, dtype, device):
+        number, self.count = self.count, self.count + 1
+        calls = {name: lambda name=name: (name, number) for name in ("ours", "eager", "broken")}
+        return Comparison(calls, Work(nbytes=100), clock=self.clock)
+
+
+def replayed(monkeypatch, made, section="ops", device="cuda"):
+    """What a runner gives to be replayed, and what it gets."""
+    monkeypatch.setattr(replay, "cache_bytes", lambda: 150)
+    monkeypatch.setattr(run, "interleave", lambda calls, **settings: {name: Timing((1e-4,)) for name in calls})
+    given = {}
+
+    def timings(candidates, once, *, rounds, budget):
+        given.update({name: [call() for call in calls] for name, calls in candidates.items()})
+        assert once == dict.fromkeys(candidates, 1e-4)
+        return {name: Timing((1e-6,) * rounds) for name in candidates}, {"eager": "no"}
+
+    monkeypatch.setattr(replay, "timings", timings)
+    case = Case((1000,), "a thousand")
+    task = Task(Benchmark("op", "use", made, (case,), section=section), case, torch.float32)
+    comparison = made(case, torch.float32, device)
+    able = {name: comparison.calls[name] for name in ("ours", "eager")}
+    runner = run._Runner(device, run.Settings(rounds=3))
+    return given, runner._replayed(task, comparison, able)
+
+
+def test_a_run_replays_the_ops_of_a_gpu(monkeypatch):
+    given, (found, failures) = replayed(monkeypatch, Made())
+    # Three sets of tensors hold twice the cache; who failed before is not among them.
+    assert given == {name: [(name, number) for number in range(3)] for name in ("ours", "eager")}
+    assert found["ours"].seconds == (1e-6,) * 3
+    assert failures == {"eager": "no"}
+
+
+@pytest.mark.parametrize("changed", [{"made": Made("cpu")}, {"section": "networks"}, {"device": "cpu"}], ids=str)
+def test_a_run_replays_nothing_else(monkeypatch, changed):
+    given, found = replayed(monkeypatch, **{"made": Made()} | changed)
+    assert (given, found) == ({}, ({}, {}))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU to use")
+def test_a_graph_on_a_gpu():
+    tensors = [torch.zeros(1000, device="cuda") for _ in range(3)]
+    graph = replay.Graph([lambda x=x: x.add_(1) for x in tensors], repeats=2)
+    before = [x.clone() for x in tensors]
+    graph()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, old + 2) for x, old in zip(tensors, before, strict=True))
+
+    def backward():
+        leaf = torch.ones(100, device="cuda", requires_grad=True)
+        return torch.autograd.grad((leaf * 3).sum(), leaf)
+
+    def refused():
+        return tensors[0].item()
+
+    found, failures = replay.timings(
+        {"gradient": [backward], "refused": [refused]}, {"gradient": 1e-4, "refused": 1e-4}, rounds=5, budget=1.0
+    )
+    assert 0 < found["gradient"].median < 1e-3
+    assert failures.keys() == {"refused"}
