@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-slow bench bench-guard performance gpu-check lint typecheck wheel wheels clean
+.PHONY: help quickstart test test-slow bench bench-guard performance dispatch gpu-check gpu-artifacts lint typecheck wheel wheels clean
 
 help:  ## say what there is (the default)
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."], where TARGET is one of'
@@ -47,9 +47,17 @@ bench-guard: $(VENV)/.dev  ## has an op become slower than in the committed resu
 performance: $(VENV)/.dev  ## write docs/performance.md and README's figures from the committed results
 	$(BIN)/python benchmarks/document.py
 
-# On a machine with a GPU nothing is installed: PYTHON has what is needed. STEPS names some of the steps.
-gpu-check: $(if $(DRY),$(VENV)/.dev)  ## on a GPU: build, test, sanitize, time the kernels (DRY=1: try it without a GPU)
-	PYTHON=$(if $(DRY),$(BIN)/python,$(PYTHON)) STEPS="$(STEPS)" DRY=$(DRY) .ci/gpu-check
+dispatch: $(VENV)/.dev  ## write the tables of who runs an op on a GPU from the committed results (ARGS: other files)
+	$(BIN)/python benchmarks/dispatch.py $(ARGS)
+
+# On a machine with a GPU nothing is installed: PYTHON has what is needed.
+STEPS ?=
+CAP ?= 580
+gpu-check: $(if $(DRY),$(VENV)/.dev)  ## on a GPU: test, sanitize, time the kernels (STEPS="smoke cuda", CAP=240, DRY=1)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) .ci/gpu_check --cap $(CAP) $(if $(DRY),--dry) $(STEPS)
+
+gpu-artifacts:  ## build the modules that gpu-check takes to a machine with Python 3.12 and an H100 or H200
+	$(PYTHON) .ci/gpu_check/modules.py
 
 # Code in Markdown is laid out for reading.
 lint: $(VENV)/.dev  ## check the style of Python and C++, and that CMake configures without a complaint

@@ -41,8 +41,24 @@ toy-texts = gencore_toy:toy_texts
 _FIRST = ("test_cuda_build.py", "test_cpp_package.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("gencore").addoption(
+        "--kernels", choices=NAMES, help="run only the tests that are of one kind of kernels, on this kind"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kernels = config.getoption("kernels")
+    if kernels is not None:
+        others = [item for item in items if kernels not in _parameters(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if kernels in _parameters(item)]
     items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
+def _parameters(item: pytest.Item) -> list[object]:
+    found = getattr(item, "callspec", None)
+    return [] if found is None else [value for value in found.params.values() if isinstance(value, str)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

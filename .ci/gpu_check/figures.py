@@ -1,0 +1,237 @@
+"""Times ops on the GPU, the most telling first: figures.py headline|bench REPORT.json.
+
+Triton's kernels are compiled before by several processes, which leave them in its cache. Each result is a line of the
+verdicts as soon as it is there, and the report is written anew after each benchmark.
+
+Without a GPU (``--dry``) the kernels of a compute capability of 9.0 are compiled and not run, which takes as long as it
+does there, and every case runs once, small, in the emulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "backends" / "triton")]
+
+import verdicts  # noqa: E402
+
+from gencore.bench import run, suite, text  # noqa: E402
+from gencore.bench.results import OURS, Report, Result, positive  # noqa: E402
+from gencore.bench.suite import Task  # noqa: E402
+
+SETTINGS = run.Settings(rounds=11, budget=0.4, compile=False)
+# In the order in which they are worth the minutes of a GPU.
+ORDER = (
+    "attention",
+    "group_norm",
+    "diffusion_step",
+    "denoising_loss",
+    "reparameterize",
+    "add_noise",
+    "uniform",
+    "normal",
+)
+_CAPABILITY = 90
+
+FORWARD, BOTH = "forward", "forward and backward"
+_BF16, _F32 = "bfloat16", "float32"
+_LATENTS, _LARGE = "64x4x64x64", "64x16x256x256"
+
+
+def _each(op: str, benchmarks: Sequence[str], cases: Sequence[str], dtypes: Sequence[str] = (_BF16,)) -> list[str]:
+    return [f"{op} · {name} · {case} · {dtype}" for case in cases for name in benchmarks for dtype in dtypes]
+
+
+# By the names of tasks.
+HEADLINE = (
+    *_each(
+        "attention",
+        (FORWARD, BOTH),
+        (
+            "1x8x4096x64-tokens",
+            "1x8x4096x128-tokens",
+            "1x8x4096x40-tokens",
+            "4x8x1024x80-tokens",
+            "4x8x1024x160-tokens",
+            "1x1x4096x512-tokens",
+            "4x8x1024x64-tokens",
+        ),
+    ),
+    *_each("attention", (FORWARD,), ("2x8x4096by77x40-tokens",)),
+    *_each("attention", ("images, forward",), ("2x8x4096x40-contiguous", "2x8x4096x40-channels_last")),
+    *_each("attention", ("images, forward",), ("1x1x16384x512-contiguous",)),
+    *_each(
+        "group_norm",
+        (FORWARD, BOTH),
+        ("4x320x64x64-32groups", "4x320x64x64-channels_last-32groups", "1x128x1024x1024-32groups"),
+    ),
+    *_each("group_norm", (FORWARD,), ("4x1280x16x16-channels_last-32groups", "1x128x1024x1024-channels_last-32groups")),
+    *_each("normal", ("forward into a given tensor",), (_LARGE,), (_F32, _BF16)),
+    *_each("normal", ("forward into a given tensor",), (_LATENTS,), (_F32,)),
+    *_each("reparameterize", (FORWARD, BOTH), (_LARGE,), (_F32, _BF16)),
+    *_each("add_noise", (FORWARD,), (_LARGE,), (_BF16,)),
+    *_each("diffusion_step", ("DDPM step",), (_LARGE,), (_F32, _BF16)),
+    *_each("denoising_loss", (BOTH,), (_LARGE,), (_F32, _BF16)),
+)
+
+
+def tasks_of(step: str) -> list[Task]:
+    """What a step times, in order."""
+    every = suite.tasks(ORDER, device="cuda")
+    if step == "headline":
+        named = {task.name: task for task in every}
+        return [named[name] for name in HEADLINE]
+    # Of each op the gradients are what tells most.
+    return sorted(every, key=lambda task: ORDER.index(task.benchmark.op))
+
+
+# -------------------------------------------------------------------------------------------- compiling before
+
+
+@contextlib.contextmanager
+def _compiling_only() -> Iterator[None]:
+    """Triton takes tensors on the CPU for those of a GPU, and compiles what it would launch."""
+    from ptx import compiling
+
+    from gencore.backends import choice
+
+    with mock.patch.object(choice, "refusal", return_value=None), compiling(_CAPABILITY):
+        yield
+
+
+def compile_for(op: str, benchmark: str, case: str, dtype: str, dry: bool) -> str | None:
+    """Runs ours on Triton once, in a process of the pool; says why it could not."""
+    from gencore import ops
+
+    (task,) = (
+        task
+        for task in suite.tasks([op], device="cuda")
+        if (task.benchmark.name, str(task.case), str(task.dtype)) == (benchmark, case, dtype)
+    )
+    try:
+        for chosen in (task.case, task.case.shrunk()):
+            with _compiling_only() if dry else contextlib.nullcontext():
+                comparison = task.benchmark.make(chosen, task.dtype, "cpu" if dry else "cuda")
+                with ops.backend("triton"):
+                    comparison.calls[OURS]()
+    except Exception as error:
+        return f"{task.name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def compile_ahead(tasks: Sequence[Task], dry: bool) -> None:
+    """Leaves what the tasks have Triton compile in its cache."""
+    begin = time.perf_counter()
+    wanted = [task for task in tasks if task.benchmark.section == "ops"]
+    workers = max(1, min(12, (os.cpu_count() or 1) - (0 if dry else 2)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        done = [
+            pool.submit(compile_for, task.benchmark.op, task.benchmark.name, str(task.case), str(task.dtype), dry)
+            for task in wanted
+        ]
+        failures = [found for one in done if (found := one.result()) is not None]
+    seconds = time.perf_counter() - begin
+    print(f"{len(wanted)} tasks compiled by {workers} processes in {seconds:.1f} s, {len(failures)} failed", flush=True)
+    for failure in failures:
+        print(f"  {failure}", flush=True)
+    verdicts.add("compiling for Triton", "failed" if failures else "passed", seconds, "; ".join(failures)[:500])
+
+
+# -------------------------------------------------------------------------------------------- timing
+
+
+def line(result: Result) -> str:
+    """A result in a line: of every candidate the time, of ours the share of the floor."""
+    told = [
+        f"{candidate.name} {text.seconds(candidate.seconds)}"
+        if candidate.failure is None
+        else f"{candidate.name} fails"
+        for candidate in result.candidates
+    ]
+    return f"{result.name}: {', '.join(told)}; {text.share(result.share_of_floor)} of the floor ({result.limit})"
+
+
+def record(result: Result) -> None:
+    """Prints a result, and writes its verdict: whether ours and every way to run it computes what it should."""
+    ours = [candidate for candidate in result.candidates if candidate.name.startswith(OURS)]
+    faults = [
+        f"{candidate.name}: {candidate.failure or f'error {candidate.error:.2g}'}"
+        for candidate in ours
+        if candidate.failure is not None or not result.agrees(candidate)
+    ]
+    print(line(result), flush=True)
+    figures = {candidate.name: candidate.seconds for candidate in result.candidates if positive(candidate.seconds)}
+    verdicts.add(
+        result.name,
+        "failed" if faults else "passed",
+        result.ours.seconds or 0.0,
+        "; ".join(faults),
+        figures=figures,
+        floor=result.floor_seconds,
+        clock=result.clock,
+    )
+
+
+def timed(tasks: Sequence[Task], path: Path) -> None:
+    """Runs the tasks on the GPU; after each benchmark the report is written anew, with all that is there."""
+    results: list[Result] = []
+    for _, some in itertools.groupby(tasks, key=lambda task: (task.benchmark.op, task.benchmark.name)):
+        try:
+            report = run.run(list(some), "cuda", SETTINGS, on_result=record)
+        except run.Interrupted as interrupted:
+            _written(interrupted.report, results, path, complete=False)
+            raise
+        results += report.results
+        _written(report, results, path, complete=len(results) == len(tasks))
+
+
+def _written(report: Report, before: Sequence[Result], path: Path, complete: bool) -> None:
+    known = {result.name: result for result in (*before, *report.results)}
+    settings = {**report.settings, "complete": complete}
+    dataclasses.replace(report, results=tuple(known.values()), settings=settings).write(path)
+
+
+def tried(tasks: Sequence[Task]) -> None:
+    """Every task once, small, in the emulator."""
+    from kernels import emulated
+
+    from gencore import ops
+
+    for task in tasks:
+        with emulated(), ops.backend("cuda"):
+            comparison = task.benchmark.make(task.case.shrunk(), task.dtype, "cpu")
+            error = comparison.error
+            found = 0.0 if error is None else error(comparison.calls[OURS]())
+        fine = comparison.tolerance is None or found <= comparison.tolerance
+        verdicts.add(task.name, "passed" if fine else "failed", detail="" if fine else f"error {found:.2g}")
+        print(f"{task.name}: {'ok' if fine else f'error {found:.2g}'}", flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=("headline", "bench"))
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--dry", action="store_true")
+    given = parser.parse_args(arguments)
+    tasks = tasks_of(given.step)
+    compile_ahead(tasks, given.dry)
+    if given.dry:
+        tried([task for task in tasks if task.benchmark.section == "ops"])
+    else:
+        timed(tasks, given.report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

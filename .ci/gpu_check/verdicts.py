@@ -1,0 +1,56 @@
+"""What was found out, a JSON line each, written as soon as it is known: a machine may be gone at any moment.
+
+As a plugin of pytest (``-p verdicts``) it writes a line for each test, to the file and of the step that the environment
+variables GPU_CHECK_VERDICTS and GPU_CHECK_STEP name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+FILE, STEP = "GPU_CHECK_VERDICTS", "GPU_CHECK_STEP"
+# A step that ran out of time has told nothing of what it did not come to.
+WORDS = ("passed", "failed", "unfinished", "skipped")
+
+
+def add(name: str, verdict: str, seconds: float = 0.0, detail: str = "", **more: Any) -> None:
+    """Writes a line of the current step; nothing where no file is named."""
+    if FILE in os.environ:
+        append(Path(os.environ[FILE]), os.environ[STEP], name, verdict, seconds, detail, **more)
+
+
+def append(path: Path, step: str, name: str, verdict: str, seconds: float, detail: str, **more: Any) -> None:
+    assert verdict in WORDS, verdict
+    line = {"step": step, "name": name, "verdict": verdict, "seconds": round(seconds, 3), "detail": detail, **more}
+    # One write of a whole line: others append too.
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def counts(lines: Iterable[Mapping[str, Any]]) -> str:
+    """How many lines have each verdict."""
+    found = Counter(line["verdict"] for line in lines)
+    return ", ".join(f"{found[word]} {word}" for word in WORDS if found[word]) or "nothing found out"
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    # Workers tell the process that began them, which tells us.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if report.when == "call" or report.outcome != "passed":
+        detail = ""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            detail = str(crash.message if crash else report.longrepr)[:500]
+        elif report.skipped:
+            detail = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)[:200]
+        add(report.nodeid, report.outcome, report.duration, detail)
