@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -67,6 +68,12 @@ def _smoke(machine: Machine) -> Sequence[Sequence[str]]:
     return [_launches("cuda"), _launches("triton", "normal", "group_norm, channels_last", "attention, 64")]
 
 
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, wherever it was installed; its bare name if it was not."""
+    folders = ["/usr/local/cuda/bin", *sorted(glob.glob("/opt/nvidia/nsight-compute/*"), reverse=True)]
+    return next((found for folder in (None, *folders) if (found := shutil.which(name, path=folder))), name)
+
+
 def _pytest(machine: Machine, *arguments: str, workers: int | None = None) -> list[str]:
     many = ["-n", str(workers or machine.workers), "--dist", "worksteal"] if _has_xdist() else []
     return [PYTHON, "-m", "pytest", "-q", "-p", "verdicts", *many, "--no-header", "--tb=short", *arguments]
@@ -91,8 +98,9 @@ def _sanitize(machine: Machine) -> Sequence[Sequence[str]]:
     if machine.dry:
         # What the sanitizer of the emulator sees is in the tests; here is what the script takes by itself.
         return [_launches("emulated")] * 2
-    tool = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--target-processes", "all"]
-    return [[*tool, "--tool", name, *_launches("cuda")] for name in ("memcheck", "racecheck")]
+    sanitizer = [tool("compute-sanitizer"), "--error-exitcode", "9", "--report-api-errors", "no"]
+    sanitizer += ["--target-processes", "all"]
+    return [[*sanitizer, "--tool", name, *_launches("cuda")] for name in ("memcheck", "racecheck")]
 
 
 def _triton(machine: Machine) -> Sequence[Sequence[str]]:
@@ -120,8 +128,8 @@ def _ncu(machine: Machine) -> Sequence[Sequence[str]]:
     if machine.dry:
         return [[*profiled, "--dry"]]
     # The clocks are left as they are: others may share the machine.
-    tool = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--set", "detailed"]
-    return [[*tool, "--log-file", str(machine.out / "ncu.txt"), *profiled]]
+    ncu = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--set", "detailed"]
+    return [[*ncu, "--log-file", str(machine.out / "ncu.txt"), *profiled]]
 
 
 STEPS = (

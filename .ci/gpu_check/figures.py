@@ -25,10 +25,11 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "backends" / "triton")]
 
+import modules  # noqa: E402
 import verdicts  # noqa: E402
 
 from gencore.bench import run, suite, text  # noqa: E402
-from gencore.bench.results import OURS, Report, Result, positive  # noqa: E402
+from gencore.bench.results import OURS, Report, Result, positive, read  # noqa: E402
 from gencore.bench.suite import Task  # noqa: E402
 
 SETTINGS = run.Settings(rounds=11, budget=0.4, compile=False)
@@ -111,15 +112,11 @@ def _compiling_only() -> Iterator[None]:
         yield
 
 
-def compile_for(op: str, benchmark: str, case: str, dtype: str, dry: bool) -> str | None:
-    """Runs ours on Triton once, in a process of the pool; says why it could not."""
+def compile_for(name: str, dry: bool) -> str | None:
+    """Runs ours on Triton once for the task of that name, in a process of the pool; says why it could not."""
     from gencore import ops
 
-    (task,) = (
-        task
-        for task in suite.tasks([op], device="cuda")
-        if (task.benchmark.name, str(task.case), str(task.dtype)) == (benchmark, case, dtype)
-    )
+    (task,) = (task for task in tasks_of("bench") if task.name == name)
     try:
         for chosen in (task.case, task.case.shrunk()):
             with _compiling_only() if dry else contextlib.nullcontext():
@@ -134,16 +131,12 @@ def compile_for(op: str, benchmark: str, case: str, dtype: str, dry: bool) -> st
 def compile_ahead(tasks: Sequence[Task], dry: bool) -> None:
     """Leaves what the tasks have Triton compile in its cache."""
     begin = time.perf_counter()
-    wanted = [task for task in tasks if task.benchmark.section == "ops"]
     workers = max(1, min(12, (os.cpu_count() or 1) - (0 if dry else 2)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        done = [
-            pool.submit(compile_for, task.benchmark.op, task.benchmark.name, str(task.case), str(task.dtype), dry)
-            for task in wanted
-        ]
+        done = [pool.submit(compile_for, task.name, dry) for task in tasks]
         failures = [found for one in done if (found := one.result()) is not None]
     seconds = time.perf_counter() - begin
-    print(f"{len(wanted)} tasks compiled by {workers} processes in {seconds:.1f} s, {len(failures)} failed", flush=True)
+    print(f"{len(tasks)} tasks compiled by {workers} processes in {seconds:.1f} s, {len(failures)} failed", flush=True)
     for failure in failures:
         print(f"  {failure}", flush=True)
     verdicts.add("compiling for Triton", "failed" if failures else "passed", seconds, "; ".join(failures)[:500])
@@ -172,35 +165,47 @@ def record(result: Result) -> None:
         if candidate.failure is not None or not result.agrees(candidate)
     ]
     print(line(result), flush=True)
-    figures = {candidate.name: candidate.seconds for candidate in result.candidates if positive(candidate.seconds)}
     verdicts.add(
         result.name,
         "failed" if faults else "passed",
         result.ours.seconds or 0.0,
         "; ".join(faults),
-        figures=figures,
+        figures={candidate.name: candidate.seconds for candidate in result.candidates if positive(candidate.seconds)},
         floor=result.floor_seconds,
         clock=result.clock,
     )
 
 
-def timed(tasks: Sequence[Task], path: Path) -> None:
-    """Runs the tasks on the GPU; after each benchmark the report is written anew, with all that is there."""
-    results: list[Result] = []
-    for _, some in itertools.groupby(tasks, key=lambda task: (task.benchmark.op, task.benchmark.name)):
+def timed(step: str, path: Path, tasks: Sequence[Task], first: int) -> None:
+    """Runs the tasks on the GPU, from the ``first`` on; after each benchmark the report is written anew, with all that
+    is there. What follows a fault is run by another process."""
+    results = list(read(path).results) if first else []
+    done = first
+
+    def keep(result: Result) -> None:
+        nonlocal done
+        done += 1
+        record(result)
+        if any(candidate.failure for candidate in result.candidates) and verdicts.is_lost():
+            raise KeyboardInterrupt
+
+    for _, some in itertools.groupby(tasks[first:], key=lambda task: (task.benchmark.op, task.benchmark.name)):
         try:
-            report = run.run(list(some), "cuda", SETTINGS, on_result=record)
+            report = run.run(list(some), "cuda", SETTINGS, on_result=keep)
         except run.Interrupted as interrupted:
             _written(interrupted.report, results, path, complete=False)
+            if verdicts.is_lost():
+                verdicts.go_on_from(done, [step, str(path)])
             raise
         results += report.results
-        _written(report, results, path, complete=len(results) == len(tasks))
+        _written(report, results, path, complete=done == len(tasks))
 
 
 def _written(report: Report, before: Sequence[Result], path: Path, complete: bool) -> None:
     known = {result.name: result for result in (*before, *report.results)}
     settings = {**report.settings, "complete": complete}
-    dataclasses.replace(report, results=tuple(known.values()), settings=settings).write(path)
+    commit = modules.commit() if report.commit == "unknown" else report.commit
+    dataclasses.replace(report, results=tuple(known.values()), settings=settings, commit=commit).write(path)
 
 
 def tried(tasks: Sequence[Task]) -> None:
@@ -224,13 +229,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("step", choices=("headline", "bench"))
     parser.add_argument("report", type=Path)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--from", dest="first", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     tasks = tasks_of(given.step)
-    compile_ahead(tasks, given.dry)
+    if not given.first:
+        compile_ahead(tasks, given.dry)
     if given.dry:
-        tried([task for task in tasks if task.benchmark.section == "ops"])
+        tried(tasks)
     else:
-        timed(tasks, given.report)
+        timed(given.step, given.report, tasks, given.first)
 
 
 if __name__ == "__main__":

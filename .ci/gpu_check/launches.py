@@ -1,11 +1,12 @@
-"""Every kernel of a backend, launched once or a few times and held against the CPU's: launches.py BACKEND [WORD...].
+"""Every kernel of a backend, launched once or a few times and held against the CPU's: launches.py BACKEND [NAME...].
 
-It is what compute-sanitizer and ncu run too: no pytest, few tensors, one process. WORDS are parts of names: only these
-are launched. Without a GPU BACKEND may be "emulated", the CUDA kernels in the emulator of the tests.
+It is what compute-sanitizer runs too: no pytest, few tensors, one process. NAMES are those of some launches. Without a
+GPU BACKEND may be "emulated", the CUDA kernels in the emulator of the tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import time
@@ -195,27 +196,33 @@ def running(backend: str) -> Iterator[str]:
         yield "cpu"
 
 
-def main(backend: str, words: Sequence[str]) -> int:
-    faults = 0
-    for launch in LAUNCHES:
-        if words and not any(word in launch.name for word in words):
-            continue
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backend", choices=("cuda", "triton", "emulated"))
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*(launch.name for launch in LAUNCHES), []])
+    parser.add_argument("--from", dest="first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--faults", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    chosen = [launch for launch in LAUNCHES if not given.names or launch.name in given.names]
+    faults = given.faults
+    for number, launch in enumerate(chosen[given.first :], start=given.first):
         with gencore.backend("cpu"):
             want = of(launch, "cpu")
         begin = time.perf_counter()
         try:
-            with running(backend) as device:
+            with running(given.backend) as device:
                 found = fault(of(launch, device), want, launch.bound)
         except Exception as error:
             traceback.print_exc()
             found = f"{type(error).__name__}: {error}"
         faults += found is not None
         seconds = time.perf_counter() - begin
-        print(f"{launch.name} ({backend}): {found or 'ok'} ({seconds:.2f} s)", flush=True)
-        name = f"{backend}: {launch.name}"
-        verdicts.add(name, "passed" if found is None else "failed", seconds, found or "")
+        print(f"{launch.name} ({given.backend}): {found or 'ok'} ({seconds:.2f} s)", flush=True)
+        verdicts.add(f"{given.backend}: {launch.name}", "passed" if found is None else "failed", seconds, found or "")
+        if found is not None and verdicts.is_lost():
+            verdicts.go_on_from(number + 1, [given.backend, *given.names, "--faults", str(faults)])
     return faults
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1], sys.argv[2:]) else 0)
+    sys.exit(1 if main(sys.argv[1:]) else 0)

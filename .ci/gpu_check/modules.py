@@ -75,6 +75,13 @@ def put_in_place() -> str | None:
     return reason
 
 
+def commit() -> str:
+    """The commit that the artifacts were made at, for a checkout without its history; "unknown" of other sources."""
+    note = ARTIFACTS / NOTE
+    told = json.loads(note.read_text()) if note.exists() else {}
+    return told["commit"] if told.get("fingerprint") == fingerprint() else "unknown"
+
+
 def python_312() -> str:
     """A Python 3.12 of this machine that can build: the one on the PATH, or one that a version manager keeps."""
     kept = sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))
@@ -98,7 +105,10 @@ def main() -> None:
     subprocess.run([python, "-m", "pip", "install", "--quiet", *tools], check=True)
     shutil.rmtree(ARTIFACTS, ignore_errors=True)
     build(python, architectures, ARTIFACTS)
-    (ARTIFACTS / NOTE).write_text(json.dumps({"fingerprint": fingerprint(), "architectures": architectures}) + "\n")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    note = {"fingerprint": fingerprint(), "architectures": architectures, "commit": commit}
+    (ARTIFACTS / NOTE).write_text(json.dumps(note) + "\n")
     for path in sorted((ARTIFACTS / "gencore").iterdir()):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 2**20:.1f} MiB")
 

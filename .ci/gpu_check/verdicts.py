@@ -2,16 +2,20 @@
 
 As a plugin of pytest (``-p verdicts``) it writes a line for each test, to the file and of the step that the environment
 variables GPU_CHECK_VERDICTS and GPU_CHECK_STEP name.
+
+A fault of a kernel stays with its process: whatever that asks of the GPU from then on fails. So who finds one goes on
+in a fresh process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FILE, STEP = "GPU_CHECK_VERDICTS", "GPU_CHECK_STEP"
 # A step that ran out of time has told nothing of what it did not come to.
@@ -42,15 +46,47 @@ def counts(lines: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{found[word]} {word}" for word in WORDS if found[word]) or "nothing found out"
 
 
+def is_lost() -> bool:
+    """Whether a kernel's fault has left this process without its GPU."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def go_on_from(number: int, arguments: Sequence[str]) -> NoReturn:
+    """Runs this program anew, from its ``number``-th task on."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, sys.argv[0], *arguments, "--from", str(number)])
+
+
+_has_failed = False
+
+
+def pytest_runtest_protocol(item: Any) -> None:
+    # Another worker takes this one's place, and its tests but the one that now begins.
+    if _has_failed and "PYTEST_XDIST_WORKER" in os.environ and is_lost():
+        os._exit(1)
+
+
 def pytest_runtest_logreport(report: Any) -> None:
+    global _has_failed
+    _has_failed = _has_failed or report.failed
     # Workers tell the process that began them, which tells us.
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     if report.when == "call" or report.outcome != "passed":
-        detail = ""
+        detail, verdict = "", report.outcome
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             detail = str(crash.message if crash else report.longrepr)[:500]
+            if "crashed while running" in detail:
+                verdict = "unfinished"
         elif report.skipped:
             detail = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)[:200]
-        add(report.nodeid, report.outcome, report.duration, detail)
+        add(report.nodeid, verdict, report.duration, detail)
