@@ -87,7 +87,7 @@ def _cuda(machine: Machine) -> Sequence[Sequence[str]]:
     # The CPU's part of it is the same: drawing, the definition in float64, comparing.
     kernels = "cpu-scalar" if machine.dry else "cuda"
     # PyTorch's own kernels, and graphs, are of no kind.
-    others = ["tests/backends/test_handover.py", "tests/bench/test_replay.py"]
+    others = ["-k", "on_a_gpu", "tests/backends/test_handover.py", "tests/bench/test_replay.py"]
     return [
         _pytest(machine, *others, workers=2),
         _pytest(machine, "--kernels", kernels, "-k", "not compile", "tests/ops", "tests/backends"),
@@ -273,6 +273,9 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("verdicts.jsonl", "log.txt", "summary.txt"):
         (out / name).unlink(missing_ok=True)
     machine = machine_of(out.resolve(), given.dry)
+    if given.dry:
+        # The emulator is built before anything is timed.
+        subprocess.run(_launches("emulated", "normal"), check=True)
     check = Check(machine, given.cap)
     if not given.dry:
         have_modules(check, machine)

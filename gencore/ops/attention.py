@@ -230,8 +230,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
-    Devices differ by rounding. On Hopper the forward pass of long sequences with some head sizes is handed over to
-    cuDNN, whose bits it then has; :func:`gencore.explain` says so.
+    Devices differ by rounding. On GPUs a table by type, head size and tokens chooses between the kernels of CUDA and of
+    Triton, and PyTorch's own for the forward pass; :func:`gencore.explain` says who runs a call, and
+    :func:`gencore.backend` names one.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.

@@ -216,6 +216,7 @@ def test_what_they_cannot_do_is_refused():
         assert handover.refusal("cudnn", one, one, one, 0.1) is None
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch asks the GPU that it is built for")
 @pytest.mark.parametrize("runner", handover.RUNNERS)
 def test_pytorch_has_a_word(runner):
     """There is no GPU for these tensors, so it says no; with the arguments it takes."""
