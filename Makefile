@@ -52,9 +52,9 @@ dispatch: $(VENV)/.dev  ## write the tables of who runs an op on a GPU from the 
 
 # On a machine with a GPU nothing is installed: PYTHON has what is needed.
 STEPS ?=
-CAP ?= 580
+CAP ?=
 gpu-check: $(if $(DRY),$(VENV)/.dev)  ## on a GPU: test, sanitize, time the kernels (STEPS="smoke cuda", CAP=240, DRY=1)
-	$(if $(DRY),$(BIN)/python,$(PYTHON)) .ci/gpu_check --cap $(CAP) $(if $(DRY),--dry) $(STEPS)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) .ci/gpu_check $(if $(CAP),--cap $(CAP)) $(if $(DRY),--dry) $(STEPS)
 
 gpu-artifacts:  ## build the modules that gpu-check takes to a machine with Python 3.12 and an H100 or H200
 	$(PYTHON) .ci/gpu_check/modules.py

@@ -55,6 +55,9 @@ def run(check, tmp_path, monkeypatch):
     main = check["__main__"]
     monkeypatch.setattr(main, "_LEAST", 0.3)
     monkeypatch.setattr(main, "_GRACE", 2.0)
+    monkeypatch.setattr(main, "_CORES", 0)
+    # The emulator, that is.
+    monkeypatch.setattr(main, "_launches", lambda *arguments: [sys.executable, "-c", "print(0)"])
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
 
     def runs(steps, cap=60.0, names=()):
@@ -150,7 +153,7 @@ def test_the_steps(check, tmp_path):
     assert list(seconds) == ["smoke", "cuda", "sanitize", "headline", "triton", "large", "bench", "ncu"]
     assert sum(seconds[name] for name in ("smoke", "cuda", "sanitize", "headline")) <= 230
     assert sum(seconds[name] for name in ("triton", "large", "bench", "ncu")) <= 410
-    machine = main.Machine("nvidia-h200", "90", 12, tmp_path, dry=False)
+    machine = main.Machine("nvidia-h200", "90", 12, tmp_path)
     commands = {step.name: [list(command) for command in step.commands(machine)] for step in main.STEPS}
     assert commands["headline"][0][-1] == str(tmp_path / "nvidia-h200-headline.json")
     assert [command[-2] for command in commands["sanitize"]] == [str(HERE / "launches.py")] * 2

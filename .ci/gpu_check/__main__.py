@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
+import math
 import os
 import shutil
 import signal
@@ -35,17 +36,21 @@ PYTHON = sys.executable
 _GRACE = 5.0
 # A step that has less than that is not begun.
 _LEAST = 8.0
+# Cores of the machine that the limits are for. Without a GPU, fewer may take as much longer as they are fewer.
+_CORES = 16
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the check runs on: the GPU's name and architecture as results name it, the workers of pytest, the folder."""
+    """What the check runs on: the GPU as results name it, its architecture, the workers of pytest, where results go;
+    whether there is no GPU, and how many times as long steps may then take."""
 
     gpu: str
     architecture: str
     workers: int
     out: Path
-    dry: bool
+    dry: bool = False
+    patience: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Check:
 
     def run(self, step: Step) -> None:
         begin = time.monotonic()
-        end = min(self.end, begin + step.seconds)
+        end = min(self.end, begin + step.seconds * self.machine.patience)
         for command in step.commands(self.machine):
             name = " ".join(Path(word).name if os.sep in word else word for word in command)
             if end - time.monotonic() < _LEAST:
@@ -236,13 +241,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def machine_of(out: Path, dry: bool) -> Machine:
     cores = os.cpu_count() or 1
     if dry:
-        return Machine("dry-run", "90a", cores, out, dry)
+        return Machine("dry-run", "90a", cores, out, dry, max(1.0, _CORES / cores))
     program = "import torch; print('%d%d' % torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
     done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"torch finds no GPU to use (--dry does without): {done.stderr.strip().splitlines()[-1]}")
     architecture, _, name = done.stdout.strip().partition(" ")
-    return Machine(name.lower().replace(" ", "-"), architecture, max(2, min(12, cores - 4)), out, dry)
+    return Machine(name.lower().replace(" ", "-"), architecture, max(2, min(12, cores - 4)), out)
 
 
 def have_modules(check: Check, machine: Machine) -> None:
@@ -263,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.partition("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(names)}; all, if none is named")
-    parser.add_argument("--cap", type=float, default=580, metavar="SECONDS", help="of all steps together [580]")
+    parser.add_argument("--cap", type=float, metavar="SECONDS", help="of all steps together [580; none without a GPU]")
     parser.add_argument("--dry", action="store_true", help="without a GPU: what of each step the CPU does")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.steps if name not in names]:
@@ -276,7 +281,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.dry:
         # The emulator is built before anything is timed.
         subprocess.run(_launches("emulated", "normal"), check=True)
-    check = Check(machine, given.cap)
+    check = Check(machine, given.cap or (math.inf if given.dry else 580.0))
     if not given.dry:
         have_modules(check, machine)
     for step in STEPS:

@@ -124,6 +124,13 @@ def test_other_forms_of_ours_and_what_only_one_report_has_are_not_compared():
     assert [name.split(" ")[0] for name in found.missing] == ["c"]
 
 
+def test_another_clock_is_another_figure():
+    """Replays of a graph leave out what calls one after another have."""
+    before, now = (result_of({"a": (ratio, 0.1)}) for ratio in (3.0, 1.0))
+    assert compare.compare(report_of(now), report_of(before)).changes
+    assert not compare.compare(report_of(dataclasses.replace(now, clock="graph")), report_of(before)).changes
+
+
 def test_another_machine_is_warned_of():
     found = compare.compare(report_of(threads=2), report_of(threads=4))
     assert found.warnings == ("the machine's threads is 2, was 4",)
