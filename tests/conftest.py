@@ -43,22 +43,28 @@ _FIRST = ("test_cuda_build.py", "test_cpp_package.py")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("gencore").addoption(
-        "--kernels", choices=NAMES, help="run only the tests that are of one kind of kernels, on this kind"
+        "--kernels", choices=NAMES, help="run only the tests of one kind of kernels, and those that are of a GPU"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kernels = config.getoption("kernels")
     if kernels is not None:
-        others = [item for item in items if kernels not in _parameters(item)]
+        others = [item for item in items if not _is_of(item, kernels)]
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if kernels in _parameters(item)]
+        items[:] = [item for item in items if _is_of(item, kernels)]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU to use"))
     items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
-def _parameters(item: pytest.Item) -> list[object]:
+def _is_of(item: pytest.Item, kernels: str) -> bool:
+    """Whether a test has these kernels as a parameter, or is of what a GPU has beside kernels."""
     found = getattr(item, "callspec", None)
-    return [] if found is None else [value for value in found.params.values() if isinstance(value, str)]
+    named = found is not None and any(value == kernels for value in found.params.values() if isinstance(value, str))
+    return named or (kernels == "cuda" and item.get_closest_marker("gpu") is not None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

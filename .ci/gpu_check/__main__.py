@@ -91,12 +91,8 @@ def _has_xdist() -> bool:
 def _cuda(machine: Machine) -> Sequence[Sequence[str]]:
     # The CPU's part of it is the same: drawing, the definition in float64, comparing.
     kernels = "cpu-scalar" if machine.dry else "cuda"
-    # PyTorch's own kernels, and graphs, are of no kind.
-    others = ["-k", "on_a_gpu", "tests/backends/test_handover.py", "tests/bench/test_replay.py"]
-    return [
-        _pytest(machine, *others, workers=2),
-        _pytest(machine, "--kernels", kernels, "-k", "not compile", "tests/ops", "tests/backends"),
-    ]
+    rooms = ["tests/ops", "tests/backends", "tests/bench/test_replay.py"]
+    return [_pytest(machine, "--kernels", kernels, "-k", "not compile", *rooms)]
 
 
 def _sanitize(machine: Machine) -> Sequence[Sequence[str]]:

@@ -243,9 +243,6 @@ def test_explain_claims_a_copy_where_there_is_one(cudnn):
     assert note.startswith("v has neither its channels nor its tokens side by side")
 
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU to use")
-
-
 def gpu_views() -> dict[str, tuple[Tensor, ...]]:
     """q, k, v of (1, 2, 1100, 64) as PyTorch's kernels take them, and as they must not be given them."""
     shape, count = (1, 2, 1100, SIZE), 2 * 1100 * SIZE
@@ -264,7 +261,7 @@ def gpu_views() -> dict[str, tuple[Tensor, ...]]:
     }
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("runner", ["cudnn", "flash"])
 @pytest.mark.parametrize("name", ["dense", "tokens", "shifted", "wide", "expanded", "columns"])
 def test_on_a_gpu(name, runner):

@@ -135,7 +135,7 @@ def test_a_run_replays_nothing_else(monkeypatch, clock, changed):
     assert (given, found) == ({}, ({}, {}))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU to use")
+@pytest.mark.gpu
 def test_a_graph_on_a_gpu():
     tensors = [torch.zeros(1000, device="cuda") for _ in range(3)]
     graph = replay.Graph([lambda x=x: x.add_(1) for x in tensors], repeats=2)
