@@ -288,3 +288,15 @@ def test_a_floor_is_that_of_the_work():
     seconds, limit = limits.floor(comparison.work, torch.float32)
     assert seconds > 0
     assert limit == "memory"
+
+
+def test_group_norm_reads_twice_what_nothing_on_a_gpu_holds():
+    """A group of a megabyte, in a tensor beyond the cache: once for its statistics, once to normalise."""
+    large = cases.Case((64, 32, 128, 128), "a test", groups=2)
+    few = cases.Case((8, 32, 128, 128), "a test", groups=2)
+    fine = cases.Case((64, 32, 128, 128), "a test", groups=32)
+    reads = [
+        group_norm._reads(4 * case.elements, case, device)
+        for case, device in ((large, "cuda"), (few, "cuda"), (fine, "cuda"), (large, "cpu"))
+    ]
+    assert reads == [2, 1, 1, 1]

@@ -95,10 +95,10 @@ def _error(case: Case, args: list[Tensor], g: Tensor | None = None) -> Callable[
 _SHARED, _CACHE = 227 << 10, 50 << 20
 
 
-def _reads(x: Tensor, case: Case) -> int:
+def _reads(nbytes: int, case: Case, device: str) -> int:
     """How often x must be read: again, after its statistics, where no multiprocessor holds a group, nor a cache all."""
-    of_group = x.nbytes // max(1, x.shape[0] * case.groups)
-    return 2 if x.is_cuda and of_group > _SHARED and x.nbytes > _CACHE else 1
+    of_group = nbytes // max(1, case.shape[0] * case.groups)
+    return 2 if device == "cuda" and of_group > _SHARED and nbytes > _CACHE else 1
 
 
 def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
@@ -115,7 +115,7 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
         calls["eager, channels_last"] = lambda: norm(*moved)
     return Comparison(
         calls,
-        Work(nbytes=(_reads(x, case) + 1) * x.nbytes, flops=_FORWARD * case.elements),
+        Work(nbytes=(_reads(x.nbytes, case, device) + 1) * x.nbytes, flops=_FORWARD * case.elements),
         _error(case, args),
         TOLERANCES[dtype],
     )
@@ -131,7 +131,7 @@ def forward_into(case: Case, dtype: torch.dtype, device: str) -> Comparison:
             "ours": lambda: ops.group_norm(x, case.groups, weight, bias, activation="silu", out=out),
             "eager": lambda: F.silu(F.group_norm(x, case.groups, weight, bias), inplace=True),
         },
-        Work(nbytes=(_reads(x, case) + 1) * x.nbytes, flops=_FORWARD * case.elements),
+        Work(nbytes=(_reads(x.nbytes, case, device) + 1) * x.nbytes, flops=_FORWARD * case.elements),
         _error(case, args),
         TOLERANCES[dtype],
     )
@@ -151,7 +151,7 @@ def forward_and_backward(case: Case, dtype: torch.dtype, device: str) -> Compari
     return Comparison(
         calls,
         # Read x and write y; read x and the gradient of y and write that of x.
-        Work(nbytes=(3 * _reads(g, case) + 2) * g.nbytes, flops=(_FORWARD + _BACKWARD) * case.elements),
+        Work(nbytes=(3 * _reads(g.nbytes, case, device) + 2) * g.nbytes, flops=(_FORWARD + _BACKWARD) * case.elements),
         _error(case, args, g),
         TOLERANCES[dtype],
     )
@@ -174,7 +174,7 @@ def adaptive(case: Case, dtype: torch.dtype, device: str) -> Comparison:
     functions = {"eager": norm, "compile": peers.compiled(norm)}
     return Comparison(
         {"ours": ours} | bound(functions, *args),
-        Work(nbytes=(_reads(x, case) + 1) * x.nbytes, flops=(_FORWARD + 2) * case.elements),
+        Work(nbytes=(_reads(x.nbytes, case, device) + 1) * x.nbytes, flops=(_FORWARD + 2) * case.elements),
         largest_error(lambda: norm(*double(*args))),
         TOLERANCES[dtype],
     )
