@@ -29,8 +29,8 @@ from gencore.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 # The candidates of a benchmark that can run an op.
-RUNNERS = {"ours, CUDA": "cuda", "ours, Triton": "triton", "cuDNN": "cudnn", "flash": "flash"}
-# Of each op the benchmark of its forward pass, and that of its gradient, alone or with the forward pass.
+RUNNERS = {"ours, CUDA": "cuda", "ours, Triton": "triton", "ours, cuDNN": "cudnn", "ours, flash": "flash"}
+# Each op's benchmark of its forward pass, and that of its gradient, alone or with the forward pass.
 BENCHMARKS: Mapping[str, tuple[str, str | None]] = {
     "normal": ("forward into a given tensor", None),
     "uniform": ("forward into a given tensor", None),
@@ -72,9 +72,10 @@ def entries(report: Report) -> dict[str, list[Entry]]:
             elif benchmark == names[1]:
                 forward = {} if benchmark == "backward" else seconds.get((names[0], case, dtype), {})
                 rows[dtype, "backward"].append(row(features, gradient_seconds(taken, forward, benchmark)))
+        whole = {key: [one for one in merged(some) if one.order] for key, some in rows.items()}
         found[op] = [
-            Entry(tuple(told["capability"]), dtype, direction, measured, "", merged(some))
-            for (dtype, direction), some in rows.items()
+            Entry(tuple(told["capability"]), dtype, direction, measured, "", tuple(some))
+            for (dtype, direction), some in whole.items()
             if any(len(one.order) > 1 for one in some)
         ]
     return {op: some for op, some in found.items() if some}
@@ -96,12 +97,12 @@ def gradient_seconds(taken: Mapping[str, float], forward: Mapping[str, float], b
     for name in ("cuda", "triton"):
         if name in taken and (benchmark == "backward" or name in forward):
             found[name] = taken[name] - (0.0 if benchmark == "backward" else forward[name])
-    # Less than no time is noise.
-    return {name: seconds for name, seconds in found.items() if seconds > 0}
+    # Less than no time is noise: then nothing is known of who is faster.
+    return found if all(seconds > 0 for seconds in found.values()) else {}
 
 
 def features_of(op: str, case: Any) -> dict[str, str | int]:
-    """Of a case, what :func:`gencore.backends.dispatch.features_of` tells of a call with its tensors."""
+    """What :func:`gencore.backends.dispatch.features_of` tells of a call with a case's tensors."""
     if isinstance(case, AttentionCase):
         return dispatch.attention_features(case.size, case.queries, case.keys)
     assert isinstance(case, Case)

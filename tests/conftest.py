@@ -43,7 +43,7 @@ _FIRST = ("test_cuda_build.py", "test_cpp_package.py")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("gencore").addoption(
-        "--kernels", choices=NAMES, help="run only the tests of one kind of kernels, and those that are of a GPU"
+        "--kernels", choices=NAMES, help='run only the tests on one kind of kernels; with "cuda" also those marked gpu'
     )
 
 
@@ -55,15 +55,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if _is_of(item, kernels)]
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):
+            marker = item.get_closest_marker("gpu")
+            if marker is not None and not marker.kwargs.get("or_emulator"):
                 item.add_marker(pytest.mark.skip(reason="torch finds no GPU to use"))
     items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 def _is_of(item: pytest.Item, kernels: str) -> bool:
-    """Whether a test has these kernels as a parameter, or is of what a GPU has beside kernels."""
+    """Whether a test runs on these kernels, as its parameters say, or on a GPU's without a choice."""
     found = getattr(item, "callspec", None)
-    named = found is not None and any(value == kernels for value in found.params.values() if isinstance(value, str))
+    named = found is not None and kernels in (found.params.get("kernels"), found.params.get("gpu_backend"))
     return named or (kernels == "cuda" and item.get_closest_marker("gpu") is not None)
 
 

@@ -1,7 +1,7 @@
 """Times ops on the GPU, the most telling first: figures.py headline|bench REPORT.json.
 
 Triton's kernels are compiled before by several processes, which leave them in its cache. Each result is a line of the
-verdicts as soon as it is there, and the report is written anew after each benchmark.
+verdicts as soon as it is there, and the report is written anew.
 
 Without a GPU (``--dry``) the kernels of a compute capability of 9.0 are compiled and not run, which takes as long as it
 does there, and every case runs once, small, in the emulator.
@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
-import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -26,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "backends" / "triton")]
 
 import modules  # noqa: E402
+import torch  # noqa: E402
 import verdicts  # noqa: E402
 
 from gencore.bench import run, suite, text  # noqa: E402
-from gencore.bench.results import OURS, Report, Result, positive, read  # noqa: E402
+from gencore.bench.results import OURS, Result, positive, read  # noqa: E402
 from gencore.bench.suite import Task  # noqa: E402
 
 SETTINGS = run.Settings(rounds=11, budget=0.4, compile=False)
@@ -89,13 +88,12 @@ HEADLINE = (
 
 
 def tasks_of(step: str) -> list[Task]:
-    """What a step times, in order."""
-    every = suite.tasks(ORDER, device="cuda")
+    """What a step times, in order; bench has what headline has not."""
+    every = {task.name: task for task in suite.tasks(ORDER, device="cuda")}
     if step == "headline":
-        named = {task.name: task for task in every}
-        return [named[name] for name in HEADLINE]
-    # Of each op the gradients are what tells most.
-    return sorted(every, key=lambda task: ORDER.index(task.benchmark.op))
+        return [every[name] for name in HEADLINE]
+    others = [task for name, task in every.items() if name not in HEADLINE]
+    return sorted(others, key=lambda task: ORDER.index(task.benchmark.op))
 
 
 # -------------------------------------------------------------------------------------------- compiling before
@@ -112,34 +110,52 @@ def _compiling_only() -> Iterator[None]:
         yield
 
 
-def compile_for(name: str, dry: bool) -> str | None:
-    """Runs ours on Triton once for the task of that name, in a process of the pool; says why it could not."""
+def compile_for(task: Task, dry: bool) -> str | None:
+    """Runs ours on Triton once; says why it could not."""
     from gencore import ops
+    from gencore.bench.suite import attention
 
-    (task,) = (task for task in tasks_of("bench") if task.name == name)
     try:
         for chosen in (task.case, task.case.shrunk()):
-            with _compiling_only() if dry else contextlib.nullcontext():
+            # Peers are nobody's business here, and PyTorch's kernels for attention are tried when they are made.
+            peers = mock.patch.object(attention, "_PINNED", {})
+            with _compiling_only() if dry else contextlib.nullcontext(), peers:
                 comparison = task.benchmark.make(chosen, task.dtype, "cpu" if dry else "cuda")
                 with ops.backend("triton"):
                     comparison.calls[OURS]()
+                if not dry:
+                    torch.cuda.synchronize()
     except Exception as error:
         return f"{task.name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
 
 
-def compile_ahead(tasks: Sequence[Task], dry: bool) -> None:
-    """Leaves what the tasks have Triton compile in its cache."""
+def compile_some(tasks: Sequence[Task], dry: bool) -> None:
+    """What one of the processes compiles; those that cannot be are said, and timed all the same."""
+    for task in tasks:
+        begin = time.perf_counter()
+        fault = compile_for(task, dry)
+        if fault is not None:
+            print(f"not compiled: {fault}", flush=True)
+            verdicts.add(f"compiling {task.name}", "failed", time.perf_counter() - begin, fault)
+            if verdicts.is_lost():
+                return
+
+
+def compile_ahead(step: str, tasks: Sequence[Task], dry: bool) -> None:
+    """Leaves what the tasks have Triton compile in its cache, by as many processes as the machine is good for.
+
+    What one of them does not come to, for a fault, is compiled when it is timed.
+    """
     begin = time.perf_counter()
     workers = max(1, min(12, (os.cpu_count() or 1) - (0 if dry else 2)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(compile_for, task.name, dry) for task in tasks]
-        failures = [found for one in done if (found := one.result()) is not None]
+    command = [sys.executable, __file__, step, "-", *(["--dry"] if dry else [])]
+    processes = [subprocess.Popen([*command, "--share", f"{number}/{workers}"]) for number in range(workers)]
+    failed = sum(process.wait() != 0 for process in processes)
     seconds = time.perf_counter() - begin
-    print(f"{len(tasks)} tasks compiled by {workers} processes in {seconds:.1f} s, {len(failures)} failed", flush=True)
-    for failure in failures:
-        print(f"  {failure}", flush=True)
-    verdicts.add("compiling for Triton", "failed" if failures else "passed", seconds, "; ".join(failures)[:500])
+    early = f"{failed} of {workers} processes ended early" if failed else ""
+    print(f"{len(tasks)} tasks compiled by {workers} processes in {seconds:.1f} s {early}", flush=True)
+    verdicts.add("compiling for Triton", "failed" if failed else "passed", seconds, early)
 
 
 # -------------------------------------------------------------------------------------------- timing
@@ -177,35 +193,30 @@ def record(result: Result) -> None:
 
 
 def timed(step: str, path: Path, tasks: Sequence[Task], first: int) -> None:
-    """Runs the tasks on the GPU, from the ``first`` on; after each benchmark the report is written anew, with all that
-    is there. What follows a fault is run by another process."""
+    """Runs the tasks on the GPU, from the ``first`` on; after each result the report is written anew, with all that is
+    there. What follows a fault is run by another process."""
     results = list(read(path).results) if first else []
+    # The machine and its limits, without a result.
+    about = run.run([], "cuda", SETTINGS)
+    commit = modules.commit() if about.commit == "unknown" else about.commit
     done = first
 
     def keep(result: Result) -> None:
         nonlocal done
         done += 1
         record(result)
+        results.append(result)
+        settings = {**about.settings, "complete": done == len(tasks)}
+        dataclasses.replace(about, results=tuple(results), settings=settings, commit=commit).write(path)
         if any(candidate.failure for candidate in result.candidates) and verdicts.is_lost():
             raise KeyboardInterrupt
 
-    for _, some in itertools.groupby(tasks[first:], key=lambda task: (task.benchmark.op, task.benchmark.name)):
-        try:
-            report = run.run(list(some), "cuda", SETTINGS, on_result=keep)
-        except run.Interrupted as interrupted:
-            _written(interrupted.report, results, path, complete=False)
-            if verdicts.is_lost():
-                verdicts.go_on_from(done, [step, str(path)])
-            raise
-        results += report.results
-        _written(report, results, path, complete=done == len(tasks))
-
-
-def _written(report: Report, before: Sequence[Result], path: Path, complete: bool) -> None:
-    known = {result.name: result for result in (*before, *report.results)}
-    settings = {**report.settings, "complete": complete}
-    commit = modules.commit() if report.commit == "unknown" else report.commit
-    dataclasses.replace(report, results=tuple(known.values()), settings=settings, commit=commit).write(path)
+    try:
+        run.run(tasks[first:], "cuda", SETTINGS, on_result=keep)
+    except run.Interrupted:
+        if verdicts.is_lost():
+            verdicts.go_on_from(done, [step, str(path)])
+        raise
 
 
 def tried(tasks: Sequence[Task]) -> None:
@@ -230,14 +241,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--from", dest="first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     tasks = tasks_of(given.step)
+    if given.share is not None:
+        number, workers = map(int, given.share.split("/"))
+        return compile_some(tasks[number::workers], given.dry)
     if not given.first:
-        compile_ahead(tasks, given.dry)
+        compile_ahead(given.step, tasks, given.dry)
     if given.dry:
-        tried(tasks)
-    else:
-        timed(given.step, given.report, tasks, given.first)
+        return tried(tasks)
+    return timed(given.step, given.report, tasks, given.first)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every kernel of a backend, launched once or a few times and held against the CPU's: launches.py BACKEND [NAME...].
+"""The kernels of every op, launched once or a few times and held against the CPU's: launches.py BACKEND [NAME...].
 
 It is what compute-sanitizer runs too: no pytest, few tensors, one process. NAMES are those of some launches. Without a
 GPU BACKEND may be "emulated", the CUDA kernels in the emulator of the tests.
@@ -77,11 +77,20 @@ def losses(memory_format: torch.memory_format | None = None):
     return run
 
 
-def stepped(memory_format: torch.memory_format | None = None):
+def stepped(memory_format: torch.memory_format | None = None, everything: bool = False):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
-        x, output = (draw(3, 5, 16, 16, memory_format=memory_format).detach() for _ in range(2))
-        row = ops.step_coefficients(predict_x=1.1, predict_output=-0.4, x=0.3, x0=0.7, noise=0.2)
-        return [ops.diffusion_step(x, output, row, Key(2))]
+        def like(channels: int = 5) -> Tensor:
+            return draw(3, channels, 16, 16, memory_format=memory_format).detach()
+
+        x, coefficients = like(), {"predict_x": 1.1, "predict_output": -0.4, "x": 0.3, "x0": 0.7, "noise": 0.2}
+        if not everything:
+            return [ops.diffusion_step(x, like(), ops.step_coefficients(**coefficients), Key(2))]
+        row = ops.step_coefficients(**coefficients, second=0.3, history0=0.5, history1=-0.1, limit=1.0, known_noise=0.2)
+        more = {"second": like(), "history": (like(), like()), "known": like(), "mask": (like() > 0).to(x.dtype)}
+        prediction = torch.empty_like(x)
+        y = ops.diffusion_step(x, like(), row, Key(2), **more, prediction=prediction)
+        learned = ops.step_coefficients(**coefficients, log_scale=-0.2, log_scale_slope=0.1)
+        return [y, prediction, ops.diffusion_step(x, like(10), learned, Key(2))]
 
     return run
 
@@ -132,10 +141,13 @@ LAUNCHES = (
     Launch("reparameterize, a key each", reparameterized(rows=True, memory_format=CL), BF16, _HALF),
     Launch("add_noise", noised()),
     Launch("add_noise, channels_last", noised(CL), BF16),
+    Launch("add_noise, float64", noised(), F64),
+    Launch("add_noise, float16", noised(), F16),
     Launch("denoising_loss", losses(), F32, _LOSSES),
     Launch("denoising_loss, channels_last", losses(CL), BF16, _HALF),
     Launch("diffusion_step", stepped()),
     Launch("diffusion_step, channels_last", stepped(CL), BF16),
+    Launch("diffusion_step, everything", stepped(everything=True), F32, _LOSSES),
     Launch("group_norm", normed(2, 20, 8, 8, groups=2), F32, _SUMS),
     Launch("group_norm, pieces", normed(1, 2, 110, 111, groups=2), F32, _SUMS),
     Launch("group_norm, channels_last", normed(2, 64, 16, 16, groups=8, memory_format=CL), BF16, _HALF),

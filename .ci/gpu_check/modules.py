@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,19 +25,20 @@ assert sys.version_info[:2] == (3, 12)
 assert (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists()"""
 
 
-def fingerprint() -> str:
-    """Of all that the modules are built from."""
+def fingerprint(python: bool = False) -> str:
+    """A digest of all that the modules are built from; with the Python code, of all that figures depend on."""
+    found = [ROOT / "CMakeLists.txt", ROOT / "setup.py", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
+    if python:
+        found += (ROOT / "gencore").rglob("*.py")
     digest = hashlib.sha256()
-    for path in sorted(
-        [ROOT / "CMakeLists.txt", ROOT / "setup.py", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
-    ):
+    for path in sorted(found):
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def build(python: str, architectures: str, into: Path | None = None) -> None:
-    """Builds both modules with that Python: into a folder, or in their place."""
+def build(python: str, architectures: str, into: Path | None = None, limit: float | None = None) -> None:
+    """Builds both modules with that Python: into a folder, or in their place; within ``limit`` seconds."""
     where = (
         ["--inplace"] if into is None else ["--build-lib", str(into), "--build-temp", str(ROOT / "build/gpu-objects")]
     )
@@ -45,6 +47,7 @@ def build(python: str, architectures: str, into: Path | None = None) -> None:
         cwd=ROOT,
         env={**os.environ, "GENCORE_CUDA": "on", "GENCORE_CUDA_ARCHITECTURES": architectures},
         check=True,
+        timeout=limit,
     )
 
 
@@ -61,13 +64,16 @@ importlib.util.module_from_spec(spec)"""
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def put_in_place() -> str | None:
-    """Copies the prebuilt modules to where they belong; says why it does not."""
+def put_in_place(architecture: str) -> str | None:
+    """Copies the prebuilt modules to where they belong, for a GPU of that architecture; says why it does not."""
     note = ARTIFACTS / NOTE
     if not note.exists():
         return "there are none"
-    if json.loads(note.read_text())["fingerprint"] != fingerprint():
+    told = json.loads(note.read_text())
+    if told["fingerprint"] != fingerprint():
         return "they were built from other sources"
+    if architecture not in re.split(r"\D+", told["architectures"]):
+        return f"they were built for {told['architectures']}"
     reason = importable(ARTIFACTS / "gencore")
     if reason is None:
         for path in (ARTIFACTS / "gencore").glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
@@ -79,7 +85,7 @@ def commit() -> str:
     """The commit that the artifacts were made at, for a checkout without its history; "unknown" of other sources."""
     note = ARTIFACTS / NOTE
     told = json.loads(note.read_text()) if note.exists() else {}
-    return told["commit"] if told.get("fingerprint") == fingerprint() else "unknown"
+    return told["commit"] if told.get("all") == fingerprint(python=True) else "unknown"
 
 
 def python_312() -> str:
@@ -107,7 +113,12 @@ def main() -> None:
     build(python, architectures, ARTIFACTS)
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    note = {"fingerprint": fingerprint(), "architectures": architectures, "commit": commit}
+    note = {
+        "fingerprint": fingerprint(),
+        "all": fingerprint(python=True),
+        "architectures": architectures,
+        "commit": commit,
+    }
     (ARTIFACTS / NOTE).write_text(json.dumps(note) + "\n")
     for path in sorted((ARTIFACTS / "gencore").iterdir()):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 2**20:.1f} MiB")

@@ -3,12 +3,13 @@
 As a plugin of pytest (``-p verdicts``) it writes a line for each test, to the file and of the step that the environment
 variables GPU_CHECK_VERDICTS and GPU_CHECK_STEP name.
 
-A fault of a kernel stays with its process: whatever that asks of the GPU from then on fails. So who finds one goes on
-in a fresh process.
+After a kernel's fault its process can no longer use the GPU. The program then goes on in a fresh process, and pytest in
+another worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -37,7 +38,12 @@ def append(path: Path, step: str, name: str, verdict: str, seconds: float, detai
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of a file; the last may be cut off by who was stopped while writing it."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def counts(lines: Iterable[Mapping[str, Any]]) -> str:

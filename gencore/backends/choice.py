@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gencore.backends import cpu, cuda, dispatch, handover
+from gencore.backends.dispatch import Runner
 
 Name = Literal["cpu", "cuda", "triton"]
 # In the order of preference.
@@ -47,6 +48,23 @@ def backend(name: Name) -> Iterator[None]:
         yield
     finally:
         _named = before
+
+
+_pinned: Runner | None = None
+
+
+@contextmanager
+def handed_to(runner: Runner) -> Iterator[None]:
+    """Within this context attention's forward pass on GPUs is run by PyTorch's kernels of that name, or raises.
+
+    Benchmarks time it so: as a call would take that the table hands over.
+    """
+    global _pinned
+    before, _pinned = _pinned, runner
+    try:
+        yield
+    finally:
+        _pinned = before
 
 
 def named() -> Name | None:
@@ -127,9 +145,12 @@ class Dispatched:
 
     def __call__(self, *args: Any) -> Any:
         for runner in self._order(args):
-            if self._refusal(runner, args) is not None:
+            reason = self._refusal(runner, args)
+            if reason is not None:
+                if runner == _pinned:
+                    raise ValueError(f"{runner} cannot run it: {reason}")
                 continue
-            if runner not in handover.RUNNERS:
+            if runner != "cudnn" and runner != "flash":
                 return getattr(load(runner), self._op)(*args)
             done = handover.attention(runner, *args)
             if done is not None:
@@ -148,12 +169,14 @@ class Dispatched:
             refused[runner] = reason
         return None, source, refused
 
-    def _order(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _order(self, args: tuple[Any, ...]) -> tuple[Runner | Name, ...]:
+        if _pinned is not None and self._op == "attention":
+            return (_pinned, *NAMES)
         row = dispatch.row_of(self._op, self._capability, args)
         return NAMES if row is None else (*row.order, *NAMES)
 
-    def _refusal(self, runner: Any, args: tuple[Any, ...]) -> str | None:
-        if runner in handover.RUNNERS:
+    def _refusal(self, runner: Runner | Name, args: tuple[Any, ...]) -> str | None:
+        if runner == "cudnn" or runner == "flash":
             return handover.refusal(runner, *args[:4])
         return _refusal(runner, self._device)
 

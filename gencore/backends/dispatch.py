@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "tables"
 
 
 class Kernel(NamedTuple):
-    """Of which op a kernel is, in which direction, and which of its arguments says what the problem is."""
+    """A kernel's op and direction, and which of its arguments says what the problem is."""
 
     op: str
     direction: Direction
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     """What is known of an op on GPUs of a compute capability, for a type and a direction.
 
     ``dtype`` is "float32" or "bfloat16"; the latter is for float16 too, whose kernels differ in conversions alone.
-    ``measured`` is None where the rows are expectations, which ``why`` then gives the reason of.
+    ``measured`` is None where the rows are expectations, and ``why`` then says what they rest on.
     """
 
     capability: tuple[int, int]
@@ -122,7 +122,6 @@ def has_table(kernel: str) -> bool:
     return bool(_read(KERNELS[kernel].op))
 
 
-# Those that tables are of.
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "bfloat16"}
 
 
@@ -165,7 +164,13 @@ def _distance(a: Features, b: Features) -> float:
 @functools.lru_cache(4096)
 def _row(op: str, direction: Direction, capability: tuple[int, int], dtype: torch.dtype, features: Any) -> Row | None:
     entry = entry_of(op, direction, capability, dtype)
-    return None if entry is None else nearest(entry, dict(features))
+    if entry is None:
+        return None
+    row = nearest(entry, dict(features))
+    if row.features.get("size") == dict(features).get("size"):
+        return row
+    # PyTorch's kernels are made for some head sizes; what they do with others no row says.
+    return row._replace(order=tuple(runner for runner in row.order if runner not in ("cudnn", "flash")))
 
 
 def row_of(kernel: str, capability: tuple[int, int], args: Sequence[Any]) -> Row | None:
@@ -192,17 +197,17 @@ def features_of(kernel: str, args: Sequence[Any]) -> dict[str, str | int]:
 
 
 def attention_features(size: int, queries: int, keys: int) -> dict[str, str | int]:
-    """Of attention: the channels of a head, and the tokens of the shorter side."""
+    """What attention's table goes by: the channels of a head, and the tokens of the shorter side."""
     return {"size": size, "tokens": min(queries, keys)}
 
 
 def group_norm_features(shape: Sequence[int], layout: str) -> dict[str, str | int]:
-    """Of group norm: the memory format, the channels, and the pixels of each."""
+    """What group norm's table goes by: the memory format, the channels, and the pixels of each."""
     return {"layout": layout, "channels": shape[1], "pixels": math.prod(shape[2:])}
 
 
 def sample_features(shape: Sequence[int], layout: str) -> dict[str, str | int]:
-    """Of an op that treats each value alike: the memory format, and the values of a sample."""
+    """What the table of an op goes by that treats each value alike: the memory format, and the values of a sample."""
     return {"layout": layout, "values": math.prod(shape[1:])}
 
 

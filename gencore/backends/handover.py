@@ -32,6 +32,8 @@ def _by_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> 
 
 _OPS = {"cudnn": _by_cudnn, "flash": _by_flash}
 RUNNERS = tuple(_OPS)
+# A lack of memory, and the faults of other kernels, which the next call is told of.
+_NOT_ITS_OWN = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 # Calls that one of them failed in, which it is not given again, with what it said.
 _failed: dict[tuple[Any, ...], str] = {}
 
@@ -40,16 +42,24 @@ def refusal(runner: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> str |
     """Why a runner cannot take a call with these tensors (B, heads, tokens, d); None if it can."""
     if scale <= 0:
         return "scale is not positive"
-    if q.dtype not in _HALF:
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return "an address is no multiple of 16 bytes"
+    reason = _refusal_of_layout(q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride())
+    if reason is None and not _is_allowed(runner, q, k, v):
+        reason = "PyTorch does not allow it here"
+    return _failed.get(_call(runner, q, k, v)) if reason is None and _failed else reason
+
+
+@functools.lru_cache(1024)
+def _refusal_of_layout(dtype: torch.dtype, q: Any, k: Any, *strides: tuple[int, ...]) -> str | None:
+    """What of that does not depend on values, addresses and PyTorch's switches; of the shapes of q and of k and v."""
+    if dtype not in _HALF:
         return "it serves half types"
-    if q.shape[3] % _UNIT:
+    if q[3] % _UNIT:
         return f"the channels of a head are no multiple of {_UNIT}"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.numel() == 0:
+    for name, shape, stride in zip("qkv", (q, k, k), strides, strict=True):
+        if 0 in shape:
             return f"{name} is empty"
-        if tensor.data_ptr() % 16:
-            return f"the address of {name} is no multiple of 16 bytes"
-        shape, stride = tensor.shape, tensor.stride()
         if stride[3] != 1:
             return f"the channels of {name} do not lie side by side"
         # The stride of a dimension of one element says nothing.
@@ -58,20 +68,24 @@ def refusal(runner: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> str |
             return f"{name} is expanded"
         if any(step % _UNIT for step in steps):
             return f"a stride of {name} is no multiple of {_UNIT}"
-    if not _is_allowed(runner, q, k, v):
-        return "PyTorch does not allow it here"
-    return _failed.get(_call(runner, q, k, v))
+    return None
 
 
 def attention(
     runner: str, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None, with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The kernel of that name, by a runner; None, from then on too, where it fails in such a call."""
+    """The kernel of that name, by a runner; None, from then on too, where it fails in such a call.
+
+    Processes find out for themselves: a runner that fails in one of them alone gives it other bits than the rest have.
+    """
     try:
         result, lse = _OPS[runner](q, k, v, scale, with_lse)
-    except torch.OutOfMemoryError:
+    except _NOT_ITS_OWN:
         raise
     except RuntimeError as error:
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            # The capture is lost with it.
+            raise
         _failed[_call(runner, q, k, v)] = f"it failed: {str(error).strip().partition(chr(10))[0]}"
         return None
     return _put(result, q, out), lse.reshape(q.shape[:3]).contiguous() if with_lse else None
@@ -102,11 +116,3 @@ _ALLOWS = {
     "cudnn": torch.backends.cuda.can_use_cudnn_attention,
     "flash": torch.backends.cuda.can_use_flash_attention,
 }
-
-
-@functools.cache
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU; (0, 0) of anything else."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)

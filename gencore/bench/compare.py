@@ -95,19 +95,15 @@ def compare(now: Report, *before: Report) -> Compared:
     """
     changes, failed, known = {}, [], {result.name for report in before for result in report.results}
     for result in now.results:
-        older = [old for report in before for old in report.results if _alike(old, result)]
+        older = [old for report in before for old in report.results if old.name == result.name]
         known.discard(result.name)
         if any(old.ours.seconds is not None for old in older) and not _works(result):
             failed.append(result.name)
-        elif found := _changes(result, older):
+        # Replays of a graph leave out what calls one after another have.
+        elif found := _changes(result, [old for old in older if old.clock == result.clock]):
             changes[result.name] = found
     warnings = dict.fromkeys(warning for report in before for warning in _warnings(now, report))
     return Compared(changes, tuple(sorted(known)), tuple(failed), tuple(warnings))
-
-
-def _alike(old: Result, new: Result) -> bool:
-    """Whether they are of the same case, by the same clock."""
-    return (old.name, old.clock) == (new.name, new.clock)
 
 
 def _works(result: Result) -> bool:

@@ -2,7 +2,7 @@
 
 One by one, calls of some microseconds measure Python. And the same tensors, again and again, lie in the GPU's cache,
 where they seldom lie in a network: so a graph has calls with inputs and outputs of their own, until these are more than
-the cache holds.
+the cache holds, or are as many as small tensors are worth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from gencore.bench.measure import Timing, interleave
 
 Call = Callable[[], Any]
-# A replay takes about as long, if it has not more calls than that.
+# A replay takes about as long, if that is not more calls; shorter ones follow each other until they do.
 _SECONDS, _MOST_CALLS = 1e-3, 256
 # More copies of small tensors than that cost more to make than they tell.
 _MOST_COPIES = 32
@@ -31,7 +31,7 @@ def copies(nbytes: int, cache: int) -> int:
 
 
 def cache_bytes() -> int:
-    """Of the last-level cache of the current GPU."""
+    """The size of the current GPU's last-level cache."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
@@ -61,38 +61,49 @@ class Graph:
 
 def _captured(run: Call, warm_up: Sequence[Call]) -> Call:
     # As PyTorch asks: on a stream of their own the calls load what they need before the capture.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for call in warm_up:
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except BaseException:
+        # A capture that fails leaves its stream the current one, and the generator waiting for its end, which it is
+        # told of by one that succeeds.
+        torch.cuda.set_stream(before)
+        torch.cuda.synchronize()
+        one = torch.zeros(1, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            one.add_(1)
+        raise
     return graph.replay
 
 
 def timings(
-    candidates: Mapping[str, Sequence[Call]], once: Mapping[str, float], *, rounds: int, budget: float
+    candidates: Mapping[str, Sequence[Call]], *, rounds: int, budget: float
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """What a call of each candidate takes, replayed in turn with the others; and why some cannot be captured.
 
     Args:
         candidates: of each a call for every set of tensors.
-        once: about how many seconds a call takes.
         rounds, budget: as :func:`gencore.bench.measure.interleave` takes them.
     """
     graphs: dict[str, Graph] = {}
     failures: dict[str, str] = {}
     for name, calls in candidates.items():
-        wanted = _SECONDS / max(once[name], 1e-7) / len(calls)
         try:
-            graphs[name] = Graph(calls, max(1, min(round(wanted), _MOST_CALLS // len(calls))))
+            # A call alone on an idle GPU would tell what the host takes.
+            once = Graph(calls, 1)
+            taken = interleave({name: once}, rounds=3, round_seconds=_SECONDS, device="cuda", budget=0.0)[name].median
+            repeats = min(round(_SECONDS / max(taken, 1e-7)), _MOST_CALLS // len(calls))
+            graphs[name] = Graph(calls, repeats) if repeats > 1 else once
         except RuntimeError as error:
             failures[name] = f"a CUDA graph cannot have it: {error}"
-            torch.cuda.synchronize()
-    found = interleave(graphs, rounds=rounds, round_seconds=0.0, device="cuda", budget=budget) if graphs else {}
+    found = interleave(graphs, rounds=rounds, round_seconds=_SECONDS, device="cuda", budget=budget) if graphs else {}
     return {
         name: Timing(tuple(seconds / graphs[name].calls for seconds in timing.seconds))
         for name, timing in found.items()

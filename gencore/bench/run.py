@@ -70,7 +70,8 @@ def run(
         Interrupted: by Control-C, once the limits are measured.
     """
     on_progress(0, "what the machine can do")
-    known, commit = limits.measured(device), machine.commit()
+    # Before anything runs: who has lost a GPU cannot be asked about it.
+    about = About(limits.measured(device), machine.commit(), machine.describe(device), machine.versions())
     if settings.compile:
         _warm_up_the_compiler()
     runner = _Runner(device, settings)
@@ -84,22 +85,26 @@ def run(
                 results.append(runner.tried(task))
                 on_result(results[-1])
     except KeyboardInterrupt:
-        raise Interrupted(_report(results, device, settings, known, commit, complete=False)) from None
+        raise Interrupted(_report(results, settings, about, complete=False)) from None
     on_progress(len(tasks), "")
-    return _report(results, device, settings, known, commit)
+    return _report(results, settings, about)
 
 
-def _report(
-    results: Sequence[Result], device: str, settings: Settings, known: Limits, commit: str, complete: bool = True
-) -> Report:
+class About(NamedTuple):
+    """What a report says beside results."""
+
+    limits: Limits
+    commit: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+
+
+def _report(results: Sequence[Result], settings: Settings, about: About, complete: bool = True) -> Report:
     return Report(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        commit=commit,
-        machine=machine.describe(device),
-        versions=machine.versions(),
         settings={**settings._asdict(), "complete": complete},
-        limits=known,
         results=tuple(results),
+        **about._asdict(),
     )
 
 
@@ -142,7 +147,7 @@ class _Runner:
                 timings = interleave(
                     able,
                     rounds=self.settings.rounds,
-                    device=comparison.clock or self.device,
+                    device="cpu" if comparison.clock == "cpu" else self.device,
                     budget=self.settings.budget,
                 )
         overheads = self._overheads(benchmark, task) if benchmark.section == "ops" else {}
@@ -160,20 +165,17 @@ class _Runner:
     def _replayed(
         self, task: Task, comparison: Comparison, able: Mapping[str, Call]
     ) -> tuple[dict[str, Timing], dict[str, str]]:
-        """Of an op on a GPU, what the calls take in CUDA graphs, and why others have no graph; nothing of the rest."""
+        """What calls take in CUDA graphs, and why others have no graph: where it is an op on a GPU, else nothing."""
         if self.device != "cuda" or comparison.clock or task.benchmark.section != "ops":
             return {}, {}
         turns = [able]
         for _ in range(1, replay.copies(comparison.work.nbytes, replay.cache_bytes())):
             turns.append(task.benchmark.make(task.case, task.dtype, self.device).calls)
-        calls = {name: [turn[name] for turn in turns] for name in able}
-        once = interleave(able, rounds=1, round_seconds=0.0, device="cuda", budget=0.0)
-        return replay.timings(
-            calls,
-            {name: timing.median for name, timing in once.items()},
-            rounds=self.settings.rounds,
-            budget=self.settings.budget,
-        )
+        # What is compiled would be compiled for each set of tensors anew.
+        calls = {
+            name: [turn[name] for turn in (turns[:1] if is_compiled(name) else turns) if name in turn] for name in able
+        }
+        return replay.timings(calls, rounds=self.settings.rounds, budget=self.settings.budget)
 
     def _result(
         self,

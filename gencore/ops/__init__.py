@@ -1,6 +1,7 @@
 """The kernels: functions of tensors, each one pass over memory, each a ``torch.library`` op."""
 
 from gencore.backends.choice import backend as backend
+from gencore.backends.choice import handed_to as handed_to
 from gencore.ops._checks import is_served as is_served
 from gencore.ops._explain import explain as explain
 from gencore.ops._library import register_rules

@@ -117,6 +117,8 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
             if reason is None:
                 reason = "it comes later" if choice.named() is None else f'backend("{choice.named()}")'
             reasons.setdefault(name, reason)
+    # The backends in their order, then PyTorch's kernels.
+    reasons = {name: reasons[name] for name in dict.fromkeys((*choice.NAMES, *reasons)) if name in reasons}
     for argument, tensor in tensors.items():
         if argument == "key":
             if tensor.dim() == 2 and tensor.device != device:
@@ -141,11 +143,15 @@ _GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
 def _by_table(
     op: str, arguments: dict[str, Any], device: torch.device
 ) -> tuple[str | None, str, dict[str, str], list[str]]:
-    """Of a call on a GPU: who runs it, what that rests on, why not those that the table has before, and a note of its
-    gradient, where someone else makes that."""
+    """Who runs a call on a GPU, what that rests on, why others do not, and a note on who makes its gradient, if that is
+    somebody else."""
+    op = op.removesuffix("_out")
     kernel = _KERNELS.get(op, op)
     args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())
     runner, source, refused = choice.dispatched(kernel, device).explained(*args)
+    if source != "not measured":
+        refused |= {name: f"the table has it after {runner}" for name in ("cuda", "triton") if name not in refused}
+        refused = {name: reason for name, reason in refused.items() if name != runner}
     gradient, notes = _GRADIENTS.get(kernel, f"{kernel}_backward"), []
     if gradient in dispatch.KERNELS:
         main = dispatch.KERNELS[kernel].main

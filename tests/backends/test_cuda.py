@@ -16,6 +16,7 @@ from gencore.backends.reference.normal import normal as reference
 from gencore.bench import cases
 from gencore.schedule import Schedule
 
+pytestmark = pytest.mark.gpu(or_emulator=True)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -146,12 +145,27 @@ def test_explain_says_it(cudnn):
     assert str(explain(ops.attention, q, k, v)).splitlines() == [
         "attention on cpu: cudnn, not measured: a test",
         "  not cpu: it serves tensors on the CPU",
-        "  not cuda: it comes later",
-        "  not triton: it comes later",
+        "  not cuda: the table has it after cudnn",
+        "  not triton: the table has it after cudnn",
         "  its gradient: cuda, not measured: a test",
     ]
     assert explain(ops.attention, q[:, :, :16], k, v).chosen == "cuda"
     assert explain(ops.group_norm, torch.zeros(1, 2, 3), 1).source == "not measured"
+
+
+def test_explain_of_what_writes_to_a_tensor(cudnn):
+    x, key = torch.zeros(2, 3, 4), gencore.Key(1)
+    schedule, row = gencore.diffusion.linear(10), ops.step_coefficients(x=1.0)
+    calls = (
+        (ops.normal, (x.shape, key), {}),
+        (ops.uniform, (x.shape, key), {}),
+        (ops.add_noise, (x, 3, schedule, key), {}),
+        (ops.diffusion_step, (x, x, row, key), {}),
+        (ops.group_norm, (x, 1), {}),
+    )
+    for op, args, options in calls:
+        told = explain(op, *args, **options, out=torch.empty_like(x))
+        assert (told.chosen, told.source) == ("cuda", "not measured"), op
 
 
 def test_a_named_backend_hands_nothing_over(cudnn):
@@ -205,7 +219,7 @@ def test_what_they_cannot_do_is_refused():
             "the channels of a head are no multiple of 8": (short, short, short, 0.1),
             "k is empty": (q, q[:, :, :0], q, 0.1),
             "the channels of v do not lie side by side": (q, q, tokens_adjoin, 0.1),
-            "the address of k is no multiple of 16 bytes": (q, shifted, q, 0.1),
+            "an address is no multiple of 16 bytes": (q, shifted, q, 0.1),
             "k is expanded": (q, expanded, q, 0.1),
             "a stride of v is no multiple of 8": (q, q, wide, 0.1),
         }
@@ -286,5 +300,6 @@ def test_on_a_gpu(name, runner):
     doubles = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     exact = reference.attention(*doubles, SCALE)[0].sum()
     for got, right in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(exact, doubles), strict=True):
-        limit = 2.0**-5 * math.sqrt(1100) * float(right.abs().mean() + right.abs().max())
+        # Roundings of p and ds to bfloat16, in sums of as many terms as there are tokens, which they average out in.
+        limit = 2.0**-5 * float(right.abs().max())
         torch.testing.assert_close(got.double(), right, rtol=0, atol=limit)

@@ -129,6 +129,10 @@ def test_another_clock_is_another_figure():
     before, now = (result_of({"a": (ratio, 0.1)}) for ratio in (3.0, 1.0))
     assert compare.compare(report_of(now), report_of(before)).changes
     assert not compare.compare(report_of(dataclasses.replace(now, clock="graph")), report_of(before)).changes
+    # What fails now fails by any clock.
+    broken = result_of({"a": (2.0, 0.1)}, seconds=None)
+    found = compare.compare(report_of(broken), report_of(dataclasses.replace(before, clock="graph")))
+    assert found.failed == (broken.name,)
 
 
 def test_another_machine_is_warned_of():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -22,7 +23,7 @@ CASE = "4x8x1024x40-tokens"
 
 def times(cuda, triton, cudnn=None, call=1e-6, errors=0.0):
     """Candidates that take so many microseconds."""
-    told = {"ours": cuda, "ours, CUDA": cuda, "ours, Triton": triton, "cuDNN": cudnn, "eager": 1000.0}
+    told = {"ours": cuda, "ours, CUDA": cuda, "ours, Triton": triton, "ours, cuDNN": cudnn, "eager": 1000.0}
     return [
         reports.peer(name, 1.0, 1e-6 * time, call_seconds=call, error=errors)
         for name, time in told.items()
@@ -78,7 +79,7 @@ def test_the_fastest_comes_first_and_the_gradient_is_what_is_left():
         # The host is what such calls wait for.
         (times(10, 5, call=2e-5), ("cuda", "triton")),
         # Who computes something else does not count.
-        ([*times(100, 80, 60)[:3], reports.peer("cuDNN", 1.0, 6e-5, error=1.0)], ("triton", "cuda")),
+        ([*times(100, 80, 60)[:3], reports.peer("ours, cuDNN", 1.0, 6e-5, error=1.0)], ("triton", "cuda")),
         ([*times(100, 80)[:2], reports.failed("ours, Triton"), *times(100, 80, 60)[3:]], ("cudnn", "cuda")),
     ],
 )
@@ -103,6 +104,16 @@ def test_problems_that_a_call_cannot_tell_apart_are_one():
     )
     (entry,) = found["attention"]
     assert entry.rows == (Row({"size": 80, "tokens": 1024}, ("triton", "cuda"), {"cuda": 2e-4, "triton": 5e-5}),)
+
+
+def test_a_gradient_that_took_less_than_no_time_says_nothing():
+    found = dispatch.entries(
+        report(
+            result("attention", "forward", CASE, times(100, 80)),
+            result("attention", "forward and backward", CASE, times(300, 70)),
+        )
+    )
+    assert orders(found["attention"]) == {("bfloat16", "forward"): [("triton", "cuda")]}
 
 
 def test_where_one_alone_was_measured_nothing_is_to_be_chosen():
@@ -175,6 +186,18 @@ def test_the_benchmarks_are_there():
         assert set(names) - {None} <= known
         directions = {kernel.direction for kernel in tables.KERNELS.values() if kernel.op == op}
         assert ("backward" in directions) == (names[1] is not None)
+
+
+def test_they_time_each_backend(monkeypatch):
+    """What looks like a GPU here is the CPU, and backends are not called."""
+    for op, names in dispatch.BENCHMARKS.items():
+        module = importlib.import_module(f"gencore.bench.suite.{op}")
+        monkeypatch.setattr(module, "on_backends", lambda call, device: {"ours, CUDA": call, "ours, Triton": call})
+        for benchmark in module.BENCHMARKS:
+            if benchmark.name in names:
+                case = next(case for case in benchmark.cases if benchmark.fits(case) and "cuda" in case.timed)
+                calls = benchmark.make(case.shrunk(), torch.float32, "cpu").calls
+                assert {"ours, CUDA", "ours, Triton"} <= calls.keys(), (op, benchmark.name)
 
 
 def test_a_case_has_the_features_of_its_tensors():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,19 @@ def _peers(case: AttentionCase, tensors: Sequence[Tensor], device: str) -> dict[
     return found | peers.attention_packages(tensors[0].dtype, device)
 
 
+def _handed_over(call: Callable[[], Tensor], device: str) -> dict[str, Callable[[], Tensor]]:
+    """Ours as the tables may hand it over to PyTorch's kernels, on a GPU."""
+
+    def to(runner: Literal["cudnn", "flash"]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with ops.handed_to(runner):
+                return call()
+
+        return run
+
+    return {"ours, cuDNN": to("cudnn"), "ours, flash": to("flash")} if device == "cuda" else {}
+
+
 def _head(tensor: Tensor) -> Tensor:
     """The first sample's first head."""
     return tensor[:1, :1]
@@ -93,7 +106,7 @@ def forward(case: AttentionCase, dtype: torch.dtype, device: str) -> Comparison:
         some = double(*(tensor.contiguous() for tensor in (_head(q)[:, :, :rows], _head(k), _head(v))))
         return F.scaled_dot_product_attention(some[0], some[1], some[2])
 
-    calls = {"ours": ours, **on_backends(ours, device)}
+    calls = {"ours": ours, **on_backends(ours, device), **_handed_over(ours, device)}
     calls |= bound(_peers(case, tensors, device), q, k, v)
     return Comparison(
         calls,

@@ -35,7 +35,8 @@ class Comparison:
         work: the least that must be done.
         error: of what a call returned, how far it is from the definition; left out, nobody looks.
         tolerance: the error up to which a result counts as the same.
-        clock: "cpu" where the host's time counts, though the tensors are on a GPU.
+        clock: "cpu" where the time of the host counts, though the tensors are on a GPU; "calls" where no graph can have
+            them.
     """
 
     calls: dict[str, Call]
