@@ -127,6 +127,29 @@ def attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def attention_jvp(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    d_out: tuple[int, ...],
+    d_lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def attention_double_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def group_norm(
     x: int,
     y: int,

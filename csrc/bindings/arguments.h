@@ -38,6 +38,43 @@ inline AttentionBackward attention_arguments(const std::array<pybind11::object, 
           attention_shape(sizes),   scale};
 }
 
+// tensors: q, k, v, out; direction: dq, dk, dv.
+inline AttentionJvp attention_jvp_arguments(const std::array<pybind11::object, 4>& tensors, std::uintptr_t lse,
+                                            const std::array<pybind11::object, 3>& direction,
+                                            const pybind11::object& d_out, std::uintptr_t d_lse, int dtype,
+                                            const std::array<std::int64_t, 5>& sizes, double scale) {
+  return {heads_tensor(tensors[0]),
+          heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),
+          heads_tensor(tensors[3]),
+          pointer(lse),
+          heads_tensor(direction[0]),
+          heads_tensor(direction[1]),
+          heads_tensor(direction[2]),
+          heads_tensor(d_out),
+          pointer(d_lse),
+          DType(dtype),
+          attention_shape(sizes),
+          scale};
+}
+
+// tensors: grad_out, q, k, v, out; direction: dq, dk, dv; grads: of grad_out, q, k, v.
+inline AttentionDoubleBackward attention_double_backward_arguments(const std::array<pybind11::object, 5>& tensors,
+                                                                   std::uintptr_t lse,
+                                                                   const std::array<pybind11::object, 3>& direction,
+                                                                   const std::array<pybind11::object, 4>& grads,
+                                                                   int dtype, const std::array<std::int64_t, 5>& sizes,
+                                                                   double scale) {
+  return {heads_tensor(tensors[0]),   heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),   heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]),   pointer(lse),
+          heads_tensor(direction[0]), heads_tensor(direction[1]),
+          heads_tensor(direction[2]), heads_tensor(grads[0]),
+          heads_tensor(grads[1]),     heads_tensor(grads[2]),
+          heads_tensor(grads[3]),     DType(dtype),
+          attention_shape(sizes),     scale};
+}
+
 // (address of the rows, how many, address of the index or 0, whether both are in the memory of a device).
 inline Coefficients coefficients(const pybind11::tuple& table) {
   if (table.size() != 4) throw pybind11::value_error("coefficients must be four");

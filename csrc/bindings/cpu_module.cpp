@@ -218,6 +218,20 @@ PYBIND11_MODULE(_cpu, m) {
           const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, sizes, scale);
           run("attention_backward", [&] { return cpu::attention_backward(args, threads); });
         });
+  m.def("attention_jvp", [](const std::array<py::object, 4>& tensors, std::uintptr_t lse,
+                            const std::array<py::object, 3>& direction, const py::object& d_out, std::uintptr_t d_lse,
+                            int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int threads) {
+    const AttentionJvp args = attention_jvp_arguments(tensors, lse, direction, d_out, d_lse, dtype, sizes, scale);
+    run("attention_jvp", [&] { return cpu::attention_jvp(args, threads); });
+  });
+  m.def("attention_double_backward",
+        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
+           const std::array<py::object, 4>& grads, int dtype, const std::array<std::int64_t, 5>& sizes, double scale,
+           int threads) {
+          const AttentionDoubleBackward args =
+              attention_double_backward_arguments(tensors, lse, direction, grads, dtype, sizes, scale);
+          run("attention_double_backward", [&] { return cpu::attention_double_backward(args, threads); });
+        });
   m.def("group_norm",
         [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& shape,
            std::int64_t groups, bool channels_last, double eps, int activation, const py::tuple& values, int threads) {

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "attention_backward.h"
+#include "attention_double_backward.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
@@ -232,6 +233,20 @@ Status attention_backward(const AttentionBackward& args, int threads) {
     return backward<Arithmetic<T>>(args, elements_of<T>, threads);
   });
 }
+
+Status attention_jvp(const AttentionJvp& args, int threads) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return jvp<Arithmetic<T>>(args, elements_of<T>, threads);
+  });
+}
+
+Status attention_double_backward(const AttentionDoubleBackward& args, int threads) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return double_backward<Arithmetic<T>>(args, elements_of<T>, threads);
+  });
+}
 #endif
 
 }  // namespace gencore::cpu::GENCORE_SIMD
@@ -240,7 +255,25 @@ Status attention_backward(const AttentionBackward& args, int threads) {
 namespace gencore::cpu {
 
 GENCORE_DECLARE_LEVELS(Status attention(const Attention& args, int threads);
-                       Status attention_backward(const AttentionBackward& args, int threads))
+                       Status attention_backward(const AttentionBackward& args, int threads);
+                       Status attention_jvp(const AttentionJvp& args, int threads);
+                       Status attention_double_backward(const AttentionDoubleBackward& args, int threads))
+
+namespace {
+
+// Whether what every query and every key has is there.
+bool lacks(const AttentionShape& shape, std::initializer_list<const void*> of_queries,
+           std::initializer_list<const void*> of_keys) {
+  const auto is_null = [](const void* data) { return data == nullptr; };
+  return (shape.queries > 0 && std::any_of(of_queries.begin(), of_queries.end(), is_null)) ||
+         (shape.keys > 0 && std::any_of(of_keys.begin(), of_keys.end(), is_null));
+}
+
+bool is_empty(const AttentionShape& shape) {
+  return shape.batch == 0 || shape.heads == 0 || (shape.queries == 0 && shape.keys == 0);
+}
+
+}  // namespace
 
 #ifdef GENCORE_X86_LEVELS
 namespace avx512_bf16 {
@@ -268,16 +301,34 @@ Status attention(const Attention& args, int threads) {
 Status attention_backward(const AttentionBackward& args, int threads) {
   const AttentionShape& shape = args.shape;
   if (threads < 1 || !is_valid(shape)) return Status::invalid_argument;
-  if (shape.batch == 0 || shape.heads == 0 || (shape.queries == 0 && shape.keys == 0)) return Status::ok;
-  const void* const of_queries[] = {args.grad_out.data, args.q.data, args.out.data, args.lse};
-  const void* const of_keys[] = {args.k.data, args.v.data};
-  const auto lacks = [](const void* data) { return data == nullptr; };
-  if ((shape.queries > 0 && std::any_of(std::begin(of_queries), std::end(of_queries), lacks)) ||
-      (shape.keys > 0 && std::any_of(std::begin(of_keys), std::end(of_keys), lacks))) {
+  if (is_empty(shape)) return Status::ok;
+  if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;
   }
   if (args.dtype == DType::float64) return scalar::attention_backward(args, threads);
   GENCORE_DISPATCH(attention_backward, args, threads);
+}
+
+Status attention_jvp(const AttentionJvp& args, int threads) {
+  const AttentionShape& shape = args.shape;
+  if (threads < 1 || !is_valid(shape)) return Status::invalid_argument;
+  if (is_empty(shape) || shape.queries == 0) return Status::ok;
+  if (lacks(shape, {args.q.data, args.out.data, args.lse, args.d_out.data}, {args.k.data, args.v.data})) {
+    return Status::invalid_argument;
+  }
+  if (args.dtype == DType::float64) return scalar::attention_jvp(args, threads);
+  GENCORE_DISPATCH(attention_jvp, args, threads);
+}
+
+Status attention_double_backward(const AttentionDoubleBackward& args, int threads) {
+  const AttentionShape& shape = args.shape;
+  if (threads < 1 || !is_valid(shape)) return Status::invalid_argument;
+  if (is_empty(shape)) return Status::ok;
+  if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
+    return Status::invalid_argument;
+  }
+  if (args.dtype == DType::float64) return scalar::attention_double_backward(args, threads);
+  GENCORE_DISPATCH(attention_double_backward, args, threads);
 }
 
 }  // namespace gencore::cpu

@@ -51,6 +51,14 @@ struct Exponential {
   }
 };
 
+// The logarithms of a tile of queries in the unit of exponentials, 0 where there is no query.
+template <class P, class A>
+inline void read_lse(A* tile, const A* lse, std::int64_t queries) {
+  for (std::int64_t i = 0; i < tile_queries; ++i) {
+    tile[i] = i < queries ? static_cast<A>(static_cast<double>(lse[i]) * Exponential<P>::unit) : 0;
+  }
+}
+
 // Takes arrays from a thread's slice of the workspace, each at the beginning of a cache line.
 template <class A>
 class Arrays {

@@ -118,13 +118,19 @@ def _refusal(name: Name, device: torch.device) -> str | None:
 
 
 def kernel(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """What runs an op on tensors where ``tensor`` is. Raises :class:`NoBackend`."""
+    """What runs an op on tensors where ``tensor`` is. Raises :class:`NoBackend`, or AttributeError where that backend
+    has no such kernel."""
     if _named is None:
         if tensor.is_cpu:
             return getattr(cpu.ops, op)
         if dispatch.has_table(op):
             return dispatched(op, tensor.device)
     return getattr(load(_choose(_named, tensor.device)), op)
+
+
+def has_kernel(op: str, tensor: Tensor) -> bool:
+    """Whether the backend where ``tensor`` is has a kernel of its own for an op that others do without."""
+    return hasattr(load(_choose(_named, tensor.device)), op)
 
 
 @functools.cache

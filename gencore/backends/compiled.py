@@ -257,10 +257,10 @@ class CompiledOps:
         q, k, v = self._readable(q), self._readable(k), self._readable(v)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device) if with_lse else None
-        sizes = _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+        sizes = attention_sizes(q, k)
         workspace = self._workspace("attention", q, *sizes)
         self._module.attention(
-            _heads(q), _heads(k), _heads(v), _heads(into), 0 if lse is None else lse.data_ptr(), *sizes, scale,
+            heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *sizes, scale,
             *self._place(q), *[memory.data_ptr() for memory in workspace],
         )  # fmt: skip
         return out if into is out else out.copy_(into), lse
@@ -285,11 +285,11 @@ class CompiledOps:
             self._empty_like(tensor) if want else None for tensor, want in zip(given, wanted, strict=True)
         )
         into = [None if result is None else self._writable(result) for result in results]
-        sizes = _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+        sizes = attention_sizes(q, k)
         workspace = self._workspace("attention_backward", q, *sizes)
         self._module.attention_backward(
-            [_heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(),
-            [None if grad is None else _heads(grad) for grad in into], *sizes, scale,
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(),
+            [None if grad is None else heads(grad) for grad in into], *sizes, scale,
             *self._place(q), *[memory.data_ptr() for memory in workspace],
         )  # fmt: skip
         for result, written in zip(results, into, strict=True):
@@ -347,7 +347,9 @@ class CompiledOps:
         bias_in: Tensor | None,
         activation: str | None,
         wanted: list[bool],
+        eps: float = 0.0,
     ) -> tuple[Tensor | None, ...]:
+        """``eps``: what the statistics hold already."""
         memory_format = _CONTIGUOUS
         if not (x.is_contiguous() and grad_y.is_contiguous()):
             memory_format = suggested_format(x)
@@ -373,9 +375,14 @@ def _sizes(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int
     return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
 
 
-def _heads(tensor: Tensor) -> tuple[int, ...]:
-    """Of a tensor (B, heads, tokens, channels): address and strides."""
+def heads(tensor: Tensor) -> tuple[int, ...]:
+    """The address and the strides of a tensor (B, heads, tokens, channels)."""
     return tensor.data_ptr(), *tensor.stride()
+
+
+def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The dtype, and batch, heads, queries, keys, channels of a head."""
+    return _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
 _ACTIVATION = {None: 0, "silu": 1}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.compiled import CompiledOps
+from gencore.backends.compiled import CompiledOps, attention_sizes, heads
 
 try:
     from gencore import _cpu
@@ -79,6 +79,60 @@ class CpuOps(CompiledOps):
         if empty.nbytes >= _LARGE:
             _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
         return empty
+
+    def attention_jvp(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        scale: float,
+        d_out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``d_out``: where to write to."""
+        if d_out is None:
+            d_out = self._empty_like(q)
+        lse = lse.contiguous()
+        d_lse = torch.empty_like(lse)
+        self._module.attention_jvp(
+            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv), heads(d_out),
+            d_lse.data_ptr(), *attention_sizes(q, k), scale, *self._place(q),
+        )  # fmt: skip
+        return d_out, d_lse
+
+    def attention_double_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        scale: float,
+        wanted: list[bool],
+        grads: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """``grads``: where to write to; all of them are then wanted."""
+        lse = lse.contiguous()
+        results: tuple[Tensor | None, ...] = grads or tuple(
+            self._empty_like(tensor) if want else None for tensor, want in zip((grad_out, q, k, v), wanted, strict=True)
+        )
+        self._module.attention_double_backward(
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv),
+            _heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
+        )  # fmt: skip
+        return results
+
+
+def _heads_or_none(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
+    return [None if tensor is None else heads(tensor) for tensor in tensors]
 
 
 ops = CpuOps(_cpu)

@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
     main: int = 0
 
 
-# By the names that the library knows them by.
+# By the names that the library knows them by; those that some backends do without have no tables.
 KERNELS = {
     "normal_": Kernel("normal", "forward"),
     "uniform_": Kernel("uniform", "forward"),
@@ -119,7 +119,7 @@ _read = functools.cache(read)
 
 def has_table(kernel: str) -> bool:
     """Whether anything is known of a kernel's op, on any GPU."""
-    return bool(_read(KERNELS[kernel].op))
+    return kernel in KERNELS and bool(_read(KERNELS[kernel].op))
 
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "bfloat16"}

@@ -43,11 +43,16 @@ def rows_at(t: Any, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def column_of(table: Tensor, t: Tensor | None, column: int, x: Tensor) -> Tensor:
     """A column of the rows that samples take, shaped to be multiplied with ``x``; NaN where ``t`` is out of range."""
-    values = beside(table[:, column].to(x.device), x)
-    if t is not None:
-        last = len(values) - 1
-        values = torch.where((t < 0) | (t > last), torch.nan, values[t.clamp(0, last)])
-    return along_samples(values, x)
+    return along_samples(rows_of(table[:, column : column + 1], t, x), x)
+
+
+def rows_of(table: Tensor, t: Tensor | None, x: Tensor) -> Tensor:
+    """The rows that samples take, one for all of them if ``t`` is None; NaN where it is out of range."""
+    rows = beside(table.to(x.device), x)
+    if t is None:
+        return rows
+    last = len(rows) - 1
+    return torch.where(((t < 0) | (t > last)).unsqueeze(1), torch.nan, rows[t.clamp(0, last)])
 
 
 def along_samples(values: Tensor, x: Tensor) -> Tensor:

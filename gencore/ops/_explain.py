@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
-from gencore.ops.attention import heads_of
+from gencore.ops._attention import heads_of
 
 # Of these only the channels must lie side by side.
 _PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")

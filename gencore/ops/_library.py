@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gencore._torch import is_batched_gradient, is_wrapped, when_imported
+from gencore._torch import compiled_as_constant, is_batched_gradient, is_wrapped, when_imported
 from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
@@ -25,7 +25,8 @@ try:
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing_state = torch._C._get_tracing_state
     _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
-    _forward_ad._current_level, _profiler._is_profiler_enabled  # noqa: B018
+    _FORWARD = torch._C._functorch.TransformType.Jvp
+    _forward_ad._current_level, _profiler._is_profiler_enabled, torch._C._functorch.get_interpreter_stack  # noqa: B018
     _CAN_TELL = True
 except AttributeError:  # Private names, which another PyTorch may not have: every call then takes the dispatcher.
     _CAN_TELL = False
@@ -68,7 +69,9 @@ class Op:
 
     - No observer, no gradient wanted: the kernel itself.
     - No observer, a gradient wanted: an ``autograd.Function`` around the kernel, a third of the library op's cost.
-    - A transform of ``torch.func`` or forward-mode differentiation, which tensors do not show: a Function they know.
+    - Forward-mode differentiation of an op without a ``jvp``, and transforms of ``torch.func`` that are compiled: the
+      definition, in PyTorch's operations, whose derivatives of any order are known.
+    - Another transform of ``torch.func``, which tensors do not show: a Function that they know.
     - Everything else (the compiler, modes, subclasses, views with a negative bit): the library op.
     """
 
@@ -78,9 +81,13 @@ class Op:
         library: Callable[..., Any],
         setup_context: Callable[..., None] | None,
         backward: Callable[..., Any] | None,
+        definition: Callable[..., Any] | None,
+        jvp: Callable[..., Any] | None,
     ):
         self.name = name
         self.library = library
+        self._definition = definition
+        self._has_jvp = jvp is not None
         self._transformed: Any = None
         # The way of plain tensors, one of which wants a gradient, while nothing observes the call.
         self.with_gradient: Any = None
@@ -103,6 +110,8 @@ class Op:
             def forward(*args: Any) -> Any:
                 return library(*args)
 
+        if jvp is not None:
+            Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign]
         Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.setup_context = staticmethod(setup_context or _nothing)  # type: ignore[method-assign]
@@ -112,8 +121,14 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if not is_unobserved():
-            if self._transformed is not None and not _is_compiling() and is_transformed():
-                return self._transformed.apply(*args)
+            if is_transformed():
+                # The compiler cannot look into a Function that a transform is to see.
+                if self._definition is not None and (
+                    _is_compiling() or is_forward_twice() or (not self._has_jvp and has_tangents(args))
+                ):
+                    return self._definition(*args)
+                if self._transformed is not None and not _is_compiling():
+                    return self._transformed.apply(*args)
             return self.library(*args)
         wanted = False
         for arg in args:
@@ -144,6 +159,8 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
 
 
 _composed: dict[str, Callable[..., Any]] = {}
+# The definitions of ops that not every backend has a kernel for.
+_optional: dict[str, Callable[..., Any]] = {}
 _flops: dict[str, Callable[..., int]] = {}
 _layouts: dict[str, Layouts] = {}
 
@@ -152,16 +169,109 @@ def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The kernel where the first tensor of ``args`` is; the key, which comes after, may be on the CPU."""
     if name in _composed:
         return _composed[name]
-    return choice.kernel(name, next(arg for arg in args if isinstance(arg, Tensor)))
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    if name in _optional and not choice.has_kernel(name, first):
+        return _optional[name]
+    return choice.kernel(name, first)
 
 
 def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
     """The ``setup_context`` of an op that keeps nothing for its gradient."""
 
 
+@compiled_as_constant
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
     return _CAN_TELL and (_transforms() is not None or _forward_ad._current_level >= 0)
+
+
+def widened(value: Any) -> Any:
+    """A tensor of a half type in float32, as definitions compute it; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+@compiled_as_constant
+def is_forward_mode() -> bool:
+    """Whether derivatives are being computed forwards: by ``torch.func.jvp`` or ``torch.autograd.forward_ad``.
+
+    The compiler is told at the place that it looks at, where a guard at the beginning of a function would be wrong.
+    """
+    return _CAN_TELL and _forward_ad._current_level >= 0
+
+
+def is_forward_twice() -> bool:
+    """Whether derivatives of derivatives are computed forwards, which the rule of a ``jvp`` would get wrong."""
+    levels = (torch._C._functorch.get_interpreter_stack() or ()) if is_forward_mode() else ()
+    return sum(level.key() == _FORWARD for level in levels) > 1
+
+
+def has_tangents(args: Sequence[Any]) -> bool:
+    """Whether derivatives of an argument are computed forwards, as far as can be told.
+
+    The rule of an op's ``jvp`` is given tensors without tangents while forward mode is on. Only the tangents of the
+    innermost transform are seen, and not those of tensors that are mapped over.
+    """
+    if not is_forward_mode():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack()
+    if levels and levels[-1].key() != _FORWARD:
+        return True
+    try:
+        return any(_forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor))
+    except RuntimeError:
+        return True
+
+
+def save_for_forward(ctx: Any, *tensors: Tensor) -> None:
+    """Saves tensors for the ``jvp`` of an op, where one may be asked for: not in the gradient of a library op."""
+    if hasattr(ctx, "save_for_forward"):
+        ctx.save_for_forward(*tensors)
+
+
+def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> tuple[Tensor, ...]:
+    """The gradients of a function's inputs for those of its outputs, which may be differentiated again."""
+    pulled: Any = torch.func.vjp(function, *inputs)
+    return tuple(pulled[1](grads))
+
+
+def by_definition(
+    definition: Callable[..., Any], constants: Sequence[int]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """The autograd formula of an op, ``setup_context`` and ``backward``, as PyTorch differentiates its definition.
+
+    It may be differentiated again, to any order. The arguments at the places ``constants`` have no gradient.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in inputs]
+        ctx.places = [place for place, arg in enumerate(inputs) if isinstance(arg, Tensor)]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(inputs[place] for place in ctx.places))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = list(ctx.others)
+        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            args[place] = tensor
+        wanted = [place for place in ctx.places if ctx.needs_input_grad[place] and place not in constants]
+        used = [number for number, grad in enumerate(grads) if grad is not None]
+        results: list[Tensor | None] = [None] * len(args)
+        if wanted and used:
+
+            def of_wanted(*given: Tensor) -> tuple[Tensor, ...]:
+                whole = list(args)
+                for place, tensor in zip(wanted, given, strict=True):
+                    whole[place] = tensor
+                outputs = definition(*whole)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                return tuple(outputs[number] for number in used)
+
+            inputs = tuple(args[place] for place in wanted)
+            pulled = pull_back(of_wanted, inputs, tuple(grads[number] for number in used))
+            for place, result in zip(wanted, pulled, strict=True):
+                results[place] = result
+        return tuple(results)
+
+    return setup_context, backward
 
 
 def define(
@@ -174,6 +284,10 @@ def define(
     flops: Callable[..., int] | None = None,
     layouts: Layouts | None = None,
     batched: Callable[..., Any] | None = None,
+    definition: Callable[..., Any] | None = None,
+    made_again: Sequence[str] = (),
+    jvp: Callable[..., Any] | None = None,
+    optional: bool = False,
 ) -> Op:
     """Registers an op.
 
@@ -189,10 +303,20 @@ def define(
         batched: the op under ``torch.func.vmap``, as :func:`torch.library.register_vmap` takes it; without it, calls
             are made one by one, which those of an op that writes to its arguments cannot be.
         layouts: how the work on a DTensor may be shared out; see :class:`Layout`.
+        definition: the op in PyTorch's operations: its derivatives in forward mode are this one's, and so is the
+            gradient of an op without a ``backward``, such as one that is itself a gradient.
+        made_again: the arguments that follow from others, as results of the forward pass do: the definition makes them
+            again, so they have no gradient of their own.
+        jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it; ``setup_context`` saves what
+            it needs by :func:`save_for_forward`.
+        optional: where a backend has no kernel of that name the definition is run.
     """
     name = signature.split("(", 1)[0]
     if composed is not None:
         _composed[name] = composed
+    if optional:
+        assert definition is not None
+        _optional[name] = definition
     # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
 
@@ -207,6 +331,9 @@ def define(
     for device in ("CPU", "CUDA"):
         _library.impl(name, dispatched, device)
     torch.library.register_fake(f"gencore::{name}", fake, lib=_library)
+    if backward is None and definition is not None:
+        arguments = [argument.name for argument in getattr(torch.ops.gencore, name).default._schema.arguments]
+        setup_context, backward = by_definition(definition, [arguments.index(given) for given in made_again])
     if backward is not None:
         setup = setup_context or _nothing
         torch.library.register_autograd(f"gencore::{name}", backward, setup_context=setup, lib=_library)
@@ -216,15 +343,7 @@ def define(
         _flops[name] = flops
     if layouts is not None:
         _layouts[name] = layouts
-    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward)
-
-
-def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
-    """The ``backward`` of an op that is itself a gradient."""
-    raise RuntimeError(
-        "gencore ops have a first derivative only: the kernels of their gradients have none. Compute this gradient "
-        "without create_graph=True, or with PyTorch's own functions"
-    )
+    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward, definition, jvp)
 
 
 def _register_flops() -> None:

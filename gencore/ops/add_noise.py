@@ -10,10 +10,12 @@ from torch import Tensor
 from gencore._torch import hand_over, is_overridden
 from gencore.backends import choice
 from gencore.backends.layout import kept_format
+from gencore.backends.reference import add_noise as reference
 from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
-from gencore.ops._coefficients import check_schedule, column_of, rows_at
-from gencore.ops._library import Layout, define
+from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of
+from gencore.ops._library import Layout, define, widened
+from gencore.ops.normal import fill_with_normals
 from gencore.schedule import Schedule
 
 
@@ -42,6 +44,15 @@ def _layouts(args: Any) -> list[Layout]:
     return [Layout({"x0": 0, "t": 0, "key": 0, "out": 0}, (0, 0))]
 
 
+def _definition(
+    x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, with_noise: bool
+) -> tuple[Tensor, Tensor | None]:
+    kind = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    noise = fill_with_normals(torch.empty_like(x0, dtype=kind, memory_format=kept_format(x0)), key)
+    x_t = reference.add_noise(widened(x0), rows_of(table, t, x0), noise).to(x0.dtype)
+    return x_t, noise.to(x0.dtype) if with_noise else None
+
+
 _ARGUMENTS = "Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise"
 _add_noise = define(
     f"add_noise({_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -49,6 +60,7 @@ _add_noise = define(
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
+    definition=_definition,
 )
 
 

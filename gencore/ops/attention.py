@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,191 +12,12 @@ from torch import Tensor
 from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
-from gencore.backends.layout import suggested_format
+from gencore.ops._attention import attend, attend_image, compute_image
 from gencore.ops._checks import FLOATING, autocast_dtype, check_tensor
-from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, refuse_second_derivative
+from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def _log_sums(tensor: Tensor, *shape: int) -> Tensor:
-    return tensor.new_empty(shape, dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), _log_sums(q, *q.shape[:3])
-
-
-def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, wanted: list[bool]
-) -> tuple[Tensor, ...]:
-    grads = zip((q, k, v), wanted, strict=True)
-    return tuple(torch.empty_like(tensor) if want else grad_out.new_empty(0) for tensor, want in grads)
-
-
-def _flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two products of matrices, as PyTorch counts its own attention: q with k, and the probabilities with v."""
-    batch, heads, queries, size = q
-    return 2 * 2 * batch * heads * queries * k[2] * size
-
-
-def _flops_backward(grad_out: Sequence[int], q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
-    """Five products: q with k again, and those of four gradients."""
-    return 5 * _flops(q, k) // 2
-
-
-def _layouts(args: Any) -> list[Layout]:
-    """By samples, by heads, or by queries."""
-    whole = [Layout(dict.fromkeys("qkv", dim), (dim, dim)) for dim in (0, 1)]
-    return [*whole, Layout({"q": 2}, (2, 2))]
-
-
-def _layouts_backward(args: Any) -> list[Layout]:
-    of_queries = ("grad_out", "q", "out", "lse")
-    whole = [Layout(dict.fromkeys((*of_queries, "k", "v"), dim), (dim, dim, dim)) for dim in (0, 1)]
-    return [*whole, Layout(dict.fromkeys(of_queries, 2), (2, None, None))]
-
-
-_attention_backward = define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    backward=refuse_second_derivative,
-    flops=_flops_backward,
-    layouts=_layouts_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 4
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, wanted)
-    if not all(wanted):
-        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return *grads, None
-
-
-_attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    flops=_flops,
-    layouts=_layouts,
-)
-
-
-def heads_of(x: Tensor, parts: int, num_heads: int, memory_format: torch.memory_format) -> tuple[Tensor, ...]:
-    """(N, parts C, ...), in that format, as ``parts`` views (N, heads, pixels, channels of a head)."""
-    samples, channels = x.shape[:2]
-    pixels = math.prod(x.shape[2:])
-    size = channels // (parts * num_heads)
-    # As the format says: the strides of dimensions of one element may be anything.
-    pixel, channel = (1, pixels) if memory_format is torch.contiguous_format else (channels, 1)
-    strides = (channels * pixels, size * channel, pixel, channel)
-    first, shape = x.storage_offset(), (samples, num_heads, pixels, size)
-    each = num_heads * size * channel
-    return tuple(x.as_strided(shape, strides, first + part * each) for part in range(parts))
-
-
-def _attend(qkv: Tensor, num_heads: int, scale: float, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    memory_format = suggested_format(qkv)
-    qkv = qkv.contiguous(memory_format=memory_format)
-    out = _empty_out(qkv, memory_format)
-    q, k, v = heads_of(qkv, 3, num_heads, memory_format)
-    _, lse = choice.kernel("attention", qkv)(q, k, v, scale, *heads_of(out, 1, num_heads, memory_format), with_lse)
-    return out, lse
-
-
-def _empty_out(qkv: Tensor, memory_format: torch.memory_format) -> Tensor:
-    shape = (qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:])
-    return torch.empty(shape, dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
-
-
-def _fake_spatial(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    lse = _log_sums(qkv, qkv.shape[0], num_heads, math.prod(qkv.shape[2:]))
-    return _empty_out(qkv, suggested_format(qkv)), lse
-
-
-def _attend_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
-    memory_format = suggested_format(qkv)
-    qkv, grad_out, out = (x.contiguous(memory_format=memory_format) for x in (qkv, grad_out, out))
-    grad_qkv = torch.empty_like(qkv, memory_format=memory_format)
-    choice.kernel("attention_backward", qkv)(
-        *(
-            tensor
-            for x, parts in ((grad_out, 1), (qkv, 3), (out, 1))
-            for tensor in heads_of(x, parts, num_heads, memory_format)
-        ),
-        lse,
-        scale,
-        [True] * 3,
-        heads_of(grad_qkv, 3, num_heads, memory_format),
-    )
-    return grad_qkv
-
-
-def _fake_spatial_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
-) -> Tensor:
-    return torch.empty_like(qkv, memory_format=suggested_format(qkv))
-
-
-def _flops_spatial(qkv: Sequence[int], num_heads: int, *_: Any, **__: Any) -> int:
-    heads = (qkv[0], num_heads, math.prod(qkv[2:]), qkv[1] // (3 * num_heads))
-    return _flops(heads, heads)
-
-
-def _flops_spatial_backward(
-    grad_out: Sequence[int], qkv: Sequence[int], out: Any, lse: Any, num_heads: int, *_: Any, **__: Any
-) -> int:
-    return 5 * _flops_spatial(qkv, num_heads) // 2
-
-
-_spatial_attention_backward = define(
-    "spatial_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale) "
-    "-> Tensor",
-    fake=_fake_spatial_backward,
-    backward=refuse_second_derivative,
-    composed=_attend_backward,
-    flops=_flops_spatial_backward,
-    layouts=lambda args: [Layout(dict.fromkeys(("grad_out", "qkv", "out", "lse"), 0), (0,))],
-)
-
-
-def _setup_spatial(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_heads, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, out, lse)
-
-
-def _backward_spatial(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 3
-    return _spatial_attention_backward(grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
-
-
-_spatial_attention = define(
-    "spatial_attention(Tensor qkv, int num_heads, float scale) -> (Tensor, Tensor)",
-    fake=_fake_spatial,
-    setup_context=_setup_spatial,
-    backward=_backward_spatial,
-    composed=_attend,
-    flops=_flops_spatial,
-    layouts=lambda args: [Layout({"qkv": 0}, (0, 0))],
-)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -226,7 +46,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     with its dot product, which takes subnormal numbers for 0; elsewhere on CPUs everything is in float32. NaN and
     infinities propagate as in PyTorch.
 
-    The gradient is made for ``q``, ``k`` and ``v``, once: there is no second derivative.
+    The gradient is made for ``q``, ``k`` and ``v``; it may be differentiated again, and forward mode works. On the CPU
+    the second derivative and that in forward mode have kernels of their own, which allocate nothing of the size T x S
+    either; on GPUs, and beyond the second, PyTorch's operations compute them.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
@@ -257,8 +79,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     if wants_gradient is False:
         return choice.kernel("attention", q)(*tensors, scale, None, False)[0]
     if wants_gradient:
-        return _attention.with_gradient(*tensors, scale)[0]
-    return _attention(*tensors, scale)[0]
+        return attend.with_gradient(*tensors, scale)[0]
+    return attend(*tensors, scale)[0]
 
 
 def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
@@ -307,8 +129,8 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
         if scale is None:
             scale = 1 / math.sqrt(qkv.shape[1] // (3 * num_heads))
         if qkv.requires_grad and torch.is_grad_enabled():
-            return _spatial_attention.with_gradient(qkv, num_heads, scale)[0]
-        return _attend(qkv, num_heads, scale, with_lse=False)[0]
+            return attend_image.with_gradient(qkv, num_heads, scale)[0]
+        return compute_image(qkv, num_heads, scale, with_lse=False)[0]
     if is_overridden(qkv):
         return hand_over(spatial_attention, (qkv,), qkv, num_heads, scale=scale)
     qkv = _autocast(qkv)
@@ -321,7 +143,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
             f"qkv must have 3 x num_heads x d channels, a multiple of {3 * num_heads} and at least as many, "
             f"got {qkv.shape[1]}"
         )
-    return _spatial_attention(qkv, num_heads, _checked_scale(scale, qkv.shape[1] // (3 * num_heads)))[0]
+    return attend_image(qkv, num_heads, _checked_scale(scale, qkv.shape[1] // (3 * num_heads)))[0]
 
 
 def _wants_gradient_if_everyday(q: Any, k: Any, v: Any, scale: Any) -> bool | None:

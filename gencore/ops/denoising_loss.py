@@ -11,10 +11,13 @@ from torch import Tensor
 
 from gencore._torch import hand_over, is_overridden
 from gencore.backends.layout import kept_format
+from gencore.backends.reference import denoising_loss as reference
 from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_same, check_tensor, resolve_key
-from gencore.ops._coefficients import check_schedule, column_of, rows_at, widened
-from gencore.ops._library import Layout, define, refuse_second_derivative
+from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of, widened
+from gencore.ops._library import Layout, define, pull_back
+from gencore.ops._library import widened as wide
+from gencore.ops.normal import fill_with_normals
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
 
@@ -32,11 +35,21 @@ def _layouts(args: Any) -> list[Layout]:
     return [Layout(dict.fromkeys(("output", "x0", "t", "key", "grad_loss"), 0), (0,))]
 
 
+def _definition(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+    kind = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    noise = fill_with_normals(torch.empty_like(x0, dtype=kind, memory_format=kept_format(x0)), key)
+    return reference.denoising_loss(wide(output), wide(x0), rows_of(table, t, x0), noise)
+
+
+def _definition_backward(grad_loss: Tensor, output: Tensor, *others: Any) -> Tensor:
+    return pull_back(lambda output: _definition(output, *others), (output,), grad_loss)[0]
+
+
 _ARGUMENTS = "Tensor output, Tensor x0, Tensor table, Tensor? t, Tensor key"
 _denoising_loss_backward = define(
     f"denoising_loss_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor",
     fake=_fake_backward,
-    backward=refuse_second_derivative,
+    definition=_definition_backward,
     layouts=_layouts,
 )
 
@@ -62,6 +75,7 @@ _denoising_loss = define(
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
+    definition=_definition,
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gencore._torch import beside, hand_over, is_overridden, lifted
 from gencore.backends import choice
 from gencore.backends.layout import kept_format
+from gencore.backends.reference import diffusion_step as reference
 from gencore.noise import Key
 from gencore.ops._checks import (
     check_elements_of,
@@ -24,6 +25,7 @@ from gencore.ops._checks import (
 )
 from gencore.ops._coefficients import along_samples, widened
 from gencore.ops._library import Layout, define
+from gencore.ops._library import widened as wide
 from gencore.ops.denoising_loss import check_prediction
 from gencore.ops.normal import fill_with_normals
 
@@ -125,6 +127,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*passed, None, None, None)
 
 
+def _definition(x: Tensor, *args: Any) -> Tensor:
+    output, second, history0, history1, known, mask, rows, key = args
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    noise = fill_with_normals(torch.empty_like(x, dtype=kind, memory_format=kept_format(x)), key)
+    y, _ = reference.diffusion_step(
+        wide(x), wide(output), wide(second), wide(history0), wide(history1), wide(known), wide(mask),
+        beside(rows.to(x.device), x), noise,
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
 _ARGUMENTS = (
     "Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, Tensor? mask, "
     "Tensor rows, Tensor key"
@@ -141,6 +154,7 @@ _diffusion_step = define(
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
+    definition=_definition,
 )
 
 

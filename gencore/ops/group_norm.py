@@ -12,8 +12,9 @@ from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
+from gencore.backends.reference import group_norm as reference
 from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
-from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, refuse_second_derivative
+from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, pull_back, widened
 
 Activation = Literal["silu"]
 
@@ -40,6 +41,7 @@ def _fake_backward(
     bias_in: Tensor | None,
     activation: str | None,
     wanted: list[bool],
+    eps: float,
 ) -> tuple[Tensor, ...]:
     grad_x = torch.empty_like(x, memory_format=suggested_format(x)) if wanted[0] else None
     grads = (grad_x, *empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:]))
@@ -57,17 +59,47 @@ def _layouts_backward(args: Any) -> list[Layout]:
     return [Layout({**_OF_SAMPLES, "grad_y": 0, "statistics": 0}, (0, None, None, 0, 0, 0))]
 
 
+def _definition(x: Tensor, num_groups: int, *args: Any) -> tuple[Tensor, None]:
+    *values, activation, eps = args
+    weight, bias, scale, shift, bias_in = map(widened, values)
+    y = reference.group_norm(
+        widened(x), num_groups, weight, bias, eps, scale=scale, shift=shift, bias_in=bias_in, activation=activation
+    )
+    return y.to(x.dtype), None
+
+
+def _definition_backward(
+    grad_y: Tensor, x: Tensor, statistics: Tensor, num_groups: int, *args: Any
+) -> tuple[Tensor | None, ...]:
+    *values, activation, wanted, eps = args
+    given = (x, *values)
+    there = [place for place, value in enumerate(given) if value is not None and wanted[place]]
+
+    def of_wanted(*some: Tensor) -> Tensor:
+        whole = list(given)
+        for place, value in zip(there, some, strict=True):
+            whole[place] = value
+        x, *values = whole
+        return _definition(x, num_groups, *values, activation, eps)[0]
+
+    grads: list[Tensor | None] = [None] * len(given)
+    for place, grad in zip(there, pull_back(of_wanted, [given[place] for place in there], grad_y), strict=True):
+        grads[place] = grad
+    return tuple(grads)
+
+
 _group_norm_backward = define(
     f"group_norm_backward(Tensor grad_y, Tensor x, Tensor statistics, int num_groups, {_VALUES}, str? activation, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool[] wanted, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    backward=refuse_second_derivative,
+    definition=_definition_backward,
+    made_again=("statistics",),
     layouts=_layouts_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.num_groups, *values, ctx.activation, _ = inputs
+    x, ctx.num_groups, *values, ctx.activation, ctx.eps = inputs
     statistics = output[1]
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -80,7 +112,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, .
     x, statistics, *values = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[0], *needs[2:7]]
-    grads = _group_norm_backward(grad_y, x, statistics, ctx.num_groups, *values, ctx.activation, wanted)
+    grads = _group_norm_backward(grad_y, x, statistics, ctx.num_groups, *values, ctx.activation, wanted, ctx.eps)
     if not all(wanted):
         grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return grads[0], None, *grads[1:], None, None
@@ -92,6 +124,7 @@ _group_norm = define(
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
+    definition=_definition,
 )
 
 
@@ -156,7 +189,8 @@ def group_norm(
 
     The statistics are as accurate as float32 whatever the mean: sums are taken of deviations from a nearby value and
     combined in float64. They, not xhat or y, are kept for the gradient, which is made for ``x`` and the five
-    others, once: there is no second derivative. NaN and infinities propagate as in PyTorch.
+    others. It may be differentiated again, and forward mode works, both in PyTorch's operations. NaN and infinities
+    propagate as in PyTorch.
 
     Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level; no atomics.
 

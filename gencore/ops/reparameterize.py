@@ -13,9 +13,11 @@ from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import empty_draws, memory_format_of
+from gencore.backends.reference import reparameterize as reference
 from gencore.noise import Key
 from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
-from gencore.ops._library import Layout, define, refuse_second_derivative
+from gencore.ops._library import Layout, define, widened
+from gencore.ops.normal import fill_with_normals
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -53,11 +55,53 @@ def _layouts_backward(args: Mapping[str, Any]) -> list[Layout]:
     return [Layout({**_OF_SAMPLES, "grad_z": of_z, "grad_kl": 0}, (0, 0))]
 
 
+def _eps(mu: Tensor, key: Tensor, num_samples: int | None) -> Tensor:
+    """The noise of the draws, which each takes whole blocks of four elements of."""
+    kind = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    if num_samples is None:
+        return fill_with_normals(torch.empty_like(mu, dtype=kind, memory_format=memory_format_of(mu)), key)
+    elements = math.prod(mu.shape[1:])
+    shape = mu.shape[0], num_samples, (elements + 3) // 4 * 4
+    eps = fill_with_normals(mu.new_empty(shape, dtype=kind), key)[..., :elements]
+    return eps.transpose(0, 1).reshape(num_samples, *mu.shape)
+
+
+def _definition(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
+    return reference.sample(widened(mu), widened(logvar), _eps(mu, key, num_samples)).to(mu.dtype)
+
+
+def _definition_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    return _definition(mu, logvar, key, num_samples), reference.divergence(widened(mu), widened(logvar))
+
+
+def _definition_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor,
+    key: Tensor,
+    num_samples: int | None,
+    with_grad_mu: bool,
+) -> tuple[Tensor | None, Tensor]:
+    grad_mu: Tensor | None = None
+    grad_logvar = torch.zeros_like(widened(logvar))
+    if grad_z is not None:
+        of_z = widened(grad_z) * (_eps(logvar, key, num_samples) * torch.exp(widened(logvar) / 2) / 2)
+        grad_logvar = grad_logvar + (of_z if num_samples is None else of_z.sum(0))
+        grad_mu = widened(grad_z) if num_samples is None else widened(grad_z).sum(0)
+    if grad_kl is not None and mu is not None:
+        of_kl = grad_kl.reshape(-1, *[1] * (logvar.dim() - 1))
+        grad_logvar = grad_logvar + of_kl * (torch.exp(widened(logvar)) - 1) / 2
+        grad_mu = of_kl * widened(mu) if grad_mu is None else grad_mu + of_kl * widened(mu)
+    of_mu = grad_mu.to(logvar.dtype) if with_grad_mu and grad_mu is not None else None
+    return of_mu, grad_logvar.to(logvar.dtype)
+
+
 _reparameterize_backward = define(
     "reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? mu, Tensor logvar, Tensor key, "
     "SymInt? num_samples, bool with_grad_mu) -> (Tensor, Tensor)",
     fake=_fake_backward,
-    backward=refuse_second_derivative,
+    definition=_definition_backward,
     layouts=_layouts_backward,
 )
 
@@ -102,6 +146,7 @@ _reparameterize = define(
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
+    definition=_definition,
 )
 _reparameterize_kl = define(
     f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
@@ -109,6 +154,7 @@ _reparameterize_kl = define(
     setup_context=_setup_context_kl,
     backward=_backward_kl,
     layouts=_layouts,
+    definition=_definition_kl,
 )
 
 

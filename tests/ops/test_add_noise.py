@@ -36,7 +36,7 @@ def definition(x0, t, key):
     """x_t in float64, and the size of its terms."""
     table, noise = SCHEDULE.add_noise_table(torch.device("cpu")), ops.normal(x0.shape, key, dtype=torch.float64)
     x0, t = x0.detach().cpu().double(), t.cpu()
-    return reference.add_noise(x0, table, t, noise), reference.add_noise(x0.abs(), table, t, noise.abs())
+    return reference.add_noise(x0, table[t], noise), reference.add_noise(x0.abs(), table[t], noise.abs())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

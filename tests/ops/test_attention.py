@@ -397,15 +397,6 @@ def test_gradients_of_some(names, kernels):
         assert all(same_bits(grad, want[name]) for name, grad in zip(names, got, strict=True))
 
 
-def test_no_second_derivative_is_said_so():
-    for leaf, op in ((torch.randn(1, 2, 5, 4), lambda x: ops.attention(x, x, x)),
-                     (torch.randn(1, 12, 2, 3), lambda x: ops.spatial_attention(x, 2))):  # fmt: skip
-        leaf.requires_grad_()
-        (grad,) = torch.autograd.grad(op(leaf).square().sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="first derivative only"):
-            grad.sum().backward()
-
-
 @pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("tokens", "layout"), [((9, 5), "tokens"), ((1, 1), "heads"), ((3, 0), "heads")], ids=str)
 def test_opcheck(tokens, layout, kernels):

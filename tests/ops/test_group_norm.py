@@ -355,13 +355,6 @@ def test_gradient_of_one_input(name, kernels):
     assert same_bits(got, want)
 
 
-def test_no_second_derivative_is_said_so():
-    x = torch.randn(2, 6, 3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.group_norm(x, 3).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivative only"):
-        grad.sum().backward()
-
-
 def test_only_the_inputs_and_the_statistics_are_saved():
     args = {name: value.requires_grad_() for name, value in inputs(CASES[-1], torch.float32).items()}
     saved: list[Tensor] = []
@@ -398,7 +391,7 @@ def test_opcheck(layout, shape, kernels):
         for wanted in ([True] * 6, [True, False, True, False, False, True], [False, True, *[False] * 4]):
             torch.library.opcheck(
                 torch.ops.gencore.group_norm_backward.default,
-                (torch.randn_like(x), x, statistics, 3, *values, "silu", wanted),
+                (torch.randn_like(x), x, statistics, 3, *values, "silu", wanted, 1e-5),
             )
 
 

@@ -277,13 +277,6 @@ def test_gradient_of_one_input(needs, draws):
             a.grad = b.grad = None
 
 
-def test_no_second_derivative_is_said_so():
-    mu, logvar = (x.requires_grad_() for x in inputs(cases.Case((2, 3), ""), torch.float32))
-    (grad,) = torch.autograd.grad(ops.reparameterize(mu, logvar, Key(0)).square().sum(), logvar, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivative only"):
-        grad.sum().backward()
-
-
 def test_nothing_of_the_noise_is_saved():
     mu, logvar = (x.requires_grad_() for x in inputs(cases.Case((8, 1000), ""), torch.float32))
     saved: list[torch.Tensor] = []
@@ -390,15 +383,6 @@ def test_transforms_of_torch_func():
     through = logvar.requires_grad_()
     (grad,) = torch.autograd.grad(torch.func.vmap(sampled)(mu, through).sum(), through)
     assert grad.abs().min() > 0
-
-
-def test_forward_mode_is_refused_not_dropped():
-    mu, logvar = inputs(cases.Case((4, 6), ""), torch.float32)
-    ones = torch.ones_like(mu)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(sampled, (mu, logvar), (ones, ones))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        sampled(torch.autograd.forward_ad.make_dual(mu, ones), logvar)
 
 
 def test_library_op_has_the_gradient_too():

@@ -43,6 +43,38 @@ struct AttentionBackward {
   double scale;
 };
 
+// The derivative along dq, dk, dv, each of which may be null: it is then 0. With the change of the logits
+// t_ij = scale sum_c (dq_ic k_jc + q_ic dk_jc), and p, `out` and `lse` of the forward pass:
+//   d_lse_i = sum_j p_ij t_ij    d_out_ic = sum_j p_ij (t_ij v_jc + dv_jc) - d_lse_i out_ic
+// `d_lse`, dense as `lse`, may be null.
+struct AttentionJvp {
+  HeadsTensor q, k, v, out;
+  const void* lse;
+  HeadsTensor dq, dk, dv;
+  HeadsTensor d_out;
+  void* d_lse;
+  DType dtype;
+  AttentionShape shape;
+  double scale;
+};
+
+// The gradient of sum (dq grad_q' + dk grad_k' + dv grad_v'), grad_q', grad_k', grad_v' what AttentionBackward gives
+// for `grad_out`. That of grad_out is the derivative along dq, dk, dv; with t, d_lse, ds and delta as above and dp_ij =
+// sum_c grad_out_ic v_jc, e_ij = sum_c grad_out_ic dv_jc:
+//   w_ij = (t_ij - d_lse_i) dp_ij - delta_i t_ij + e_ij    z_ij = p_ij (w_ij - sum_j p_ij w_ij)
+//   grad_q_ic = scale sum_j (z_ij k_jc + ds_ij dk_jc)      grad_k_jc = scale sum_i (z_ij q_ic + ds_ij dq_ic)
+//   grad_v_jc = sum_i p_ij (t_ij - d_lse_i) grad_out_ic
+// Each result may be null: it is then not wanted.
+struct AttentionDoubleBackward {
+  HeadsTensor grad_out, q, k, v, out;
+  const void* lse;
+  HeadsTensor dq, dk, dv;
+  HeadsTensor grad_grad_out, grad_q, grad_k, grad_v;
+  DType dtype;
+  AttentionShape shape;
+  double scale;
+};
+
 // Whether the sizes are valid and indices of a dense tensor of them fit.
 static inline bool is_valid(const AttentionShape& shape) {
   if (shape.batch < 0 || shape.heads < 0 || shape.queries < 0 || shape.keys < 0 || shape.size < 1) return false;
@@ -62,6 +94,8 @@ namespace gencore::cpu {
 // how the batch and the queries are split into calls.
 Status attention(const Attention& args, int threads);
 Status attention_backward(const AttentionBackward& args, int threads);
+Status attention_jvp(const AttentionJvp& args, int threads);
+Status attention_double_backward(const AttentionDoubleBackward& args, int threads);
 
 }  // namespace gencore::cpu
 

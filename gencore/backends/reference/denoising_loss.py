@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 
 
-def denoising_loss(output: Tensor, x0: Tensor, table: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """The mean over elements of weight (prediction - target)^2 + bound_weight L_t; ``t`` numbers the table's rows.
+def denoising_loss(output: Tensor, x0: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+    """The mean over elements of weight (prediction - target)^2 + bound_weight L_t.
 
-    The columns of ``table`` are those of :meth:`gencore.schedule.Schedule.loss_table`. Where ``output`` has twice the
-    channels of ``x0``, the second half places the log variance in its range, and alone has a gradient of L_t.
+    ``rows``, one or one per sample, have the columns of :meth:`gencore.schedule.Schedule.loss_table`. Where ``output``
+    has twice the channels of ``x0``, the second half places the log variance in its range, and alone has a gradient of
+    L_t.
     """
-    rows = table[t].to(x0.dtype).reshape(-1, 8, *[1] * (x0.dim() - 1)).unbind(1)
-    of_x0, of_noise, weight, bound_weight, moved, middle, half_range, true = rows
+    columns = rows.to(x0.dtype).reshape(-1, 8, *[1] * (x0.dim() - 1)).unbind(1)
+    of_x0, of_noise, weight, bound_weight, moved, middle, half_range, true = columns
     learned = output.shape != x0.shape
     prediction, place = output.chunk(2, dim=1) if learned else (output, torch.zeros_like(output))
     error = prediction - (of_x0 * x0 + of_noise * noise)
     terms = weight * error.square()
-    if bool((bound_weight != 0).any()):
-        shift, log_variance = (moved * error).detach(), middle + half_range * place
-        first = torch.isneginf(true)
-        gap = log_variance - torch.where(first, torch.zeros_like(true), true)
-        kl = (-1 + gap + torch.exp(-gap) + shift.square() * torch.exp(-log_variance)) / 2
-        terms = terms + bound_weight * torch.where(first, decoder_nll(x0, x0 + shift, log_variance), kl)
+    # Where there is none its terms need not be finite, and neither need their derivatives.
+    bounded = bound_weight != 0
+    shift = torch.where(bounded, (moved * error).detach(), 0)
+    log_variance = torch.where(bounded, middle + half_range * place, 0)
+    first = torch.isneginf(true)
+    gap = log_variance - torch.where(first | ~bounded, 0, true)
+    kl = (-1 + gap + torch.exp(-gap) + shift.square() * torch.exp(-log_variance)) / 2
+    bound = torch.where(first, decoder_nll(x0.detach(), (x0 + shift).detach(), log_variance), kl)
+    terms = terms + torch.where(bounded, bound_weight * bound, 0)
     return terms.reshape(x0.shape[0], math.prod(x0.shape[1:])).mean(1)
 
 

@@ -33,7 +33,9 @@ def diffusion_step(
         x0 = x0_scale * torch.minimum(torch.maximum(x0, -limit), limit)
         y = y + direct * guided + of_x0 * x0
         if place is not None:
-            of_noise = of_noise * torch.exp(log_scale + log_scale_slope * place)
+            # Where no noise is added none is scaled, however large the scale.
+            scale = torch.where(of_noise == 0, 0, log_scale + log_scale_slope * place)
+            of_noise = of_noise * torch.exp(scale)
     if history0 is not None:
         y = y + of_history0 * history0
     if history1 is not None:

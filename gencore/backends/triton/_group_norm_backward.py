@@ -308,7 +308,9 @@ def group_norm_backward(
     bias_in: Tensor | None,
     activation: str | None,
     wanted: list[bool],
+    eps: float = 0.0,
 ) -> tuple[Tensor | None, ...]:
+    """``eps``: what the statistics hold already."""
     memory_format = suggested_format(x)
     grad_y, x = in_format(memory_format, grad_y, x)
     statistics = statistics.contiguous()

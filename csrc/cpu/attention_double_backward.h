@@ -1,0 +1,160 @@
+// The gradient of attention's gradient.
+#pragma once
+
+#include "attention_chunks.h"
+#include "attention_tangent.h"
+
+namespace gencore::cpu::GENCORE_SIMD {
+namespace {
+
+// The second pass, over the keys: `mean` and `second` are what the first has found of each query.
+template <class P, class A>
+class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
+  using Base = OverKeys<P, A, DoubleBackward<P, A>>;
+  using Base::columns, Base::rows, Base::grads_, Base::size_, Base::row_, Base::width;
+  using typename Base::F;
+
+ public:
+  // Elements of A for one thread.
+  static std::int64_t space(const AttentionShape& shape, const Chunks& chunks) {
+    const std::int64_t row = Base::row_of(shape), of_keys = chunks.tiles_per_item() * tile_keys;
+    return Base::own_space(shape, chunks) + of_keys * (4 * shape.size + 2 * row) +
+           tile_queries * (4 * shape.size + 3 * row + 4) + 4 * tile_keys * tile_queries + Arrays<A>::lost;
+  }
+
+  DoubleBackward(const AttentionDoubleBackward& args, const KeyGradients& grads, const Elements<A>& elements,
+                 const A* mean, const A* second, const Chunks& chunks, Arrays<A> arrays, A* parts)
+      : Base(grads, elements, chunks, arrays, parts),
+        args_(args),
+        means_(mean),
+        seconds_(second),
+        scale_(P::set(static_cast<A>(args.scale))),
+        exponential_(args.scale) {
+    const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
+    for (A** tiles : {&k_columns_, &v_columns_, &dk_columns_, &dv_columns_}) *tiles = arrays.take(of_keys * size_);
+    k_rows_ = arrays.take(of_keys * row_);
+    dk_rows_ = arrays.take(of_keys * row_);
+    for (A** tile : {&q_columns_, &dq_columns_, &grad_columns_, &out_columns_}) {
+      *tile = arrays.take(size_ * tile_queries);
+    }
+    for (A** tile : {&q_rows_, &dq_rows_, &grad_rows_}) *tile = arrays.take(tile_queries * row_);
+    for (A** values : {&lse_, &delta_, &mean_, &second_}) *values = arrays.take(tile_queries);
+    for (A** tile : {&weights_, &moved_, &grad_scores_, &second_scores_}) {
+      *tile = arrays.take(tile_keys * tile_queries);
+    }
+  }
+
+  void begin_keys(std::int64_t tile, std::int64_t key) {
+    const std::int64_t keys = Base::keys_from(key), of_columns = tile * size_ * tile_keys;
+    const std::int64_t of_rows = tile * tile_keys * row_;
+    columns(k_columns_ + of_columns, tile_keys, args_.k, key, keys);
+    columns(v_columns_ + of_columns, tile_keys, args_.v, key, keys);
+    rows(k_rows_ + of_rows, args_.k, key, keys);
+    if (there(args_.dk)) {
+      columns(dk_columns_ + of_columns, tile_keys, args_.dk, key, keys);
+      rows(dk_rows_ + of_rows, args_.dk, key, keys);
+    }
+    if (there(args_.dv)) columns(dv_columns_ + of_columns, tile_keys, args_.dv, key, keys);
+  }
+
+  void begin_queries(std::int64_t query) {
+    const std::int64_t queries = Base::queries_from(query), place = Base::first_query() + query;
+    columns(q_columns_, tile_queries, args_.q, query, queries);
+    columns(grad_columns_, tile_queries, args_.grad_out, query, queries);
+    columns(out_columns_, tile_queries, args_.out, query, queries);
+    rows(q_rows_, args_.q, query, queries);
+    rows(grad_rows_, args_.grad_out, query, queries);
+    if (there(args_.dq)) {
+      columns(dq_columns_, tile_queries, args_.dq, query, queries);
+      rows(dq_rows_, args_.dq, query, queries);
+    }
+    read_lse<P>(lse_, static_cast<const A*>(args_.lse) + place, queries);
+    Base::find_delta(delta_, grad_columns_, out_columns_, queries);
+    for (std::int64_t i = 0; i < tile_queries; ++i) {
+      mean_[i] = i < queries ? means_[place + i] : 0;
+      second_[i] = i < queries ? seconds_[place + i] : 0;
+    }
+  }
+
+  void add(std::int64_t tile, std::int64_t keys, std::int64_t queries) {
+    const std::int64_t of_columns = tile * size_ * tile_keys, of_rows = tile * tile_keys * row_;
+    for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { find_weights<vectors>(of_columns, lane, keys); });
+    A *const grad_k = Base::grad_k_ + of_rows, *const grad_v = Base::grad_v_ + of_rows;
+    if (there(grads_.v)) Base::add_by_queries(grad_v, moved_, grad_rows_, keys, queries);
+    if (there(grads_.k)) {
+      Base::add_by_queries(grad_k, second_scores_, q_rows_, keys, queries);
+      if (there(args_.dq)) Base::add_by_queries(grad_k, grad_scores_, dq_rows_, keys, queries);
+    }
+    if (there(grads_.q)) {
+      Base::add_by_keys(second_scores_, k_rows_ + of_rows, keys, queries);
+      if (there(args_.dk)) Base::add_by_keys(grad_scores_, dk_rows_ + of_rows, keys, queries);
+    }
+  }
+
+ private:
+  static bool there(const HeadsTensor& tensor) { return tensor.data != nullptr; }
+
+  // For a tile of keys and vectors of queries: in grad_scores_ the gradients of the logits, in second_scores_ those of
+  // the gradient, in moved_ those of the products of grad_out with v.
+  template <int vectors>
+  void find_weights(std::int64_t of_columns, std::int64_t lane, std::int64_t keys) {
+    F lse[vectors], delta[vectors], mean[vectors], second[vectors];
+    for (int n = 0; n < vectors; ++n) {
+      lse[n] = P::load(lse_ + lane + n * width);
+      delta[n] = P::load(delta_ + lane + n * width);
+      mean[n] = P::load(mean_ + lane + n * width);
+      second[n] = P::load(second_ + lane + n * width);
+    }
+    const A *const k = k_columns_ + of_columns, *const v = v_columns_ + of_columns;
+    const A *const dk = dk_columns_ + of_columns, *const dv = dv_columns_ + of_columns;
+    Base::template products<vectors>(k, q_columns_, lane, keys, [&](std::int64_t i, int n, F score) {
+      P::store(weights_ + i, exponential_.normalized(score, lse[n]));
+      P::store(moved_ + i, P::set(0));
+    });
+    // The logits' change, t.
+    const auto move = [&](std::int64_t i, int, F t) { P::store(moved_ + i, P::fma(scale_, t, P::load(moved_ + i))); };
+    if (there(args_.dq)) Base::template products<vectors>(k, dq_columns_, lane, keys, move);
+    if (there(args_.dk)) Base::template products<vectors>(dk, q_columns_, lane, keys, move);
+    // p (t dp - m dp - d t - r), and p (dp - d), p (t - m).
+    Base::template products<vectors>(v, grad_columns_, lane, keys, [&](std::int64_t i, int n, F dp) {
+      const F p = P::load(weights_ + i), t = P::load(moved_ + i);
+      const F changed = P::sub(t, mean[n]);
+      P::store(grad_scores_ + i, P::mul(p, P::sub(dp, delta[n])));
+      P::store(moved_ + i, P::mul(p, changed));
+      P::store(second_scores_ + i, P::mul(p, P::sub(P::sub(P::mul(changed, dp), P::mul(delta[n], t)), second[n])));
+    });
+    if (!there(args_.dv)) return;
+    Base::template products<vectors>(dv, grad_columns_, lane, keys, [&](std::int64_t i, int, F e) {
+      P::store(second_scores_ + i, P::fma(P::load(weights_ + i), e, P::load(second_scores_ + i)));
+    });
+  }
+
+  const AttentionDoubleBackward& args_;
+  const A *const means_, *const seconds_;
+  const F scale_;
+  const Exponential<P> exponential_;
+  A *k_columns_, *v_columns_, *dk_columns_, *dv_columns_, *k_rows_, *dk_rows_;
+  A *q_columns_, *dq_columns_, *grad_columns_, *out_columns_, *q_rows_, *dq_rows_, *grad_rows_;
+  A *lse_, *delta_, *mean_, *second_;
+  A *weights_, *moved_, *grad_scores_, *second_scores_;
+};
+
+template <class P, class A>
+Status double_backward(const AttentionDoubleBackward& args, const Elements<A>& elements, int threads) {
+  const std::int64_t queries = args.shape.batch * args.shape.heads * args.shape.queries;
+  const Workspace<A> values(1, 2 * queries);
+  if (!values.ok()) return Status::out_of_memory;
+  A *const mean = values.of_thread(0), *const second = mean + queries;
+  const Along<A> along{args.q,         args.k,  args.v,     args.out,           static_cast<const A*>(args.lse),
+                       args.dq,        args.dk, args.dv,    args.grad_grad_out, mean,
+                       &args.grad_out, second,  args.shape, args.scale};
+  const Status status = tangent<P>(along, elements, threads);
+  if (status != Status::ok) return status;
+  const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale};
+  return over_keys<DoubleBackward<P, A>>(grads, elements, threads, [&](const Chunks& chunks, A* space, A* parts) {
+    return DoubleBackward<P, A>(args, grads, elements, mean, second, chunks, Arrays<A>(space), parts);
+  });
+}
+
+}  // namespace
+}  // namespace gencore::cpu::GENCORE_SIMD
