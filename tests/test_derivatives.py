@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -210,6 +212,18 @@ def test_every_type(name, dtype):
     assert first(tangent).dtype == first(use.function(*plain)).dtype
     limit = 20 * unit * float(first(want).abs().max())
     torch.testing.assert_close(first(tangent).double(), first(want), rtol=0, atol=limit)
+
+
+def test_results_are_freed_at_once():
+    """A result that its own graph kept would wait for the garbage collector."""
+    x = torch.randn(1, 12, 4, 4, requires_grad=True)
+    gc.disable()
+    try:
+        for op in (lambda: ops.spatial_attention(x, 2), lambda: ops.group_norm(x, 2), lambda: ops.attention(x, x, x)):
+            alive = weakref.ref(op())
+            assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_under_autocast():

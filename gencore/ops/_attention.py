@@ -12,7 +12,7 @@ from torch import Tensor
 from gencore.backends import choice
 from gencore.backends.layout import suggested_format
 from gencore.backends.reference import attention as reference
-from gencore.ops._library import Layout, define, pull_back, save_for_forward, widened
+from gencore.ops._library import Layout, define, pull_back, widened
 
 
 def _log_sums(tensor: Tensor, *shape: int) -> Tensor:
@@ -174,7 +174,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse)
-    save_for_forward(ctx, q, k, v, out, lse)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -386,7 +385,6 @@ def _setup_spatial(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, out, lse)
-    save_for_forward(ctx, qkv, out, lse)
 
 
 def _backward_spatial(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:

@@ -110,11 +110,13 @@ class Op:
             def forward(*args: Any) -> Any:
                 return library(*args)
 
+        setup = setup_context or _nothing
         if jvp is not None:
             Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign]
+            setup = _saving_for_forward(setup)
         Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
-        Transformed.setup_context = staticmethod(setup_context or _nothing)  # type: ignore[method-assign]
+        Transformed.setup_context = staticmethod(setup)  # type: ignore[method-assign]
         self._transformed = Transformed
         # Function.apply looks for transforms first, which are known not to be there: three microseconds.
         self.with_gradient = super(torch.autograd.Function, Eager).apply if _CAN_TELL else Eager.apply
@@ -179,6 +181,20 @@ def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
     """The ``setup_context`` of an op that keeps nothing for its gradient."""
 
 
+def _saving_for_forward(setup_context: Callable[..., None]) -> Callable[..., None]:
+    """A ``setup_context`` that saves for forward mode, where it is on, what it saves for the gradient.
+
+    Else it does not: a result that is saved so keeps itself, being part of its own graph, until garbage is collected.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        if is_forward_mode():
+            ctx.save_for_forward(*ctx.to_save)
+
+    return setup
+
+
 @compiled_as_constant
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
@@ -220,12 +236,6 @@ def has_tangents(args: Sequence[Any]) -> bool:
         return any(_forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor))
     except RuntimeError:
         return True
-
-
-def save_for_forward(ctx: Any, *tensors: Tensor) -> None:
-    """Saves tensors for the ``jvp`` of an op, where one may be asked for: not in the gradient of a library op."""
-    if hasattr(ctx, "save_for_forward"):
-        ctx.save_for_forward(*tensors)
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> tuple[Tensor, ...]:
@@ -307,8 +317,8 @@ def define(
             gradient of an op without a ``backward``, such as one that is itself a gradient.
         made_again: the arguments that follow from others, as results of the forward pass do: the definition makes them
             again, so they have no gradient of their own.
-        jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it; ``setup_context`` saves what
-            it needs by :func:`save_for_forward`.
+        jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it, from what ``setup_context``
+            saves for the gradient.
         optional: where a backend has no kernel of that name the definition is run.
     """
     name = signature.split("(", 1)[0]
