@@ -244,6 +244,14 @@ def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any
     return tuple(pulled[1](grads))
 
 
+def arguments_of(ctx: Any) -> list[Any]:
+    """The arguments of an op whose ``setup_context`` is that of :func:`by_definition`."""
+    args = list(ctx.others)
+    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        args[place] = tensor
+    return args
+
+
 def by_definition(
     definition: Callable[..., Any], constants: Sequence[int]
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -259,9 +267,7 @@ def by_definition(
         ctx.save_for_backward(*(inputs[place] for place in ctx.places))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        args = list(ctx.others)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            args[place] = tensor
+        args = arguments_of(ctx)
         wanted = [place for place in ctx.places if ctx.needs_input_grad[place] and place not in constants]
         used = [number for number, grad in enumerate(grads) if grad is not None]
         results: list[Tensor | None] = [None] * len(args)

@@ -14,7 +14,16 @@ from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
 from gencore.backends.reference import group_norm as reference
 from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
-from gencore.ops._library import PLAIN_TYPES, Layout, define, is_unobserved, pull_back, widened
+from gencore.ops._library import (
+    PLAIN_TYPES,
+    Layout,
+    arguments_of,
+    by_definition,
+    define,
+    is_unobserved,
+    pull_back,
+    widened,
+)
 
 Activation = Literal["silu"]
 
@@ -88,12 +97,118 @@ def _definition_backward(
     return tuple(grads)
 
 
+_CONSTANTS = (2,)  # The statistics, which follow from x.
+_setup_backward, _backward_of_definition = by_definition(_definition_backward, _CONSTANTS)
+
+
+def _double_backward(ctx: Any, grad_grad_x: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As a formula where it is the gradient for x that was differentiated, and will not be again."""
+    if grad_grad_x is None or torch.is_grad_enabled() or any(other is not None for other in others):
+        return _backward_of_definition(ctx, grad_grad_x, *others)
+    grad_y, x, statistics, num_groups, *values_and_activation = arguments_of(ctx)[:-2]
+    grads = _second(grad_grad_x, grad_y, x, statistics, num_groups, *values_and_activation)
+    types = (grad_y, x, *values_and_activation[:-1])
+    wanted = [ctx.needs_input_grad[place] for place in (0, 1, 4, 5, 6, 7, 8)]
+    of_grad_y, of_x, *of_values = (
+        grad.to(like.dtype) if want and grad is not None and like is not None else None
+        for grad, like, want in zip(grads, types, wanted, strict=True)
+    )
+    return of_grad_y, of_x, None, None, *of_values, None, None, None
+
+
+def _second(
+    grad_grad_x: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias_in: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, ...]:
+    """The gradients, for grad_y, x and the values, of sum(grad_grad_x * grad_x), grad_x the gradient for x.
+
+    With z the argument of the activation, a = dz/dxhat, g = grad_y act'(z) a, means over a group of M values, and the
+    projection P(v) = v - mean(v) - xhat mean(v xhat): grad_x = P(g) / deviation.
+    """
+    memory_format = suggested_format(x)
+    dd, dy, x = (widened(tensor).contiguous(memory_format=memory_format) for tensor in (grad_grad_x, grad_y, x))
+    weight, bias, scale, shift, bias_in = map(widened, (weight, bias, scale, shift, bias_in))
+    samples, channels = x.shape[:2]
+    pixels = tuple(range(2, x.dim()))
+    count = x.numel() // max(1, samples * num_groups)
+
+    def along(values: Tensor) -> Tensor:
+        return values.reshape(-1, channels, *[1] * len(pixels))
+
+    def of_group(values: Tensor) -> Tensor:
+        """Sums over the pixels of each channel and the channels of each group."""
+        sums = values.sum(pixels) if pixels else values
+        return sums.reshape(samples, num_groups, -1).sum(2)
+
+    def of_channels(values: Tensor) -> Tensor:
+        """A value per group, for each of its channels."""
+        return along(values.repeat_interleave(channels // num_groups, 1))
+
+    mean, inverse = (of_channels(values) for values in statistics.to(x.dtype).unbind(2))
+    u = x if bias_in is None else x + along(bias_in)
+    xhat = (u - mean).mul_(inverse)
+    gain = torch.ones(1, channels, dtype=x.dtype, device=x.device) if scale is None else 1 + scale
+    a = along(gain if weight is None else gain * weight)
+    first: Tensor | None
+    second: Tensor | None
+    if activation == "silu":
+        z = xhat * a
+        if bias is not None:
+            z += along(gain * bias)
+        if shift is not None:
+            z += along(shift)
+        s = torch.sigmoid(z)
+        slope = s * (1 - s)
+        second = slope * (2 + z * (1 - 2 * s))
+        first = torch.addcmul(s, z, slope)
+        h = dy * first
+    else:
+        first, second, h = None, None, dy
+    g = h * a
+    mean_d, mean_dx = of_group(dd) / count, of_group(dd * xhat) / count
+    mean_g, mean_gx = of_group(g) / count, of_group(g * xhat) / count
+    cross = of_group(dd * g) - count * (mean_d * mean_g + mean_dx * mean_gx)
+    # P(dd) / deviation.
+    projected = torch.addcmul(dd - of_channels(mean_d), xhat, of_channels(mean_dx), value=-1).mul_(inverse)
+    along_g = projected * a
+    of_dy = along_g if first is None else along_g * first
+    # What z has of it, and what xhat has beside.
+    k = None if second is None else (along_g * dy).mul_(second)
+    v = (dd * of_channels(mean_gx)).add_(g * of_channels(mean_dx)).mul_(-inverse)
+    if k is not None:
+        v.addcmul_(k, a)
+    mean_v, mean_vx = of_group(v) / count, of_group(v * xhat) / count
+    of_x = (
+        (v - of_channels(mean_v))
+        .addcmul_(xhat, of_channels(mean_vx) + inverse * of_channels(cross / count), value=-1)
+        .mul_(inverse)
+    )
+    of_a = projected * h
+    if k is not None:
+        of_a.addcmul_(k, xhat)
+    sum_a = of_a.sum(pixels) if pixels else of_a
+    sum_b = torch.zeros_like(sum_a) if k is None else k.sum(pixels) if pixels else k
+    of_scale = sum_a * (1 if weight is None else weight) + (0 if bias is None else sum_b * bias)
+    of_bias_in = of_x.sum(pixels) if pixels else of_x
+    return of_dy, of_x, (sum_a * gain).sum(0), (sum_b * gain).sum(0), of_scale, sum_b, of_bias_in
+
+
 _group_norm_backward = define(
     f"group_norm_backward(Tensor grad_y, Tensor x, Tensor statistics, int num_groups, {_VALUES}, str? activation, "
     "bool[] wanted, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+    setup_context=_setup_backward,
+    backward=_double_backward,
     definition=_definition_backward,
-    made_again=("statistics",),
     layouts=_layouts_backward,
 )
 
