@@ -14,8 +14,10 @@ import torch
 from kernels import BACKENDS
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from gencore import Key, diffusion, nn, ops
+from gencore.backends import choice
 from gencore.backends.reference import attention as reference
 
 F64 = torch.float64
@@ -254,6 +256,98 @@ def test_results_are_freed_at_once():
             assert alive() is None
     finally:
         gc.enable()
+
+
+def test_keys_are_mapped_over():
+    """Each key has noise of its own, in forward mode, twice backwards, and in the compiler."""
+    mu, logvar, x0 = torch.randn(3, 3, 8, dtype=F64).unbind(0)
+    seeds, t = torch.arange(4), torch.tensor([0, 7, 20])
+    uses = (
+        lambda x, seed: ops.reparameterize(x, logvar, Key(seed)),
+        lambda x, seed: ops.add_noise(x, t, SCHEDULE, Key(seed)),
+        lambda x, seed: ops.denoising_loss(x, x0, t, SCHEDULE, Key(seed)),
+        lambda x, seed: ops.diffusion_step(x, x, STEP.clone(), Key(seed)),
+    )
+    for use in uses:
+
+        def number(x: Tensor, seed: Tensor, use: Callable[..., Tensor] = use) -> Tensor:
+            return use(x, seed).sin().sum()
+
+        def tangent(seed: Tensor, number: Callable[..., Tensor] = number) -> Tensor:
+            return torch.func.jvp(lambda x: number(x, seed), (mu,), (mu,))[1]
+
+        def penalty(seed: Tensor, number: Callable[..., Tensor] = number) -> Tensor:
+            return torch.func.grad(lambda x: torch.func.grad(number)(x, seed).square().sum())(mu)
+
+        for of_seed in (tangent, penalty):
+            want = torch.stack([of_seed(seed) for seed in seeds])
+            assert len(want.reshape(4, -1).unique(dim=0)) == 4
+            torch.testing.assert_close(torch.func.vmap(of_seed)(seeds), want, rtol=1e-9, atol=1e-9)
+    mapped = torch.func.vmap(lambda seed: ops.reparameterize(mu, logvar, Key(seed)))
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(mapped, fullgraph=True)(seeds), mapped(seeds))
+
+
+def test_tangents_of_autograd_that_are_mapped_over():
+    q, k, v = (torch.randn(1, 2, 3, 4, dtype=F64) for _ in range(3))
+    factors = torch.tensor([1.0, 2.0, -1.0], dtype=F64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, q)
+        mapped = torch.func.vmap(lambda s: ops.attention(s * dual, k, v))(factors)
+        tangent = forward_ad.unpack_dual(mapped).tangent
+    want = torch.stack([torch.func.jvp(lambda q, s=s: ops.attention(s * q, k, v), (q,), (q,))[1] for s in factors])
+    torch.testing.assert_close(tangent, want)
+
+
+def test_at_the_limit_of_a_step_both_modes_agree():
+    """Values of exactly 1, which pictures have, count as inside."""
+    x = torch.tensor([[0.5, 1.0, -1.0, 1.5]], dtype=F64)
+    row = ops.step_coefficients(predict_output=1.0, x0=1.0, limit=1.0)
+
+    def step(output: Tensor) -> Tensor:
+        return ops.diffusion_step(torch.zeros_like(x), output, row, Key(0))
+
+    forwards = torch.func.jvp(step, (x,), (torch.ones_like(x),))[1]
+    (backwards,) = torch.func.vjp(step, x)[1](torch.ones_like(x))
+    assert forwards.tolist() == backwards.tolist() == [[1.0, 1.0, 1.0, 0.0]]
+
+
+def test_what_no_backend_has_a_kernel_for(monkeypatch):
+    """As on GPUs: the definition is run, also where a mode looks on."""
+    use = USES["spatial_attention"]
+    (x,) = inputs(use)
+    want = torch.func.hessian(smooth(use))(x.detach())
+    monkeypatch.setattr(choice, "has_kernel", lambda name, tensor: False)
+    (grad,) = torch.autograd.grad(smooth(use)(x), x, create_graph=True)
+    with FlopCounterMode(display=False):
+        (twice,) = torch.autograd.grad(grad, x, torch.ones_like(x), retain_graph=True)
+    torch.testing.assert_close(twice, want.sum((0, 1, 2, 3)), rtol=1e-9, atol=1e-10)
+    with FlopCounterMode(display=False):
+        tangent = torch.func.jvp(smooth(use), (x.detach(),), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, grad.detach().sum(), rtol=1e-9, atol=1e-10)
+
+
+def test_flops_are_counted():
+    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 16 * 16 * 8
+    with FlopCounterMode(display=False) as counter:
+        grads = torch.autograd.grad(ops.attention(q, k, v).sum(), (q, k, v), create_graph=True)
+    assert counter.get_total_flops() == 7 * product
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(grads[0].sum(), q)
+    assert counter.get_total_flops() == 17 * product
+
+
+def test_autocast_around_derivatives_changes_nothing():
+    """Definitions compute in float32 whatever autocast would have."""
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.group_norm(x, 2).sin().sum(), x, create_graph=True)
+    (want,) = torch.autograd.grad(grad.square().sum(), x, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
+        tangent = torch.func.jvp(lambda x: ops.group_norm(x, 2), (x.detach(),), (x.detach(),))[1]
+    torch.testing.assert_close(got.detach(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tangent, torch.func.jvp(lambda x: ops.group_norm(x, 2), (x.detach(),), (x.detach(),))[1])
 
 
 def test_under_autocast():

@@ -19,24 +19,23 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
   static std::int64_t space(const AttentionShape& shape, const Chunks& chunks) {
     const std::int64_t row = Base::row_of(shape), of_keys = chunks.tiles_per_item() * tile_keys;
     return Base::own_space(shape, chunks) + of_keys * (4 * shape.size + 2 * row) +
-           tile_queries * (4 * shape.size + 3 * row + 4) + 4 * tile_keys * tile_queries + Arrays<A>::lost;
+           tile_queries * (3 * shape.size + 3 * row + 4) + 4 * tile_keys * tile_queries + Arrays<A>::lost;
   }
 
   DoubleBackward(const AttentionDoubleBackward& args, const KeyGradients& grads, const Elements<A>& elements,
-                 const A* mean, const A* second, const Chunks& chunks, Arrays<A> arrays, A* parts)
+                 const A* mean, const A* delta, const A* second, const Chunks& chunks, Arrays<A> arrays, A* parts)
       : Base(grads, elements, chunks, arrays, parts),
         args_(args),
-        means_(mean),
-        seconds_(second),
+        all_means_(mean),
+        all_deltas_(delta),
+        all_seconds_(second),
         scale_(P::set(static_cast<A>(args.scale))),
         exponential_(args.scale) {
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     for (A** tiles : {&k_columns_, &v_columns_, &dk_columns_, &dv_columns_}) *tiles = arrays.take(of_keys * size_);
     k_rows_ = arrays.take(of_keys * row_);
     dk_rows_ = arrays.take(of_keys * row_);
-    for (A** tile : {&q_columns_, &dq_columns_, &grad_columns_, &out_columns_}) {
-      *tile = arrays.take(size_ * tile_queries);
-    }
+    for (A** tile : {&q_columns_, &dq_columns_, &grad_columns_}) *tile = arrays.take(size_ * tile_queries);
     for (A** tile : {&q_rows_, &dq_rows_, &grad_rows_}) *tile = arrays.take(tile_queries * row_);
     for (A** values : {&lse_, &delta_, &mean_, &second_}) *values = arrays.take(tile_queries);
     for (A** tile : {&weights_, &moved_, &grad_scores_, &second_scores_}) {
@@ -61,7 +60,6 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     const std::int64_t queries = Base::queries_from(query), place = Base::first_query() + query;
     columns(q_columns_, tile_queries, args_.q, query, queries);
     columns(grad_columns_, tile_queries, args_.grad_out, query, queries);
-    columns(out_columns_, tile_queries, args_.out, query, queries);
     rows(q_rows_, args_.q, query, queries);
     rows(grad_rows_, args_.grad_out, query, queries);
     if (there(args_.dq)) {
@@ -69,10 +67,10 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
       rows(dq_rows_, args_.dq, query, queries);
     }
     read_lse<P>(lse_, static_cast<const A*>(args_.lse) + place, queries);
-    Base::find_delta(delta_, grad_columns_, out_columns_, queries);
     for (std::int64_t i = 0; i < tile_queries; ++i) {
-      mean_[i] = i < queries ? means_[place + i] : 0;
-      second_[i] = i < queries ? seconds_[place + i] : 0;
+      mean_[i] = i < queries ? all_means_[place + i] : 0;
+      delta_[i] = i < queries ? all_deltas_[place + i] : 0;
+      second_[i] = i < queries ? all_seconds_[place + i] : 0;
     }
   }
 
@@ -115,13 +113,12 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     const auto move = [&](std::int64_t i, int, F t) { P::store(moved_ + i, P::fma(scale_, t, P::load(moved_ + i))); };
     if (there(args_.dq)) Base::template products<vectors>(k, dq_columns_, lane, keys, move);
     if (there(args_.dk)) Base::template products<vectors>(dk, q_columns_, lane, keys, move);
-    // p (t dp - m dp - d t - r), and p (dp - d), p (t - m).
+    // p (t - m), p (dp - delta), and p ((t - m) (dp - delta) - the mean of that), to which e is added below.
     Base::template products<vectors>(v, grad_columns_, lane, keys, [&](std::int64_t i, int n, F dp) {
-      const F p = P::load(weights_ + i), t = P::load(moved_ + i);
-      const F changed = P::sub(t, mean[n]);
-      P::store(grad_scores_ + i, P::mul(p, P::sub(dp, delta[n])));
+      const F p = P::load(weights_ + i), changed = P::sub(P::load(moved_ + i), mean[n]), grad = P::sub(dp, delta[n]);
       P::store(moved_ + i, P::mul(p, changed));
-      P::store(second_scores_ + i, P::mul(p, P::sub(P::sub(P::mul(changed, dp), P::mul(delta[n], t)), second[n])));
+      P::store(grad_scores_ + i, P::mul(p, grad));
+      P::store(second_scores_ + i, P::mul(p, P::sub(P::mul(changed, grad), second[n])));
     });
     if (!there(args_.dv)) return;
     Base::template products<vectors>(dv, grad_columns_, lane, keys, [&](std::int64_t i, int, F e) {
@@ -130,11 +127,11 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
   }
 
   const AttentionDoubleBackward& args_;
-  const A *const means_, *const seconds_;
+  const A *const all_means_, *const all_deltas_, *const all_seconds_;
   const F scale_;
   const Exponential<P> exponential_;
   A *k_columns_, *v_columns_, *dk_columns_, *dv_columns_, *k_rows_, *dk_rows_;
-  A *q_columns_, *dq_columns_, *grad_columns_, *out_columns_, *q_rows_, *dq_rows_, *grad_rows_;
+  A *q_columns_, *dq_columns_, *grad_columns_, *q_rows_, *dq_rows_, *grad_rows_;
   A *lse_, *delta_, *mean_, *second_;
   A *weights_, *moved_, *grad_scores_, *second_scores_;
 };
@@ -142,17 +139,17 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
 template <class P, class A>
 Status double_backward(const AttentionDoubleBackward& args, const Elements<A>& elements, int threads) {
   const std::int64_t queries = args.shape.batch * args.shape.heads * args.shape.queries;
-  const Workspace<A> values(1, 2 * queries);
+  const Workspace<A> values(1, 3 * queries);
   if (!values.ok()) return Status::out_of_memory;
-  A *const mean = values.of_thread(0), *const second = mean + queries;
-  const Along<A> along{args.q,         args.k,  args.v,     args.out,           static_cast<const A*>(args.lse),
-                       args.dq,        args.dk, args.dv,    args.grad_grad_out, mean,
-                       &args.grad_out, second,  args.shape, args.scale};
+  A *const mean = values.of_thread(0), *const delta = mean + queries, *const second = delta + queries;
+  const Along<A> along{args.q,         args.k,  args.v,  args.out,           static_cast<const A*>(args.lse),
+                       args.dq,        args.dk, args.dv, args.grad_grad_out, mean,
+                       &args.grad_out, delta,   second,  args.shape,         args.scale};
   const Status status = tangent<P>(along, elements, threads);
   if (status != Status::ok) return status;
   const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale};
   return over_keys<DoubleBackward<P, A>>(grads, elements, threads, [&](const Chunks& chunks, A* space, A* parts) {
-    return DoubleBackward<P, A>(args, grads, elements, mean, second, chunks, Arrays<A>(space), parts);
+    return DoubleBackward<P, A>(args, grads, elements, mean, delta, second, chunks, Arrays<A>(space), parts);
   });
 }
 

@@ -6,9 +6,8 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-// What AttentionJvp and the first pass of AttentionDoubleBackward are given. The tensors of the direction may be null,
-// and so may grad_out, whose queries' values `second` gets: the part of the second derivative of the logits that all
-// keys of a query have in common.
+// What AttentionJvp and the first pass of AttentionDoubleBackward are given. The tensors of the direction may be null.
+// With grad_out, `delta` and `second` get what the second derivative of the logits has for all keys of a query.
 template <class A>
 struct Along {
   const HeadsTensor &q, &k, &v, &out;
@@ -16,7 +15,7 @@ struct Along {
   const HeadsTensor &dq, &dk, &dv, &d_out;
   A* d_lse;
   const HeadsTensor* grad_out;
-  A* second;
+  A *delta, *second;
   const AttentionShape& shape;
   double scale;
 };
@@ -30,7 +29,7 @@ class Tangent {
  public:
   // Elements of A for one thread.
   static std::int64_t space(const AttentionShape& shape, const Plan& plan) {
-    const std::int64_t row = row_of(shape), of_tile = (4 * shape.size + 5) * tile_queries;
+    const std::int64_t row = row_of(shape), of_tile = (4 * shape.size + 6) * tile_queries;
     return plan.tiles_per_item * of_tile + 4 * shape.size * tile_keys + 2 * tile_keys * row +
            2 * tile_keys * tile_queries + Arrays<A>::lost;
   }
@@ -46,7 +45,7 @@ class Tangent {
     Arrays<A> arrays(space);
     const std::int64_t queries = plan.tiles_per_item * tile_queries;
     for (A** tile : {&q_, &dq_, &sum_, &grad_}) *tile = arrays.take(queries * size_);
-    for (A** values : {&lse_, &mean_, &delta_, &squares_, &others_}) *values = arrays.take(queries);
+    for (A** values : {&lse_, &shift_, &mean_, &delta_, &squares_, &others_}) *values = arrays.take(queries);
     for (A** tile : {&k_, &dk_, &v_columns_, &dv_columns_}) *tile = arrays.take(size_ * tile_keys);
     v_ = arrays.take(tile_keys * row_);
     dv_ = arrays.take(tile_keys * row_);
@@ -71,6 +70,7 @@ class Tangent {
       }
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t queries = queries_from((first + tile) * plan_.queries_per_tile);
+        if (key == 0) find_shift(tile, queries);
         for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { add<vectors>(tile, lane, keys); });
       }
     }
@@ -105,7 +105,24 @@ class Tangent {
     if (has_second()) columns(grad_ + of_tile, tile_queries, *args_.grad_out, query, queries);
     read_lse<P>(lse_ + tile * tile_queries, args_.lse + place_of(query), queries);
     std::fill_n(sum_ + of_tile, size_ * tile_queries, A(0));
-    for (A* values : {mean_, squares_, others_}) std::fill_n(values + tile * tile_queries, tile_queries, A(0));
+    for (A* values : {mean_, delta_, squares_, others_}) {
+      std::fill_n(values + tile * tile_queries, tile_queries, A(0));
+    }
+  }
+
+  // The change of the first key's logit. What all logits change by alike changes nothing, and is left out of sums: a
+  // large one would take their digits.
+  void find_shift(std::int64_t tile, std::int64_t queries) {
+    const A *const q = q_ + tile * size_ * tile_queries, *const dq = dq_ + tile * size_ * tile_queries;
+    for (std::int64_t lane = 0; lane < queries; lane += width) {
+      F t = P::set(0);
+      for (std::int64_t c = 0; c < size_; ++c) {
+        const std::int64_t i = c * tile_queries + lane;
+        if (there(args_.dq)) t = P::fma(P::set(k_[c * tile_keys]), P::load(dq + i), t);
+        if (there(args_.dk)) t = P::fma(P::set(dk_[c * tile_keys]), P::load(q + i), t);
+      }
+      P::store(shift_ + tile * tile_queries + lane, P::mul(scale_, t));
+    }
   }
 
   // Calls body(i, n, c) for the places of a tile of keys by vectors of queries, with the sum of the products of
@@ -129,16 +146,17 @@ class Tangent {
   void add(std::int64_t tile, std::int64_t lane, std::int64_t keys) {
     const std::int64_t of_tile = tile * size_ * tile_queries, of_values = tile * tile_queries + lane;
     const A *const q = q_ + of_tile, *const dq = dq_ + of_tile, *const grad = grad_ + of_tile;
-    F lse[vectors], mean[vectors];
+    F lse[vectors], shift[vectors], mean[vectors];
     for (int n = 0; n < vectors; ++n) {
       lse[n] = P::load(lse_ + of_values + n * width);
+      shift[n] = P::load(shift_ + of_values + n * width);
       mean[n] = P::load(mean_ + of_values + n * width);
     }
     products<vectors>({{k_, q}}, lane, keys, [&](std::int64_t i, int n, F score) {
       P::store(weights_ + i, exponential_.normalized(score, lse[n]));
     });
     const auto move = [&](std::int64_t i, int n, F t) {
-      const F moved = P::mul(P::load(weights_ + i), P::mul(scale_, t));
+      const F moved = P::mul(P::load(weights_ + i), P::sub(P::mul(scale_, t), shift[n]));
       mean[n] = P::add(mean[n], moved);
       P::store(moved_ + i, moved);
     };
@@ -173,21 +191,25 @@ class Tangent {
     });
   }
 
-  // Of each query the sums of p t dp and of p e, dp the gradients of the probabilities and e those that dv has.
+  // The sums of p dp, p t dp and p e of each query, dp the gradients of the probabilities and e those that dv has.
   template <int vectors>
   void add_second(const A* grad, std::int64_t lane, std::int64_t of_values, std::int64_t keys) {
-    F squares[vectors], others[vectors];
+    F delta[vectors], squares[vectors], others[vectors];
     for (int n = 0; n < vectors; ++n) {
+      delta[n] = P::load(delta_ + of_values + n * width);
       squares[n] = P::load(squares_ + of_values + n * width);
       others[n] = P::load(others_ + of_values + n * width);
     }
-    products<vectors>({{v_columns_, grad}}, lane, keys,
-                      [&](std::int64_t i, int n, F dp) { squares[n] = P::fma(P::load(moved_ + i), dp, squares[n]); });
+    products<vectors>({{v_columns_, grad}}, lane, keys, [&](std::int64_t i, int n, F dp) {
+      delta[n] = P::fma(P::load(weights_ + i), dp, delta[n]);
+      squares[n] = P::fma(P::load(moved_ + i), dp, squares[n]);
+    });
     if (there(args_.dv)) {
       products<vectors>({{dv_columns_, grad}}, lane, keys,
                         [&](std::int64_t i, int n, F e) { others[n] = P::fma(P::load(weights_ + i), e, others[n]); });
     }
     for (int n = 0; n < vectors; ++n) {
+      P::store(delta_ + of_values + n * width, delta[n]);
       P::store(squares_ + of_values + n * width, squares[n]);
       P::store(others_ + of_values + n * width, others[n]);
     }
@@ -200,15 +222,12 @@ class Tangent {
     columns(out, tile_queries, args_.out, query, queries);
     for (std::int64_t lane = 0; lane < queries; lane += width) {
       const F m = P::load(mean + lane);
-      F delta = P::set(0);
       for (std::int64_t c = 0; c < size_; ++c) {
         const std::int64_t i = c * tile_queries + lane;
         A* const to = sum_ + of_tile + i;
         const F value = P::load(out + i);
-        if (has_second()) delta = P::fma(P::load(grad_ + of_tile + i), value, delta);
         P::store(to, P::sub(P::load(to), P::mul(m, value)));
       }
-      P::store(delta_ + tile * tile_queries + lane, delta);
     }
     if (there(args_.d_out)) {
       elements_.write(sum_ + of_tile, tile_queries, head_.at(args_.d_out, query, elements_.size), size_, queries,
@@ -216,9 +235,10 @@ class Tangent {
     }
     for (std::int64_t i = 0; i < queries; ++i) {
       const std::int64_t at = tile * tile_queries + i;
-      if (args_.d_lse != nullptr) args_.d_lse[place_of(query) + i] = mean[i];
+      if (args_.d_lse != nullptr) args_.d_lse[place_of(query) + i] = mean[i] + shift_[at];
       if (has_second()) {
-        args_.second[place_of(query) + i] = squares_[at] - 2 * delta_[at] * mean[i] + others_[at];
+        args_.delta[place_of(query) + i] = delta_[at];
+        args_.second[place_of(query) + i] = squares_[at] - delta_[at] * mean[i] + others_[at];
       }
     }
   }
@@ -230,7 +250,7 @@ class Tangent {
   const F scale_;
   const Exponential<P> exponential_;
   Head head_{};
-  A *q_, *dq_, *sum_, *grad_, *lse_, *mean_, *delta_, *squares_, *others_;
+  A *q_, *dq_, *sum_, *grad_, *lse_, *shift_, *mean_, *delta_, *squares_, *others_;
   A *k_, *dk_, *v_columns_, *dv_columns_, *v_, *dv_, *weights_, *moved_;
 };
 
@@ -246,9 +266,9 @@ Status tangent(const Along<A>& args, const Elements<A>& elements, int threads) {
 
 template <class P, class A>
 Status jvp(const AttentionJvp& args, const Elements<A>& elements, int threads) {
-  const Along<A> along{args.q,  args.k,  args.v,     args.out,   static_cast<const A*>(args.lse),
-                       args.dq, args.dk, args.dv,    args.d_out, static_cast<A*>(args.d_lse),
-                       nullptr, nullptr, args.shape, args.scale};
+  const Along<A> along{args.q,  args.k,  args.v,  args.out,   static_cast<const A*>(args.lse),
+                       args.dq, args.dk, args.dv, args.d_out, static_cast<A*>(args.d_lse),
+                       nullptr, nullptr, nullptr, args.shape, args.scale};
   return tangent<P>(along, elements, threads);
 }
 

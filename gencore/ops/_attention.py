@@ -65,6 +65,16 @@ def _definition_backward(
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
+def _layouts_jvp(args: Any) -> list[Layout]:
+    names = ("q", "k", "v", "out", "lse", "dq", "dk", "dv")
+    return [Layout(dict.fromkeys(names, dim), (dim, dim)) for dim in (0, 1)]
+
+
+def _layouts_double_backward(args: Any) -> list[Layout]:
+    names = ("grad_out", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+    return [Layout(dict.fromkeys(names, dim), (dim,) * 4) for dim in (0, 1)]
+
+
 _HEADS = "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 _DIRECTION = "Tensor? dq, Tensor? dk, Tensor? dv"
 
@@ -99,7 +109,9 @@ _attention_jvp = define(
     fake=lambda q, k, v, out, lse, *_: (torch.empty_like(q), torch.empty_like(lse)),
     definition=_definition_jvp,
     made_again=("out", "lse"),
-    optional=True,
+    optional="attention_jvp",
+    flops=lambda q, k, *_, **__: 5 * _flops(q, k) // 2,
+    layouts=_layouts_jvp,
 )
 
 
@@ -138,7 +150,9 @@ _attention_double_backward = define(
     ),
     definition=_definition_double_backward,
     made_again=("out", "lse"),
-    optional=True,
+    optional="attention_double_backward",
+    flops=lambda grad_out, q, k, *_, **__: 17 * _flops(q, k) // 2,
+    layouts=_layouts_double_backward,
 )
 
 
@@ -266,7 +280,8 @@ def _flops_spatial_backward(
 
 
 def _definition_spatial(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, None]:
-    return reference.spatial_attention(widened(qkv), num_heads, scale).to(qkv.dtype), None
+    out = reference.spatial_attention(widened(qkv), num_heads, scale)
+    return out.to(qkv.dtype).contiguous(memory_format=suggested_format(qkv)), None
 
 
 def _definition_spatial_backward(
@@ -284,14 +299,12 @@ def _definition_spatial_jvp(
         for part in image.flatten(2).unflatten(1, (3, num_heads, -1)).transpose(-1, -2).unbind(1)
     )
     d_out, d_lse = _definition_jvp(q, k, v, out, lse, dq, dk, dv, scale)
-    return d_out.transpose(-1, -2).reshape(out.shape), d_lse
+    return d_out.transpose(-1, -2).reshape(out.shape).contiguous(memory_format=suggested_format(qkv)), d_lse
 
 
 def _attend_jvp(
     qkv: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if not choice.has_kernel("attention_jvp", qkv):
-        return _definition_spatial_jvp(qkv, out, lse, dqkv, num_heads, scale)
     memory_format = suggested_format(qkv)
     qkv, out, dqkv = (x.contiguous(memory_format=memory_format) for x in (qkv, out, dqkv))
     d_out = torch.empty_like(out, memory_format=memory_format)
@@ -312,6 +325,9 @@ _spatial_attention_jvp = define(
     definition=_definition_spatial_jvp,
     made_again=("out", "lse"),
     composed=_attend_jvp,
+    optional="attention_jvp",
+    flops=lambda qkv, out, lse, dqkv, num_heads, *_, **__: 5 * _flops_spatial(qkv, num_heads) // 2,
+    layouts=lambda args: [Layout(dict.fromkeys(("qkv", "out", "lse", "dqkv"), 0), (0, 0))],
 )
 
 
@@ -327,8 +343,6 @@ def _definition_spatial_double_backward(
 def _attend_double_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor, num_heads: int, scale: float
 ) -> tuple[Tensor, ...]:
-    if not choice.has_kernel("attention_double_backward", qkv):
-        return _definition_spatial_double_backward(grad_out, qkv, out, lse, dqkv, num_heads, scale)
     memory_format = suggested_format(qkv)
     grad_out, qkv, out, dqkv = (x.contiguous(memory_format=memory_format) for x in (grad_out, qkv, out, dqkv))
     grads = torch.empty_like(out, memory_format=memory_format), torch.empty_like(qkv, memory_format=memory_format)
@@ -353,15 +367,21 @@ _spatial_attention_double_backward = define(
     definition=_definition_spatial_double_backward,
     made_again=("out", "lse"),
     composed=_attend_double_backward,
+    optional="attention_double_backward",
+    flops=lambda grad_out, qkv, out, lse, dqkv, num_heads, *_, **__: 17 * _flops_spatial(qkv, num_heads) // 2,
+    layouts=lambda args: [Layout(dict.fromkeys(("grad_out", "qkv", "out", "lse", "dqkv"), 0), (0, 0))],
 )
 
 
 def _setup_spatial_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.num_heads, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward_spatial(ctx: Any, dqkv: Tensor) -> tuple[Tensor | None, ...]:
+def _double_backward_spatial(ctx: Any, dqkv: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dqkv is None:
+        return (None,) * 6
     grads = _spatial_attention_double_backward(*ctx.saved_tensors, dqkv, ctx.num_heads, ctx.scale)
     return *grads, None, None, None, None
 

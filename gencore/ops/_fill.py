@@ -100,7 +100,7 @@ def _filled(
     packed = resolve_key(key, out)
     if given is None and (torch.compiler.is_compiling() or is_wrapped(packed)):
         # Under vmap each key has a tensor of its own, which the compiler does not tell.
-        out = _empty_beside(packed, shape, out, memory_format)
+        out = empty_beside(packed, shape, out, memory_format)
     if not torch.compiler.is_compiling() and out.is_neg():
         # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
         dense = torch.empty(shape, dtype=out.dtype, device=out.device)
@@ -111,7 +111,7 @@ def _filled(
     return out
 
 
-def _empty_beside(packed: Tensor, shape: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+def empty_beside(packed: Tensor, shape: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
     """A tensor in the transforms that the key's words are in, and otherwise as ``like`` is."""
     if memory_format is torch.contiguous_format:
         return packed.new_empty(shape, dtype=like.dtype, device=like.device)

@@ -6,13 +6,14 @@ runs is decided at every call, by :mod:`gencore.backends.choice`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gencore._torch import compiled_as_constant, is_batched_gradient, is_wrapped, when_imported
+from gencore._torch import compiled_as_constant, is_batched_gradient, is_fake, is_wrapped, when_imported
 from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
@@ -25,7 +26,7 @@ try:
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing_state = torch._C._get_tracing_state
     _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
-    _FORWARD = torch._C._functorch.TransformType.Jvp
+    _FORWARD, _REVERSE = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
     _forward_ad._current_level, _profiler._is_profiler_enabled, torch._C._functorch.get_interpreter_stack  # noqa: B018
     _CAN_TELL = True
 except AttributeError:  # Private names, which another PyTorch may not have: every call then takes the dispatcher.
@@ -122,12 +123,11 @@ class Op:
         self.with_gradient = super(torch.autograd.Function, Eager).apply if _CAN_TELL else Eager.apply
 
     def __call__(self, *args: Any) -> Any:
+        if self.name in _optional and not has_kernel(self.name, args):
+            return _optional[self.name][1](*args)
         if not is_unobserved():
             if is_transformed():
-                # The compiler cannot look into a Function that a transform is to see.
-                if self._definition is not None and (
-                    _is_compiling() or is_forward_twice() or (not self._has_jvp and has_tangents(args))
-                ):
+                if self._definition is not None and needs_definition(args, self._has_jvp):
                     return self._definition(*args)
                 if self._transformed is not None and not _is_compiling():
                     return self._transformed.apply(*args)
@@ -161,8 +161,8 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
 
 
 _composed: dict[str, Callable[..., Any]] = {}
-# The definitions of ops that not every backend has a kernel for.
-_optional: dict[str, Callable[..., Any]] = {}
+# Ops that not every backend can run: the kernel that they take, and their definitions.
+_optional: dict[str, tuple[str, Callable[..., Any]]] = {}
 _flops: dict[str, Callable[..., int]] = {}
 _layouts: dict[str, Layouts] = {}
 
@@ -172,9 +172,32 @@ def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     if name in _composed:
         return _composed[name]
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    if name in _optional and not choice.has_kernel(name, first):
-        return _optional[name]
+    if name in _optional and not has_kernel(name, args):
+        return _optional[name][1]
     return choice.kernel(name, first)
+
+
+def has_kernel(name: str, args: Sequence[Any]) -> bool:
+    """Whether the backend that serves the tensors has what an optional op runs; the compiler's have all."""
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    try:
+        return first.is_meta or is_fake(first) or choice.has_kernel(_optional[name][0], first)
+    except choice.NoBackend:
+        return True
+
+
+def _without_autocast(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """A definition in the types that it says, also where autocast would have others."""
+
+    @functools.wraps(definition)
+    def run(*args: Any) -> Any:
+        kind = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return definition(*args)
+        with torch.autocast(kind, enabled=False):
+            return definition(*args)
+
+    return run
 
 
 def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
@@ -215,10 +238,24 @@ def is_forward_mode() -> bool:
     return _CAN_TELL and _forward_ad._current_level >= 0
 
 
-def is_forward_twice() -> bool:
-    """Whether derivatives of derivatives are computed forwards, which the rule of a ``jvp`` would get wrong."""
-    levels = (torch._C._functorch.get_interpreter_stack() or ()) if is_forward_mode() else ()
-    return sum(level.key() == _FORWARD for level in levels) > 1
+@compiled_as_constant
+def transforms() -> tuple[int, int, int]:
+    """How many transforms of ``torch.func`` are under way: in forward mode, in reverse mode, and others."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    forward, reverse = kinds.count(_FORWARD), kinds.count(_REVERSE)
+    return forward, reverse, len(kinds) - forward - reverse
+
+
+def needs_definition(args: Sequence[Any], has_jvp: bool) -> bool:
+    """Whether a transform needs the operations that an op is made of."""
+    forward, reverse, others = transforms()
+    if _is_compiling():
+        # The compiler cannot look into a Function that a transform is to see; mapping needs none.
+        return is_forward_mode() or reverse > 0
+    # Derivatives of derivatives forwards, and tangents of autograd's that are mapped over, a rule would get wrong.
+    if forward > 1 or (forward == 0 and is_forward_mode() and reverse + others > 0):
+        return True
+    return not has_jvp and has_tangents(args)
 
 
 def has_tangents(args: Sequence[Any]) -> bool:
@@ -303,7 +340,7 @@ def define(
     definition: Callable[..., Any] | None = None,
     made_again: Sequence[str] = (),
     jvp: Callable[..., Any] | None = None,
-    optional: bool = False,
+    optional: str | None = None,
 ) -> Op:
     """Registers an op.
 
@@ -325,14 +362,15 @@ def define(
             again, so they have no gradient of their own.
         jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it, from what ``setup_context``
             saves for the gradient.
-        optional: where a backend has no kernel of that name the definition is run.
+        optional: the kernel that it takes, where not every backend has it: the definition is then run.
     """
     name = signature.split("(", 1)[0]
     if composed is not None:
         _composed[name] = composed
-    if optional:
-        assert definition is not None
-        _optional[name] = definition
+    if definition is not None:
+        definition = _without_autocast(definition)
+        if optional is not None:
+            _optional[name] = optional, definition
     # Kernels take any strides, but the fake derives the output's from the input's, so they must be the same ones.
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
 

@@ -15,7 +15,7 @@ from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
 from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of
 from gencore.ops._library import Layout, define, widened
-from gencore.ops.normal import fill_with_normals
+from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
 
 
@@ -47,8 +47,7 @@ def _layouts(args: Any) -> list[Layout]:
 def _definition(
     x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, with_noise: bool
 ) -> tuple[Tensor, Tensor | None]:
-    kind = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    noise = fill_with_normals(torch.empty_like(x0, dtype=kind, memory_format=kept_format(x0)), key)
+    noise = normals_for(x0, key, x0.shape, kept_format(x0))
     x_t = reference.add_noise(widened(x0), rows_of(table, t, x0), noise).to(x0.dtype)
     return x_t, noise.to(x0.dtype) if with_noise else None
 

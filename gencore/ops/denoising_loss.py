@@ -17,7 +17,7 @@ from gencore.ops._checks import check_elements_of, check_same, check_tensor, res
 from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of, widened
 from gencore.ops._library import Layout, define, pull_back
 from gencore.ops._library import widened as wide
-from gencore.ops.normal import fill_with_normals
+from gencore.ops.normal import normals_for
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
 
@@ -36,8 +36,7 @@ def _layouts(args: Any) -> list[Layout]:
 
 
 def _definition(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
-    kind = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    noise = fill_with_normals(torch.empty_like(x0, dtype=kind, memory_format=kept_format(x0)), key)
+    noise = normals_for(x0, key, x0.shape, kept_format(x0))
     return reference.denoising_loss(wide(output), wide(x0), rows_of(table, t, x0), noise)
 
 

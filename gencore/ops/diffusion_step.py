@@ -27,7 +27,7 @@ from gencore.ops._coefficients import along_samples, widened
 from gencore.ops._library import Layout, define
 from gencore.ops._library import widened as wide
 from gencore.ops.denoising_loss import check_prediction
-from gencore.ops.normal import fill_with_normals
+from gencore.ops.normal import fill_with_normals, normals_for
 
 _DEFAULTS = {
     "output": 1.0, "second": 0.0, "predict_x": 0.0, "predict_output": 1.0, "limit": math.inf, "x0_scale": 1.0,
@@ -129,8 +129,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _definition(x: Tensor, *args: Any) -> Tensor:
     output, second, history0, history1, known, mask, rows, key = args
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    noise = fill_with_normals(torch.empty_like(x, dtype=kind, memory_format=kept_format(x)), key)
+    noise = normals_for(x, key, x.shape, kept_format(x))
     y, _ = reference.diffusion_step(
         wide(x), wide(output), wide(second), wide(history0), wide(history1), wide(known), wide(mask),
         beside(rows.to(x.device), x), noise,

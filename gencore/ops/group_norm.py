@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gencore._torch import hand_over, is_overridden
+from gencore._torch import hand_over, is_distributed, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
@@ -74,7 +74,7 @@ def _definition(x: Tensor, num_groups: int, *args: Any) -> tuple[Tensor, None]:
     y = reference.group_norm(
         widened(x), num_groups, weight, bias, eps, scale=scale, shift=shift, bias_in=bias_in, activation=activation
     )
-    return y.to(x.dtype), None
+    return y.to(x.dtype).contiguous(memory_format=suggested_format(x)), None
 
 
 def _definition_backward(
@@ -103,7 +103,8 @@ _setup_backward, _backward_of_definition = by_definition(_definition_backward, _
 
 def _double_backward(ctx: Any, grad_grad_x: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """As a formula where it is the gradient for x that was differentiated, and will not be again."""
-    if grad_grad_x is None or torch.is_grad_enabled() or any(other is not None for other in others):
+    several = any(other is not None for other in others)
+    if grad_grad_x is None or several or torch.is_grad_enabled() or is_distributed(grad_grad_x):
         return _backward_of_definition(ctx, grad_grad_x, *others)
     grad_y, x, statistics, num_groups, *values_and_activation = arguments_of(ctx)[:-2]
     grads = _second(grad_grad_x, grad_y, x, statistics, num_groups, *values_and_activation)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gencore._torch import is_wrapped
 from gencore.noise import Key
-from gencore.ops._fill import define_filling, fill
+from gencore.ops._fill import define_filling, empty_beside, fill
 
 _normal_ = define_filling("normal_")
 
@@ -17,6 +18,15 @@ def fill_with_normals(out: Tensor, key: Tensor) -> Tensor:
     """Fills ``out`` with the noise that :func:`normal` draws, for a key's words."""
     _normal_(out, key)
     return out
+
+
+def normals_for(x: Tensor, key: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
+    """The noise of a key's words, for arithmetic with ``x``: float32, or float64, mapped over where the key is."""
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    like = torch.empty(0, dtype=kind, device=x.device)
+    if torch.compiler.is_compiling() or is_wrapped(key):
+        return fill_with_normals(empty_beside(key, shape, like, memory_format), key)
+    return fill_with_normals(torch.empty(shape, dtype=kind, device=x.device, memory_format=memory_format), key)
 
 
 def normal(

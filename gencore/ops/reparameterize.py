@@ -17,7 +17,7 @@ from gencore.backends.reference import reparameterize as reference
 from gencore.noise import Key
 from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
 from gencore.ops._library import Layout, define, widened
-from gencore.ops.normal import fill_with_normals
+from gencore.ops.normal import normals_for
 
 
 def _fake(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> Tensor:
@@ -57,12 +57,11 @@ def _layouts_backward(args: Mapping[str, Any]) -> list[Layout]:
 
 def _eps(mu: Tensor, key: Tensor, num_samples: int | None) -> Tensor:
     """The noise of the draws, which each takes whole blocks of four elements of."""
-    kind = torch.float64 if mu.dtype == torch.float64 else torch.float32
     if num_samples is None:
-        return fill_with_normals(torch.empty_like(mu, dtype=kind, memory_format=memory_format_of(mu)), key)
+        return normals_for(mu, key, mu.shape, memory_format_of(mu))
     elements = math.prod(mu.shape[1:])
     shape = mu.shape[0], num_samples, (elements + 3) // 4 * 4
-    eps = fill_with_normals(mu.new_empty(shape, dtype=kind), key)[..., :elements]
+    eps = normals_for(mu, key, shape, torch.contiguous_format)[..., :elements]
     return eps.transpose(0, 1).reshape(num_samples, *mu.shape)
 
 

@@ -61,7 +61,7 @@ struct AttentionJvp {
 // The gradient of sum (dq grad_q' + dk grad_k' + dv grad_v'), grad_q', grad_k', grad_v' what AttentionBackward gives
 // for `grad_out`. That of grad_out is the derivative along dq, dk, dv; with t, d_lse, ds and delta as above and dp_ij =
 // sum_c grad_out_ic v_jc, e_ij = sum_c grad_out_ic dv_jc:
-//   w_ij = (t_ij - d_lse_i) dp_ij - delta_i t_ij + e_ij    z_ij = p_ij (w_ij - sum_j p_ij w_ij)
+//   w_ij = (t_ij - d_lse_i) (dp_ij - delta_i) + e_ij       z_ij = p_ij (w_ij - sum_j p_ij w_ij)
 //   grad_q_ic = scale sum_j (z_ij k_jc + ds_ij dk_jc)      grad_k_jc = scale sum_i (z_ij q_ic + ds_ij dq_ic)
 //   grad_v_jc = sum_i p_ij (t_ij - d_lse_i) grad_out_ic
 // Each result may be null: it is then not wanted.

@@ -12,7 +12,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tu
     """softmax(scale q k^T) v, and the logarithm of the softmax's denominator."""
     logits = (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * (q @ k.transpose(-1, -2))
     lse = torch.logsumexp(logits, -1)
-    return torch.exp(logits - lse.unsqueeze(-1)) @ v, lse
+    return torch.softmax(logits, -1) @ v, lse
 
 
 def spatial_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:

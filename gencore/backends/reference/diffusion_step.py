@@ -29,8 +29,9 @@ def diffusion_step(
         if second is not None:
             guided = guided + of_second * (second.chunk(2, dim=1)[0] if second.shape != x.shape else second)
         x0 = predict_x * x + predict_output * guided
-        # Written so that NaN stays NaN, and so that an infinite limit is none.
-        x0 = x0_scale * torch.minimum(torch.maximum(x0, -limit), limit)
+        # Written so that NaN stays NaN, and so that an infinite limit is none; at the limit the derivative is 1.
+        cut = torch.minimum(torch.maximum(x0.detach(), -limit), limit)
+        x0 = x0_scale * torch.where(x0.abs() <= limit, x0, cut)
         y = y + direct * guided + of_x0 * x0
         if place is not None:
             # Where no noise is added none is scaled, however large the scale.
