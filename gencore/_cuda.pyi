@@ -86,6 +86,7 @@ def denoising_loss_workspace(dtype: int, samples: int, elements: int, channels: 
 def denoising_loss(
     output: int,
     x0: int,
+    noise: int,
     loss: int,
     dtype: int,
     samples: int,
@@ -105,6 +106,7 @@ def denoising_loss_backward(
     grad_loss: int,
     output: int,
     x0: int,
+    noise: int,
     grad_output: int,
     dtype: int,
     samples: int,

@@ -169,26 +169,32 @@ PYBIND11_MODULE(_cpu, m) {
                         noise_key(key, key_rows)};
     run("add_noise", [&] { return cpu::add_noise(args, threads); });
   });
-  m.def("denoising_loss", [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t loss, int dtype,
-                             std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned,
-                             const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, int threads) {
-    const DenoisingLoss args{pointer(output),
-                             pointer(x0),
-                             pointer(loss),
-                             DType(dtype),
-                             {samples, 1, elements, channels},
-                             learned,
-                             checked_coefficients(table, samples),
-                             noise_key(key, key_rows)};
-    run("denoising_loss", [&] { return cpu::denoising_loss(args, threads); });
-  });
+  m.def(
+      "denoising_loss",
+      [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t noise, std::uintptr_t loss, int dtype,
+         std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
+         std::uintptr_t key, std::int64_t key_rows, int threads, std::uintptr_t error) {
+        const DenoisingLoss args{pointer(output),
+                                 pointer(x0),
+                                 pointer(noise),
+                                 pointer(loss),
+                                 DType(dtype),
+                                 {samples, 1, elements, channels},
+                                 learned,
+                                 checked_coefficients(table, samples),
+                                 noise_key(key, key_rows)};
+        run("denoising_loss", [&] { return cpu::denoising_loss(args, pointer(error), threads); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg("error") = 0);
   m.def("denoising_loss_backward",
-        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t grad_output, int dtype,
-           std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
-           std::uintptr_t key, std::int64_t key_rows, int threads) {
+        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t noise,
+           std::uintptr_t grad_output, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+           bool learned, const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, int threads) {
           const DenoisingLossBackward args{pointer(grad_loss),
                                            pointer(output),
                                            pointer(x0),
+                                           pointer(noise),
                                            pointer(grad_output),
                                            DType(dtype),
                                            {samples, 1, elements, channels},
@@ -196,6 +202,21 @@ PYBIND11_MODULE(_cpu, m) {
                                            checked_coefficients(table, samples),
                                            noise_key(key, key_rows)};
           run("denoising_loss_backward", [&] { return cpu::denoising_loss_backward(args, threads); });
+        });
+  m.def("denoising_loss_scale",
+        [](std::uintptr_t grad_loss, std::uintptr_t error, int dtype, std::int64_t samples, std::int64_t elements,
+           std::int64_t channels, const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, int threads) {
+          const DenoisingLossBackward args{pointer(grad_loss),
+                                           nullptr,
+                                           nullptr,
+                                           nullptr,
+                                           pointer(error),
+                                           DType(dtype),
+                                           {samples, 1, elements, channels},
+                                           false,
+                                           checked_coefficients(table, samples),
+                                           noise_key(key, key_rows)};
+          run("denoising_loss_scale", [&] { return cpu::denoising_loss_scale(args, threads); });
         });
   m.def("diffusion_step", [](const std::array<std::uintptr_t, 9>& addresses, int dtype, std::int64_t samples,
                              std::int64_t elements, std::int64_t channels, bool learned, bool second_learned,

@@ -189,29 +189,27 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def(
       "denoising_loss",
-      [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t loss, int dtype, std::int64_t samples,
-         std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table, std::uintptr_t key,
-         std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream, std::uintptr_t workspace) {
-        const DenoisingLoss args{pointer(output),
-                                 pointer(x0),
-                                 pointer(loss),
-                                 DType(dtype),
-                                 {samples, 1, elements, channels},
-                                 learned,
-                                 coefficients(table),
-                                 noise_key(key, key_rows, key_on_device)};
+      [](std::uintptr_t output, std::uintptr_t x0, std::uintptr_t noise, std::uintptr_t loss, int dtype,
+         std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
+         std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream,
+         std::uintptr_t workspace) {
+        const DenoisingLoss args{pointer(output), pointer(x0),         pointer(noise),
+                                 pointer(loss),   DType(dtype),        {samples, 1, elements, channels},
+                                 learned,         coefficients(table), noise_key(key, key_rows, key_on_device)};
         run("denoising_loss", args.dtype, args.shape, device,
             [&] { return cuda::denoising_loss(args, pointer(workspace), stream_at(stream)); });
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
   m.def("denoising_loss_backward",
-        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t grad_output, int dtype,
-           std::int64_t samples, std::int64_t elements, std::int64_t channels, bool learned, const py::tuple& table,
-           std::uintptr_t key, std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream) {
+        [](std::uintptr_t grad_loss, std::uintptr_t output, std::uintptr_t x0, std::uintptr_t noise,
+           std::uintptr_t grad_output, int dtype, std::int64_t samples, std::int64_t elements, std::int64_t channels,
+           bool learned, const py::tuple& table, std::uintptr_t key, std::int64_t key_rows, bool key_on_device,
+           int device, std::uintptr_t stream) {
           const DenoisingLossBackward args{pointer(grad_loss),
                                            pointer(output),
                                            pointer(x0),
+                                           pointer(noise),
                                            pointer(grad_output),
                                            DType(dtype),
                                            {samples, 1, elements, channels},

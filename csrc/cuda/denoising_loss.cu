@@ -41,7 +41,7 @@ struct LossRow {
 
 // The tensors that a loss and its gradient read.
 struct LossTensors {
-  const void *output, *x0;
+  const void *output, *x0, *noise;
   bool learned;
 };
 
@@ -64,14 +64,23 @@ struct LossItem {
     const auto prediction = tensors.learned ? item.hold_half(output, 0) : item.hold(output);
     placed = tensors.learned && c.bounded();
     if (placed) place = item.hold_half(output, 1);
-    float eps[size] = {};
-    if (c.noisy()) make_noise<Normals>(noise, item, 0, eps);
+    F eps[size] = {};
+    if (c.noisy()) {
+      if (tensors.noise != nullptr) {
+        item.hold(static_cast<const T*>(tensors.noise)).get(eps);
+      } else {
+        float made[size];
+        make_noise<Normals>(noise, item, 0, made);
+#pragma unroll
+        for (int i = 0; i < size; ++i) eps[i] = F(made[i]);
+      }
+    }
     F data[size];
     x0.get(data);
     prediction.get(error);
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      error[i] = P::sub(error[i], P::fma(c.of_noise, F(eps[i]), P::mul(c.of_x0, data[i])));
+      error[i] = P::sub(error[i], P::fma(c.of_noise, eps[i], P::mul(c.of_x0, data[i])));
     }
   }
 
@@ -251,14 +260,15 @@ Error denoising_loss(const DenoisingLoss& args, void* workspace, Stream stream) 
         using T = std::remove_pointer_t<decltype(type)>;
         using A = typename Arithmetic<T>::F;
         const Work work = with_halves<T>(
-            make_work<T, channels_last>(shape, {args.output, args.x0}, loss_items_per_piece(shape)), args.learned);
+            make_work<T, channels_last>(shape, {args.output, args.x0, args.noise}, loss_items_per_piece(shape)),
+            args.learned);
         const bool pieces = work.pieces_per_row > 1;
         if (pieces && workspace == nullptr) return cudaErrorInvalidValue;
         A* const loss = static_cast<A*>(args.loss);
-        const cudaError_t error =
-            launch(denoising_loss_kernel<T, channels_last, key_on_device>, work.grid(), block_threads, 0, stream,
-                   LossTensors{args.output, args.x0, args.learned}, pieces ? static_cast<A*>(workspace) : loss,
-                   Table<DenoisingLoss::columns>(args.table), work, noise_words(args.key));
+        const cudaError_t error = launch(
+            denoising_loss_kernel<T, channels_last, key_on_device>, work.grid(), block_threads, 0, stream,
+            LossTensors{args.output, args.x0, args.noise, args.learned}, pieces ? static_cast<A*>(workspace) : loss,
+            Table<DenoisingLoss::columns>(args.table), work, noise_words(args.key));
         if (error != cudaSuccess || !pieces) return error;
         return sum_pieces(work, workspace, loss, static_cast<double>(shape.elements), stream);
       });
@@ -277,11 +287,12 @@ Error denoising_loss_backward(const DenoisingLossBackward& args, Stream stream) 
       args.dtype, shape, args.key.on_device, [&](auto* type, auto channels_last, auto key_on_device) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = typename Arithmetic<T>::F;
-        const Work work =
-            with_halves<T>(make_work<T, channels_last>(shape, {args.output, args.x0, args.grad_output}), args.learned);
+        const Work work = with_halves<T>(
+            make_work<T, channels_last>(shape, {args.output, args.x0, args.noise, args.grad_output}), args.learned);
         return launch(denoising_loss_backward_kernel<T, channels_last, key_on_device>, work.grid(), block_threads, 0,
-                      stream, LossTensors{args.output, args.x0, args.learned}, static_cast<const A*>(args.grad_loss),
-                      args.grad_output, Table<DenoisingLoss::columns>(args.table), work, noise_words(args.key));
+                      stream, LossTensors{args.output, args.x0, args.noise, args.learned},
+                      static_cast<const A*>(args.grad_loss), args.grad_output,
+                      Table<DenoisingLoss::columns>(args.table), work, noise_words(args.key));
       });
 }
 

@@ -167,7 +167,7 @@ class CompiledOps:
         """``x_t``: where to write to, with the strides of ``x0`` in its format."""
         memory_format = kept_format(x0)
         (x0,) = in_format(memory_format, x0)
-        sizes = _sizes(x0, memory_format)
+        sizes = sizes_of(x0, memory_format)
         key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
         if x_t is None:
             x_t = self._empty_like(x0)
@@ -179,33 +179,50 @@ class CompiledOps:
         del held
         return x_t, noise
 
-    def denoising_loss(self, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+    def denoising_loss(
+        self,
+        output: Tensor,
+        x0: Tensor,
+        table: Tensor,
+        t: Tensor | None,
+        key: Tensor,
+        noise: Tensor | None = None,
+        **kept: int,
+    ) -> Tensor:
+        """``kept``: addresses of what the kernel of a backend can keep for the gradient."""
         memory_format = kept_format(output, x0)
-        output, x0 = in_format(memory_format, output, x0)
-        sizes = _sizes(x0, memory_format)
+        output, x0, noise = in_format(memory_format, output, x0, noise)
+        sizes = sizes_of(x0, memory_format)
         key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
         dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
         loss = torch.empty(x0.shape[0], dtype=dtype, device=x0.device)
         workspace = self._workspace("denoising_loss", x0, *sizes)
         self._module.denoising_loss(
-            output.data_ptr(), x0.data_ptr(), loss.data_ptr(), *sizes, output.shape != x0.shape, coefficients,
-            *self._noise(key, x0),
-            *[memory.data_ptr() for memory in workspace],
+            output.data_ptr(), x0.data_ptr(), 0 if noise is None else noise.data_ptr(), loss.data_ptr(), *sizes,
+            output.shape != x0.shape, coefficients, *self._noise(key, x0),
+            *[memory.data_ptr() for memory in workspace], **kept,
         )  # fmt: skip
         del held
         return loss
 
     def denoising_loss_backward(
-        self, grad_loss: Tensor, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+        self,
+        grad_loss: Tensor,
+        output: Tensor,
+        x0: Tensor,
+        table: Tensor,
+        t: Tensor | None,
+        key: Tensor,
+        noise: Tensor | None = None,
     ) -> Tensor:
         memory_format = kept_format(output, x0)
-        output, x0 = in_format(memory_format, output, x0)
-        sizes = _sizes(x0, memory_format)
+        output, x0, noise = in_format(memory_format, output, x0, noise)
+        sizes = sizes_of(x0, memory_format)
         key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
         grad_loss, grad_output = grad_loss.contiguous(), self._empty_like(output)
         self._module.denoising_loss_backward(
-            grad_loss.data_ptr(), output.data_ptr(), x0.data_ptr(), grad_output.data_ptr(), *sizes,
-            output.shape != x0.shape, coefficients, *self._noise(key, x0),
+            grad_loss.data_ptr(), output.data_ptr(), x0.data_ptr(), 0 if noise is None else noise.data_ptr(),
+            grad_output.data_ptr(), *sizes, output.shape != x0.shape, coefficients, *self._noise(key, x0),
         )  # fmt: skip
         del held
         return grad_output
@@ -227,7 +244,7 @@ class CompiledOps:
         """``y``, ``prediction``: where to write to, with the strides of ``x`` in its format."""
         memory_format = kept_format(x)
         x, *tensors = in_format(memory_format, x, output, second, history0, history1, known, mask)
-        sizes = _sizes(x, memory_format)
+        sizes = sizes_of(x, memory_format)
         key, (held, coefficients) = self._key(key, x), self._coefficients(rows, None, x)
         if y is None:
             y = self._empty_like(x)
@@ -369,7 +386,7 @@ class CompiledOps:
         return tuple(grads)
 
 
-def _sizes(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
+def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
     batch = x.shape[0]
     return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.compiled import CompiledOps, attention_sizes, heads
+from gencore.backends.compiled import CompiledOps, attention_sizes, heads, sizes_of
+from gencore.backends.layout import kept_format
 
 try:
     from gencore import _cpu
@@ -79,6 +80,34 @@ class CpuOps(CompiledOps):
         if empty.nbytes >= _LARGE:
             _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
         return empty
+
+    def _coefficients(
+        self, table: Tensor, index: Tensor | None, tensor: Tensor
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, bool]]:
+        # As they nearly always are.
+        if table.is_cpu and table.is_contiguous() and (index is None or (index.is_cpu and index.is_contiguous())):
+            return (table, index), (table.data_ptr(), table.shape[0], 0 if index is None else index.data_ptr(), False)
+        return super()._coefficients(table, index, tensor)
+
+    def denoising_loss_and_error(
+        self, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and prediction - target, which the gradient is a multiple of."""
+        error = torch.empty_like(output, memory_format=kept_format(output, x0))
+        return self.denoising_loss(output, x0, table, t, key, None, error=error.data_ptr()), error
+
+    def denoising_loss_scale(
+        self, grad_loss: Tensor, error: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+    ) -> Tensor:
+        """The gradient, in the place of what :meth:`denoising_loss_and_error` gave."""
+        key, (held, coefficients) = self._key(key, error), self._coefficients(table, t, error)
+        grad_loss = grad_loss.contiguous()
+        self._module.denoising_loss_scale(
+            grad_loss.data_ptr(), error.data_ptr(), *sizes_of(error, kept_format(error)), coefficients,
+            *self._noise(key, error),
+        )  # fmt: skip
+        del held
+        return error
 
     def attention_jvp(
         self,

@@ -21,12 +21,12 @@ _STRIDED = torch.strided
 _NONE: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
-def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
+def everyday_key(a: Any, b: Any, key: Any, with_gradient: bool = False) -> Tensor | None:
     """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
 
     That is: nothing observes the call; ``a`` and ``b`` are plain tensors on the CPU or on one GPU, of one floating
-    dtype and shape, without a gradient; the key, if there is one, serves the whole batch. None for everything else,
-    which is then looked at argument by argument, to be served or to be told what is wrong.
+    dtype and shape, without a gradient unless they may have one; the key, if there is one, serves the whole batch. None
+    for everything else, which is then looked at argument by argument, to be served or to be told what is wrong.
     """
     if (
         is_unobserved()
@@ -40,7 +40,7 @@ def everyday_key(a: Any, b: Any, key: Any) -> Tensor | None:
         and ((a.is_cpu and b.is_cpu) or (a.is_cuda and b.is_cuda and a.get_device() == b.get_device()))
         and a.dim()
         and not (a.is_neg() or b.is_neg())
-        and not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled())
+        and (with_gradient or not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled()))
     ):
         if key is None:
             refuse_capture(a)

@@ -84,6 +84,7 @@ class Op:
         backward: Callable[..., Any] | None,
         definition: Callable[..., Any] | None,
         jvp: Callable[..., Any] | None,
+        keeping: Callable[..., Any] | None = None,
     ):
         self.name = name
         self.library = library
@@ -99,7 +100,7 @@ class Op:
             # With a setup_context of its own, apply() would look at the signature at every call: 15 microseconds.
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                outputs = run_kernel(name, args)
+                outputs = run_kernel(name, args) if keeping is None else keeping(ctx, *args)
                 if setup_context is not None:
                     setup_context(ctx, args, outputs)
                 return outputs
@@ -341,6 +342,7 @@ def define(
     made_again: Sequence[str] = (),
     jvp: Callable[..., Any] | None = None,
     optional: str | None = None,
+    keeping: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers an op.
 
@@ -363,6 +365,8 @@ def define(
         jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it, from what ``setup_context``
             saves for the gradient.
         optional: the kernel that it takes, where not every backend has it: the definition is then run.
+        keeping: ``(ctx, *args)``, what runs instead of the kernel where nothing observes the call and a gradient is
+            wanted: it may keep on ``ctx``, for ``backward``, what costs no more memory than the gradient.
     """
     name = signature.split("(", 1)[0]
     if composed is not None:
@@ -397,7 +401,7 @@ def define(
         _flops[name] = flops
     if layouts is not None:
         _layouts[name] = layouts
-    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward, definition, jvp)
+    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward, definition, jvp, keeping)
 
 
 def _register_flops() -> None:

@@ -9,42 +9,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore._torch import hand_over, is_overridden
+from gencore._torch import hand_over, is_batched_gradient, is_overridden
+from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import denoising_loss as reference
 from gencore.noise import Key
-from gencore.ops._checks import check_elements_of, check_same, check_tensor, resolve_key
+from gencore.ops._checks import check_elements_of, check_same, check_tensor, everyday_key, resolve_key
 from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of, widened
-from gencore.ops._library import Layout, define, pull_back
+from gencore.ops._library import Layout, define, is_unobserved, pull_back, run_kernel
 from gencore.ops._library import widened as wide
 from gencore.ops.normal import normals_for
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
 
-def _fake(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+def _fake(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, noise: Tensor | None) -> Tensor:
     return x0.new_empty(x0.shape[0], dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
 
 
 def _fake_backward(
-    grad_loss: Tensor, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+    grad_loss: Tensor,
+    output: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor | None,
+    key: Tensor,
+    noise: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(output, memory_format=kept_format(output, x0))
 
 
 def _layouts(args: Any) -> list[Layout]:
-    return [Layout(dict.fromkeys(("output", "x0", "t", "key", "grad_loss"), 0), (0,))]
+    return [Layout(dict.fromkeys(("output", "x0", "t", "key", "noise", "grad_loss"), 0), (0,))]
 
 
-def _definition(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
-    noise = normals_for(x0, key, x0.shape, kept_format(x0))
-    return reference.denoising_loss(wide(output), wide(x0), rows_of(table, t, x0), noise)
+def _definition(
+    output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, noise: Tensor | None
+) -> Tensor:
+    eps = normals_for(x0, key, x0.shape, kept_format(x0)) if noise is None else wide(noise)
+    return reference.denoising_loss(wide(output), wide(x0), rows_of(table, t, x0), eps)
 
 
 def _definition_backward(grad_loss: Tensor, output: Tensor, *others: Any) -> Tensor:
     return pull_back(lambda output: _definition(output, *others), (output,), grad_loss)[0]
 
 
-_ARGUMENTS = "Tensor output, Tensor x0, Tensor table, Tensor? t, Tensor key"
+# Given the noise, the key is not used.
+_ARGUMENTS = "Tensor output, Tensor x0, Tensor table, Tensor? t, Tensor key, Tensor? noise"
 _denoising_loss_backward = define(
     f"denoising_loss_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor",
     fake=_fake_backward,
@@ -57,15 +67,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _keeping_error(
+    ctx: Any, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, *key_and_noise: Any
+) -> Tensor:
+    """The loss, with what its gradient is a multiple of kept on ``ctx``, so that noise is made once.
+
+    On CPUs making it takes longer than writing and reading as much. The gradient will be in its place.
+    """
+    key, noise = key_and_noise
+    if noise is None and output.shape == x0.shape and choice.has_kernel("denoising_loss_and_error", x0):
+        loss, ctx.error = choice.kernel("denoising_loss_and_error", x0)(output, x0, table, t, key)
+        return loss
+    return run_kernel("denoising_loss", (output, x0, table, t, key, noise))
+
+
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    output, x0, table, t, key = ctx.saved_tensors
-    grad_output = _denoising_loss_backward(grad_loss, output, x0, table, t, key)
-    grad_x0 = None
-    if ctx.needs_input_grad[1]:
-        # The target holds x0 of_x0 times.
-        of_prediction = grad_output if output.shape == x0.shape else grad_output[:, : x0.shape[1]]
-        grad_x0 = (-column_of(table, t, 0, x0) * of_prediction).to(x0.dtype)
-    return grad_output if ctx.needs_input_grad[0] else None, grad_x0, None, None, None
+    output, x0, table, t, key, noise = ctx.saved_tensors
+    error = ctx.__dict__.pop("error", None)
+    alone = is_unobserved() and type(grad_loss) is Tensor and not is_batched_gradient(grad_loss)
+    if error is not None and alone and not torch.is_grad_enabled():
+        grad_output = choice.kernel("denoising_loss_scale", x0)(grad_loss, error, table, t, key)
+    else:
+        # The second time, or where it will itself be differentiated.
+        grad_output = _denoising_loss_backward(grad_loss, output, x0, table, t, key, noise)
+    # The target holds x0 of_x0 times, and the noise of_noise times.
+    of_target: list[Tensor | None] = [None, None]
+    for column, tensor, place in ((0, x0, 1), (1, noise, 5)):
+        if ctx.needs_input_grad[place]:
+            of_prediction = grad_output if output.shape == x0.shape else grad_output[:, : x0.shape[1]]
+            of_target[column] = (-column_of(table, t, column, x0) * of_prediction).to(tensor.dtype)
+    return grad_output if ctx.needs_input_grad[0] else None, of_target[0], None, None, None, of_target[1]
 
 
 _denoising_loss = define(
@@ -75,7 +106,10 @@ _denoising_loss = define(
     backward=_backward,
     layouts=_layouts,
     definition=_definition,
+    keeping=_keeping_error,
 )
+# In the place of a key, where the noise is given.
+_NO_KEY = Key(0)
 
 
 def denoising_loss(
@@ -83,8 +117,9 @@ def denoising_loss(
     x0: Tensor,
     t: Tensor | int,
     schedule: Schedule,
-    key: Key,
+    key: Key | None = None,
     *,
+    noise: Tensor | None = None,
     parameterization: Parameterization = "eps",
     weighting: Weighting | Tensor = "simple",
     gamma: float = 5.0,
@@ -92,8 +127,9 @@ def denoising_loss(
 ) -> Tensor:
     """The loss of each sample: loss_b = w_t mean_i (output_i - target_i)^2, in one pass; its gradient in another.
 
-    The target is made in the kernel of ``x0`` and the noise that :func:`add_noise` drew with the same ``key``, and made
-    again for the gradient: no tensor of its size is kept or allocated.
+    The target is made in the kernel, of ``x0`` and the noise that :func:`add_noise` drew with the same ``key``: no
+    tensor of its size is kept or allocated. On the CPU the forward pass leaves the gradient, but for a factor, where it
+    will be, if one is wanted; elsewhere the backward pass makes the noise again.
 
     Args:
         model_output: what a network said of x_t, x0's shape and dtype (where that is float32, a half type is converted
@@ -103,7 +139,9 @@ def denoising_loss(
         x0: (B, ...), float32, bfloat16, float16 or float64: the data.
         t: (B,), int64 or int32, 0 <= t < T: the step of each sample; or an int for all of them.
         schedule: has the levels of its T steps, as those of :mod:`gencore.diffusion` have.
-        key: the one that x_t was made with.
+        key: the one that x_t was made with; left out where ``noise`` is given.
+        noise: eps, like ``x0``: what ``add_noise(..., return_noise=True)`` gave, where it is at hand. Reading it is
+            faster than making it again on CPUs.
         parameterization: what the network predicts, ``"eps"``, ``"x0"``, ``"v"`` or ``"velocity"``;
             :meth:`gencore.schedule.Schedule.prediction` defines them.
         weighting: ``"simple"`` (w = 1), ``"snr"``, ``"min_snr"``, or a tensor (T,) of weights;
@@ -117,7 +155,7 @@ def denoising_loss(
         (B,), float32 (float64 for float64 inputs): accumulated in float32 and float64 in an order that depends on
         shapes and memory format alone.
 
-    The gradient is for ``model_output`` and, as far as the target's part goes, ``x0``.
+    The gradient is for ``model_output`` and, as far as the target's part goes, ``x0`` and ``noise``.
 
     Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level; no atomics.
 
@@ -134,12 +172,23 @@ def denoising_loss(
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 14 and Algorithm 1; Salimans and Ho
     (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
     """
+    if (
+        type(weighting) is str
+        and type(bound_weight) is float
+        and 0 <= bound_weight < math.inf
+        and (everyday := _everyday(model_output, x0, t, schedule, key, noise)) is not None
+    ):
+        packed, wants_gradient = everyday
+        table = schedule.loss_table(x0.device, parameterization, weighting, gamma, None, 0.0)
+        if wants_gradient:
+            return _denoising_loss.with_gradient(model_output, x0, table, t, packed, noise)
+        return choice.kernel("denoising_loss", x0)(model_output, x0, table, t, packed, noise)
     tensors = (model_output, x0, t, schedule, key)
-    if is_overridden(*tensors, weighting):
-        options = {"parameterization": parameterization, "weighting": weighting, "gamma": gamma}
-        relevant = (*tensors, weighting)
+    if is_overridden(*tensors, noise, weighting):
+        options = {"noise": noise, "parameterization": parameterization, "weighting": weighting, "gamma": gamma}
+        relevant = (*tensors, noise, weighting)
         return hand_over(denoising_loss, relevant, *tensors, **options, bound_weight=bound_weight)
-    model_output = _checked(model_output, x0, schedule, key)
+    model_output = _checked(model_output, x0, schedule, key, noise)
     if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
         raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
     if not 0 <= bound_weight < math.inf:
@@ -149,7 +198,9 @@ def denoising_loss(
     if model_output.shape != x0.shape:
         variance, weight = "learned_range", float(bound_weight) * len(schedule) / math.log(2)
     table = schedule.loss_table(x0.device, parameterization, weighting, gamma, variance, weight)
-    return _denoising_loss(model_output, x0, *rows_at(t, table, x0), resolve_key(key, x0))
+    return _denoising_loss(
+        model_output, x0, *rows_at(t, table, x0), resolve_key(_NO_KEY if key is None else key, x0), noise
+    )
 
 
 def variational_bound(
@@ -157,8 +208,9 @@ def variational_bound(
     x0: Tensor,
     t: Tensor | int,
     schedule: Schedule,
-    key: Key,
+    key: Key | None = None,
     *,
+    noise: Tensor | None = None,
     parameterization: Parameterization = "eps",
     variance: Variance = "fixed_small",
 ) -> Tensor:
@@ -169,7 +221,7 @@ def variational_bound(
     from the standard normal, bounds -log p(x0) from above.
 
     Args:
-        model_output, x0, t, schedule, key, parameterization: as for :func:`denoising_loss`; the schedule is
+        model_output, x0, t, schedule, key, noise, parameterization: as for :func:`denoising_loss`; the schedule is
             variance-preserving.
         variance: that of p(x_{t-1} | x_t): ``"fixed_small"``, the posterior's; ``"fixed_large"``, beta_t;
             ``"learned_range"``, for a ``model_output`` of twice the channels.
@@ -181,24 +233,52 @@ def variational_bound(
         TypeError, ValueError: an argument is not as above; the message says which.
     """
     tensors = (model_output, x0, t, schedule, key)
-    if is_overridden(*tensors):
-        options = {"parameterization": parameterization, "variance": variance}
-        return hand_over(variational_bound, tensors, *tensors, **options)
-    model_output = _checked(model_output, x0, schedule, key)
+    if is_overridden(*tensors, noise):
+        options = {"noise": noise, "parameterization": parameterization, "variance": variance}
+        return hand_over(variational_bound, (*tensors, noise), *tensors, **options)
+    model_output = _checked(model_output, x0, schedule, key, noise)
     if (variance == "learned_range") != (model_output.shape != x0.shape):
         raise ValueError(
             "variance must be learned_range for a model_output of twice the channels of x0, and only for such, got "
             f"{variance!r} with shapes {tuple(model_output.shape)} and {tuple(x0.shape)}"
         )
     table = schedule.loss_table(x0.device, parameterization, None, 1.0, variance, 1.0)
-    return _denoising_loss(model_output, x0, *rows_at(t, table, x0), resolve_key(key, x0))
+    return _denoising_loss(
+        model_output, x0, *rows_at(t, table, x0), resolve_key(_NO_KEY if key is None else key, x0), noise
+    )
 
 
-def _checked(model_output: Any, x0: Any, schedule: Any, key: Any) -> Tensor:
+def _everyday(model_output: Any, x0: Any, t: Any, schedule: Any, key: Any, noise: Any) -> tuple[Tensor, bool] | None:
+    """The key's words and whether a gradient is wanted, if the kernel can be called as it is; microseconds tell."""
+    if (
+        type(t) is Tensor
+        and type(schedule) is Schedule
+        and (key is None) is (noise is not None)
+        and (packed := everyday_key(model_output, x0, _NO_KEY if key is None else key, with_gradient=True)) is not None
+        and t.dtype is torch.int64
+        and t.shape == x0.shape[:1]
+        and (t.is_cpu if x0.is_cpu else t.is_cuda and t.get_device() == x0.get_device())
+    ):
+        wanted = model_output.requires_grad or x0.requires_grad
+        if noise is not None:
+            if everyday_key(noise, x0, _NO_KEY, with_gradient=True) is None:
+                return None
+            wanted = wanted or noise.requires_grad
+        return packed, wanted and torch.is_grad_enabled()
+    return None
+
+
+def _checked(model_output: Any, x0: Any, schedule: Any, key: Any, noise: Any) -> Tensor:
     """What the network said, in x0's dtype."""
-    if not isinstance(key, Key):
-        raise TypeError(f"key must be the gencore.Key that x_t was made with, got {type(key).__name__}")
+    if noise is None and not isinstance(key, Key):
+        raise TypeError(
+            f"key must be the gencore.Key that x_t was made with, unless noise is given, got {type(key).__name__}"
+        )
     check_tensor("x0", x0)
+    if noise is not None:
+        if key is not None:
+            raise ValueError(f"key must be None where noise is given, got {key!r}")
+        check_same("noise", noise, "x0", x0)
     check_schedule(schedule)
     check_elements_of("x0", x0)
     output: Tensor = widened(model_output, x0)

@@ -163,9 +163,9 @@ def test_an_error_names_the_op_and_its_shapes(monkeypatch):
             module.add_noise(out, out, 0, 3, 2, 7, 0, (rows, 2, 0, False), *rest)
         with pytest.raises(ValueError, match=r"denoising_loss of 1 x 3 x 7 .*: invalid argument"):
             # Three samples, two rows and no index.
-            module.denoising_loss(out, out, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+            module.denoising_loss(out, out, 0, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
         with pytest.raises(ValueError, match=r"denoising_loss_backward of 1 x 3 x 7 .*: invalid argument"):
-            module.denoising_loss_backward(out, out, out, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+            module.denoising_loss_backward(out, out, out, 0, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
         with pytest.raises(ValueError, match=r"diffusion_step of 1 x 3 x 7 .*: invalid argument"):
             # A prediction without an output.
             module.diffusion_step(
@@ -286,7 +286,7 @@ def test_steps_and_losses_beyond_two_to_the_31_elements(layout, last_blocks):
     x_t = ops.add_noise(x, torch.tensor([0, 1]), Schedule([0.9, 0.5], [0.1, 0.5]), Key(3))
     columns = torch.tensor([[1.0, 0.5, 1.0, 1.0, 0.0, 0.0, 1.0, -1.0]], dtype=torch.float64)
     grad_loss = torch.full((2,), float(x[0].numel()))
-    grad = torch.ops.gencore.denoising_loss_backward(grad_loss, output, x, columns, None, Key(3).packed)
+    grad = torch.ops.gencore.denoising_loss_backward(grad_loss, output, x, columns, None, Key(3).packed, None)
     pixels, e = case.shape[2] * case.shape[3], torch.e
     for channel in (3,) if layout == "contiguous" else range(4):
         last = channel * pixels + pixels - 1

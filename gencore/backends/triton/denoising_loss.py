@@ -137,7 +137,7 @@ def decoder_slope(x0, shift, log_variance):
 
 @triton.jit
 def error_of(
-    said, x0, of_data, of_noise, block, skip, row, row_exists, key, seed, stream, sample,
+    said, x0, given, of_data, of_noise, block, skip, row, row_exists, key, seed, stream, sample,
     PER_SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr, PARTIAL: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
@@ -145,15 +145,18 @@ def error_of(
     target = of_data.to(x0.dtype) * x0
     # Of a network that predicts the data, the target has no noise.
     if any_of(of_noise != 0.0):
-        words = words_of_rows(key, seed, stream, sample, row, row_exists, PER_SAMPLE)
-        noise = values_of_tile(block, skip, words, CHANNELS_LAST, PARTIAL, A, B, ITEM, False).to(x0.dtype)
+        if given is not None:
+            noise = given
+        else:
+            words = words_of_rows(key, seed, stream, sample, row, row_exists, PER_SAMPLE)
+            noise = values_of_tile(block, skip, words, CHANNELS_LAST, PARTIAL, A, B, ITEM, False).to(x0.dtype)
         target = multiply_add(of_noise.to(x0.dtype), noise, target)
     return said - target
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED, do_not_specialize_on_alignment=["index"])
 def loss_kernel(
-    output, x0, loss, table, index, table_rows: tl.int64,
+    output, x0, noise, loss, table, index, table_rows: tl.int64,
     key, seed: tl.int64, stream: tl.int64, sample: tl.int64, rows: tl.int64, height: tl.int64, width: tl.int64,
     LEARNED: tl.constexpr, WHOLE: tl.constexpr, PER_SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     PARTIAL: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ITEM: tl.constexpr, UNIT: tl.constexpr,
@@ -172,10 +175,11 @@ def loss_kernel(
     of_data = coefficient(table, index, of_row, None, _OF_X0)
     # A target that is noise alone needs no data, and reading it would take a third of the time.
     data = load(x0 + at, inside & ((of_data != 0.0) | is_first))
+    given = None if noise is None else load(noise + at, inside)
     if LEARNED:
         place_in_range = load(output + (at_prediction + apart), inside & (bound != 0.0))
     error = error_of(
-        said, data, of_data, coefficient(table, index, of_row, None, _OF_NOISE), block, skip, row, row_exists,
+        said, data, given, of_data, coefficient(table, index, of_row, None, _OF_NOISE), block, skip, row, row_exists,
         key, seed, stream, sample, PER_SAMPLE, CHANNELS_LAST, PARTIAL, A, B, ITEM,
     )  # fmt: skip
     term = coefficient(table, index, of_row, None, _WEIGHT).to(data.dtype) * (error * error)
@@ -216,7 +220,7 @@ def mean_kernel(x, mean, pieces: tl.int64, elements: tl.int64, SIZE: tl.constexp
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def loss_backward_kernel(
-    grad_loss, output, x0, grad_output, table, index, table_rows: tl.int64,
+    grad_loss, output, x0, noise, grad_output, table, index, table_rows: tl.int64,
     key, seed: tl.int64, stream: tl.int64, sample: tl.int64, rows: tl.int64, height: tl.int64, width: tl.int64,
     LEARNED: tl.constexpr, PER_SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     PARTIAL: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ITEM: tl.constexpr, UNIT: tl.constexpr,
@@ -237,8 +241,9 @@ def loss_backward_kernel(
         is_read = is_read | is_first
         place_in_range = load(output + (at_prediction + apart), inside & (bound != 0.0))
     data = load(x0 + at, inside & is_read)
+    given = None if noise is None else load(noise + at, inside)
     error = error_of(
-        said, data, of_data, coefficient(table, index, of_row, None, _OF_NOISE),
+        said, data, given, of_data, coefficient(table, index, of_row, None, _OF_NOISE),
         block, skip, row, row_exists, key, seed, stream, sample, PER_SAMPLE, CHANNELS_LAST, PARTIAL, A, B, ITEM,
     )  # fmt: skip
     elements = (height * width * UNIT).to(data.dtype)
@@ -260,10 +265,14 @@ def loss_backward_kernel(
         tl.store(grad_output + (at_prediction + apart), grad.to(grad_output.dtype.element_ty), inside)
 
 
-def denoising_loss(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor) -> Tensor:
+def denoising_loss(
+    output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, noise: Tensor | None = None
+) -> Tensor:
     memory_format = kept_format(output, x0)
     # Which threads add up what depends on how wide the accesses are, and that on the addresses.
-    output, x0 = (x.clone() if x.data_ptr() % 16 else x for x in in_format(memory_format, output, x0))
+    output, x0, noise = (
+        x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in in_format(memory_format, output, x0, noise)
+    )
     loss = x0.new_empty(x0.shape[0], dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
     if x0.numel() == 0:
         return loss.fill_(math.nan)
@@ -273,7 +282,7 @@ def denoising_loss(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, 
     *words, per_sample = key_arguments(key, x0)
     with device_of(x0):
         loss_kernel[work.grid](
-            output, x0, pieces, *table_arguments(table, t, x0), *words, work.rows, work.height, work.width,
+            output, x0, noise, pieces, *table_arguments(table, t, x0), *words, work.rows, work.height, work.width,
             LEARNED=output.shape != x0.shape, WHOLE=pieces is loss, PER_SAMPLE=per_sample, **work.constants,
         )  # fmt: skip
         if pieces is not loss:
@@ -284,17 +293,23 @@ def denoising_loss(output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, 
 
 
 def denoising_loss_backward(
-    grad_loss: Tensor, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor
+    grad_loss: Tensor,
+    output: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor | None,
+    key: Tensor,
+    noise: Tensor | None = None,
 ) -> Tensor:
     memory_format = kept_format(output, x0)
-    output, x0 = in_format(memory_format, output, x0)
+    output, x0, noise = in_format(memory_format, output, x0, noise)
     grad_output = torch.empty_like(output)
     if x0.numel():
         work = cut_in_format(x0, memory_format)
         *words, per_sample = key_arguments(key, x0)
         with device_of(x0):
             loss_backward_kernel[work.grid](
-                grad_loss.contiguous(), output, x0, grad_output, *table_arguments(table, t, x0), *words,
+                grad_loss.contiguous(), output, x0, noise, grad_output, *table_arguments(table, t, x0), *words,
                 work.rows, work.height, work.width,
                 LEARNED=output.shape != x0.shape, PER_SAMPLE=per_sample, **work.constants,
             )  # fmt: skip

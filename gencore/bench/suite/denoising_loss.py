@@ -1,7 +1,7 @@
 """The training loss, forward and backward, against PyTorch eager and compiled.
 
-PyTorch's functions are given the noise, which ours make: that of the same key, so that all find the same loss. Where
-the noising is timed too they draw their own.
+All are given the noise, that of one key. Where the noising is timed too, PyTorch's functions draw their own, and ours
+hand theirs on from the noising to the loss.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, grad: bool) -> tuple[Te
 
 
 def _noise(x0: Tensor, key: Key, dtype: torch.dtype, case: Case) -> Tensor:
-    """What :func:`gencore.ops.denoising_loss` makes in its kernel."""
+    """What :func:`gencore.ops.add_noise` gives back of the key."""
     return ops.normal(x0.shape, key, dtype=dtype, device=x0.device, memory_format=case.memory_format)
 
 
@@ -68,11 +68,11 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
     eps = _noise(x0, key, dtype, case)
 
     def ours() -> Tensor:
-        return ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key)
+        return ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, noise=eps)
 
     return Comparison(
         {"ours": ours, **on_backends(ours, device)} | bound(_peers(device), output, eps),
-        # Read the output, and the noise where it was kept; a network that predicts the noise has no x0 in its target.
+        # Read the output and the noise; a network that predicts the noise has no x0 in its target.
         Work(nbytes=2 * output.nbytes, flops=_FORWARD * case.elements),
         largest_error(lambda: loss(output.double(), _noise(x0, key, torch.float64, case))),
         TOLERANCES[dtype],
@@ -80,7 +80,6 @@ def forward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
 
 def forward_and_backward(case: Case, dtype: torch.dtype, device: str) -> Comparison:
-    """The noise is made twice by ours."""
     output, x0, t = _inputs(case, dtype, device, grad=True)
     key = Key(0)
     eps = _noise(x0, key, dtype, case)
@@ -97,7 +96,7 @@ def forward_and_backward(case: Case, dtype: torch.dtype, device: str) -> Compari
         (wide,) = double(output)
         return torch.autograd.grad(loss(wide, _noise(x0, key, torch.float64, case)), wide, g.double())
 
-    ours = through(lambda output, eps: ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key))
+    ours = through(lambda output, eps: ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, noise=eps))
     return Comparison(
         {"ours": ours, **on_backends(ours, device)} | {name: through(peer) for name, peer in _peers(device).items()},
         # Read the output and the noise, write the gradient.
@@ -121,8 +120,8 @@ def with_the_noising(case: Case, dtype: torch.dtype, device: str) -> Comparison:
         return run
 
     def both(output: Tensor, x0: Tensor, t: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        x_t = ops.add_noise(x0, t, add_noise.SCHEDULE, key)
-        return x_t, ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, key)
+        x_t, eps = ops.add_noise(x0, t, add_noise.SCHEDULE, key, return_noise=True)
+        return x_t, ops.denoising_loss(output, x0, t, add_noise.SCHEDULE, noise=eps)
 
     def error(result: Any) -> float:
         """Of the noise that is in x_t, and of that in the gradient 2 (output - eps) / n, which must be the same."""
