@@ -28,7 +28,7 @@ def test_call_overhead(device, compare, request):
     backend = choice.load(choice.choose(mu.device))
     # Key and tensors outlive the calls, so their addresses and the place can be asked for once.
     arguments = (
-        mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0, 0, 1, 1, 4, 0, key.packed.data_ptr(), 0,
+        mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0, 0, 0, 1, 1, 4, 0, key.packed.data_ptr(), 0,
         *backend._place_of_key(key.packed), *backend._place(mu),
     )  # fmt: skip
 

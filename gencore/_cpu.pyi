@@ -18,6 +18,7 @@ def reparameterize(
     mu: int,
     logvar: int,
     z: int,
+    slope: int,
     kl: int,
     dtype: int,
     samples: int,

@@ -45,6 +45,11 @@ def loss(output: Tensor, x0: Tensor, **settings: Any) -> Tensor:
     return ops.denoising_loss(output, x0, t, SCHEDULE, Key(1), **settings)
 
 
+def given(output: Tensor, x0: Tensor, noise: Tensor, **settings: Any) -> Tensor:
+    t = torch.tensor([0, 7], device=x0.device)
+    return ops.denoising_loss(output, x0, t, SCHEDULE, noise=noise, **settings)
+
+
 def bound(output: Tensor) -> Tensor:
     x0 = torch.full((2, 3, 4), 0.1, dtype=output.dtype, device=output.device)
     t = torch.tensor([0, 7], device=x0.device)
@@ -66,8 +71,12 @@ USES = {
     "reparameterize": Use(lambda mu, logvar: ops.reparameterize(mu, logvar, Key(1)), ((2, 5), (2, 5))),
     "several draws": Use(lambda mu, logvar: ops.reparameterize(mu, logvar, Key(1), num_samples=3), ((2, 5), (2, 5))),
     "reparameterize_kl": Use(lambda mu, logvar: ops.reparameterize_kl(mu, logvar, Key(1)), ((2, 5), (2, 5))),
+    "the noise kept": Use(
+        lambda *xs: ops.reparameterize(*xs, Key(1), num_samples=2, save_noise=True), ((2, 5), (2, 5))
+    ),
     "add_noise": Use(lambda x0: ops.add_noise(x0, torch.tensor([0, 7], device=x0.device), SCHEDULE, Key(1)), (X,)),
     "denoising_loss": Use(loss, (X, X)),
+    "noise at hand": Use(lambda *xs: given(*xs, parameterization="v"), (X, X, X)),
     "v, min_snr": Use(lambda *xs: loss(*xs, parameterization="v", weighting="min_snr"), (X, X)),
     "a learned variance": Use(lambda *xs: loss(*xs, bound_weight=1.0), ((2, 6, 4), X), stops=True),
     "variational_bound": Use(bound, ((2, 6, 4),), stops=True),

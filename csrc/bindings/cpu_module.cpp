@@ -126,20 +126,22 @@ PYBIND11_MODULE(_cpu, m) {
                           threads);
     });
   });
-  m.def("reparameterize", [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t kl, int dtype,
-                             std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels,
-                             std::uintptr_t key, std::int64_t key_rows, int threads) {
-    run("reparameterize", [&] {
-      return cpu::reparameterize({pointer(mu),
-                                  pointer(logvar),
-                                  pointer(z),
-                                  pointer(kl),
-                                  DType(dtype),
-                                  {samples, draws, elements, channels},
-                                  noise_key(key, key_rows)},
-                                 threads);
-    });
-  });
+  m.def("reparameterize",
+        [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t slope, std::uintptr_t kl,
+           int dtype, std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels,
+           std::uintptr_t key, std::int64_t key_rows, int threads) {
+          run("reparameterize", [&] {
+            return cpu::reparameterize({pointer(mu),
+                                        pointer(logvar),
+                                        pointer(z),
+                                        pointer(slope),
+                                        pointer(kl),
+                                        DType(dtype),
+                                        {samples, draws, elements, channels},
+                                        noise_key(key, key_rows)},
+                                       threads);
+          });
+        });
   m.def("reparameterize_backward",
         [](std::uintptr_t grad_z, std::uintptr_t grad_kl, std::uintptr_t mu, std::uintptr_t logvar,
            std::uintptr_t grad_mu, std::uintptr_t grad_logvar, int dtype, std::int64_t samples, std::int64_t draws,

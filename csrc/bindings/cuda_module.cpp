@@ -147,18 +147,18 @@ PYBIND11_MODULE(_cuda, m) {
         });
   m.def(
       "reparameterize",
-      [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t kl, int dtype, std::int64_t samples,
-         std::int64_t draws, std::int64_t elements, std::int64_t channels, std::uintptr_t key, std::int64_t key_rows,
-         bool key_on_device, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+      [](std::uintptr_t mu, std::uintptr_t logvar, std::uintptr_t z, std::uintptr_t slope, std::uintptr_t kl, int dtype,
+         std::int64_t samples, std::int64_t draws, std::int64_t elements, std::int64_t channels, std::uintptr_t key,
+         std::int64_t key_rows, bool key_on_device, int device, std::uintptr_t stream, std::uintptr_t workspace) {
         const NoiseShape shape{samples, draws, elements, channels};
         run("reparameterize", DType(dtype), shape, device, [&] {
-          return cuda::reparameterize({pointer(mu), pointer(logvar), pointer(z), pointer(kl), DType(dtype), shape,
-                                       noise_key(key, key_rows, key_on_device)},
+          return cuda::reparameterize({pointer(mu), pointer(logvar), pointer(z), pointer(slope), pointer(kl),
+                                       DType(dtype), shape, noise_key(key, key_rows, key_on_device)},
                                       pointer(workspace), stream_at(stream));
         });
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
   m.def("reparameterize_backward",
         [](std::uintptr_t grad_z, std::uintptr_t grad_kl, std::uintptr_t mu, std::uintptr_t logvar,
            std::uintptr_t grad_mu, std::uintptr_t grad_logvar, int dtype, std::int64_t samples, std::int64_t draws,

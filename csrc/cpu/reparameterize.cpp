@@ -18,6 +18,7 @@ Status forward(const Reparameterize& args, int threads) {
   const T* const mu = static_cast<const T*>(args.mu);
   const T* const logvar = static_cast<const T*>(args.logvar);
   T* const z = static_cast<T*>(args.z);
+  T* const slope = static_cast<T*>(args.slope);
   A* const kl = static_cast<A*>(args.kl);
 
   const Workspace<float> noise_space(tiles.team(threads), capacity);
@@ -34,8 +35,9 @@ Status forward(const Reparameterize& args, int threads) {
       source.fill(start, n, noise);
       for_vectors<P>(n, [&](std::int64_t i, std::int64_t count) {
         const F sigma = exponential<P>(P::mul(load_part<P>(logvar + start + i, count), P::set(0.5f)));
-        const F mean = load_part<P>(mu + start + i, count);
-        store_part<P>(z + start + i, P::fma(sigma, load_part<P>(noise + i, count), mean), count);
+        const F mean = load_part<P>(mu + start + i, count), eps = load_part<P>(noise + i, count);
+        store_part<P>(z + start + i, P::fma(sigma, eps, mean), count);
+        if (slope != nullptr) store_part<P>(slope + start + i, P::mul(P::mul(P::set(0.5f), sigma), eps), count);
       });
       return;
     }
@@ -55,7 +57,9 @@ Status forward(const Reparameterize& args, int threads) {
       source.fill(at, n, noise);
       for_vectors<P>(n, [&](std::int64_t i, std::int64_t count) {
         const F mean = load_part<P>(mu + start + i, count), deviation = load_part<P>(sigma + i, count);
-        store_part<P>(z + at + i, P::fma(deviation, load_part<P>(noise + i, count), mean), count);
+        const F eps = load_part<P>(noise + i, count);
+        store_part<P>(z + at + i, P::fma(deviation, eps, mean), count);
+        if (slope != nullptr) store_part<P>(slope + at + i, P::mul(P::mul(P::set(0.5f), deviation), eps), count);
       });
     }
     if (kl != nullptr) sums.add(start, n, term, kl);

@@ -10,7 +10,7 @@ constexpr int kl_items_per_piece = 4 * warp_threads;
 template <class A>
 struct ReparameterizeTensors {
   const void *mu, *logvar;
-  void* z;
+  void *z, *slope;
   // One sum for each piece, or for each row if a row is one piece.
   A* kl;
   std::int64_t draws;
@@ -55,6 +55,12 @@ __global__ void __launch_bounds__(block_threads, at_least<T>(key_on_device ? 2 :
 #pragma unroll
           for (int i = 0; i < item.size; ++i) sample[i] = P::fma(deviation[i], F(value[i]), mean[i]);
           item.store(z + draw * draw_size, sample);
+          if (tensors.slope == nullptr) continue;
+#pragma unroll
+          for (int i = 0; i < item.size; ++i) {
+            sample[i] = P::mul(P::mul(P::set(0.5f), deviation[i]), F(value[i]));
+          }
+          item.store(static_cast<T*>(tensors.slope) + draw * draw_size, sample);
         }
       },
       [&](std::int64_t task) {
@@ -152,13 +158,13 @@ Error reparameterize(const Reparameterize& args, void* workspace, Stream stream)
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename Arithmetic<T>::F;
     const bool with_kl = args.kl != nullptr;
-    const Work work =
-        make_work<T, channels_last>(shape, {args.mu, args.logvar, args.z}, with_kl ? kl_items_per_piece : 0);
+    const Work work = make_work<T, channels_last>(shape, {args.mu, args.logvar, args.z, args.slope},
+                                                  with_kl ? kl_items_per_piece : 0);
     const bool pieces = with_kl && work.pieces_per_row > 1;
     if (pieces && workspace == nullptr) return cudaErrorInvalidValue;
     A* const kl = static_cast<A*>(args.kl);
-    const ReparameterizeTensors<A> tensors{args.mu, args.logvar, args.z, pieces ? static_cast<A*>(workspace) : kl,
-                                           shape.draws};
+    const ReparameterizeTensors<A> tensors{
+        args.mu, args.logvar, args.z, args.slope, pieces ? static_cast<A*>(workspace) : kl, shape.draws};
     const cudaError_t error = with_constants(
         [&](auto kl_wanted) {
           return launch(reparameterize_kernel<T, channels_last, on_device, kl_wanted>, work.grid(), block_threads, 0,

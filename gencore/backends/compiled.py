@@ -103,8 +103,15 @@ class CompiledOps:
         self._fill(self._module.uniform, out, key)
 
     def reparameterize(
-        self, mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None, kl: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        key: Tensor,
+        num_samples: int | None = None,
+        kl: Tensor | None = None,
+        slope: Tensor | None = None,
     ) -> Tensor:
+        """``kl``, ``slope``: where to write what else is wanted; the latter is like the result."""
         memory_format, channels = _CONTIGUOUS, 0
         if not (mu.is_contiguous() and logvar.is_contiguous()):
             memory_format = memory_format_of(mu)
@@ -121,7 +128,8 @@ class CompiledOps:
         if kl is not None:
             kl_address, workspace = kl.data_ptr(), self._workspace("reparameterize", mu, *sizes)
         self._module.reparameterize(
-            mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), kl_address, *sizes, *self._noise(key, mu),
+            mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if slope is None else slope.data_ptr(), kl_address,
+            *sizes, *self._noise(key, mu),
             *[memory.data_ptr() for memory in workspace],
         )  # fmt: skip
         return z
@@ -132,6 +140,12 @@ class CompiledOps:
         dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
         kl = torch.empty(mu.shape[0], dtype=dtype, device=mu.device)
         return self.reparameterize(mu, logvar, key, num_samples, kl), kl
+
+    def reparameterize_and_slope(
+        self, mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        slope = empty_draws(mu, num_samples)
+        return self.reparameterize(mu, logvar, key, num_samples, slope=slope), slope
 
     def reparameterize_backward(
         self,

@@ -41,6 +41,7 @@ KERNELS = {
     "uniform_": Kernel("uniform", "forward"),
     "reparameterize": Kernel("reparameterize", "forward"),
     "reparameterize_kl": Kernel("reparameterize", "forward"),
+    "reparameterize_and_slope": Kernel("reparameterize", "forward"),
     "reparameterize_backward": Kernel("reparameterize", "backward", 3),
     "add_noise": Kernel("add_noise", "forward"),
     "denoising_loss": Kernel("denoising_loss", "forward", 1),

@@ -29,6 +29,10 @@ def _fake_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = 
     return empty_draws(mu, num_samples), kl
 
 
+def _fake_slope(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    return empty_draws(mu, num_samples), empty_draws(mu, num_samples)
+
+
 def _fake_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
@@ -48,6 +52,11 @@ _OF_SAMPLES = {"mu": 0, "logvar": 0, "key": 0}
 def _layouts(args: Mapping[str, Any]) -> list[Layout]:
     # Several draws come before the samples.
     return [Layout(_OF_SAMPLES, (0 if args["num_samples"] is None else 1, 0))]
+
+
+def _layouts_slope(args: Mapping[str, Any]) -> list[Layout]:
+    of_z = 0 if args["num_samples"] is None else 1
+    return [Layout(_OF_SAMPLES, (of_z, of_z))]
 
 
 def _layouts_backward(args: Mapping[str, Any]) -> list[Layout]:
@@ -71,6 +80,11 @@ def _definition(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None
 
 def _definition_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
     return _definition(mu, logvar, key, num_samples), reference.divergence(widened(mu), widened(logvar))
+
+
+def _definition_slope(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    eps, deviation = _eps(mu, key, num_samples), torch.exp(widened(logvar) / 2)
+    return (widened(mu) + deviation * eps).to(mu.dtype), (deviation / 2 * eps).to(mu.dtype)
 
 
 def _definition_backward(
@@ -137,6 +151,25 @@ def _backward_kl(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tup
     return grad_mu, grad_logvar, None, None
 
 
+def _setup_context_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.several = inputs[3] is not None
+    ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[1]:
+        ctx.save_for_backward(output[1])
+
+
+def _backward_slope(ctx: Any, grad_z: Tensor | None, grad_slope: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logvar = None
+    if ctx.needs_input_grad[1]:
+        (slope,) = ctx.saved_tensors
+        # The slope is differentiated where the gradient is: its own is half of itself.
+        factor = grad_z if grad_slope is None else (grad_slope / 2 if grad_z is None else grad_z + grad_slope / 2)
+        grad_logvar = None if factor is None else factor * slope
+    if ctx.several:
+        grad_z, grad_logvar = (None if grad is None else grad.sum(0) for grad in (grad_z, grad_logvar))
+    return grad_z, grad_logvar, None, None
+
+
 _ARGUMENTS = "(Tensor mu, Tensor logvar, Tensor key, SymInt? num_samples=None)"
 
 _reparameterize = define(
@@ -146,6 +179,14 @@ _reparameterize = define(
     backward=_backward,
     layouts=_layouts,
     definition=_definition,
+)
+_reparameterize_and_slope = define(
+    f"reparameterize_and_slope{_ARGUMENTS} -> (Tensor, Tensor)",
+    fake=_fake_slope,
+    setup_context=_setup_context_slope,
+    backward=_backward_slope,
+    layouts=_layouts_slope,
+    definition=_definition_slope,
 )
 _reparameterize_kl = define(
     f"reparameterize_kl{_ARGUMENTS} -> (Tensor, Tensor)",
@@ -170,7 +211,14 @@ def _checked(
     return mu, logvar, resolve_key(key, mu), num_samples
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    key: Key | None = None,
+    *,
+    num_samples: int | None = None,
+    save_noise: bool = False,
+) -> Tensor:
     """Samples z = mu + exp(logvar / 2) * eps, eps standard normal noise, in one pass over memory.
 
     Args:
@@ -179,12 +227,15 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
         key: what eps depends on; by default one drawn from torch's generator.
         num_samples: several draws per input: z is then (num_samples, B, ...). Draw s takes the elements from
             4 s ceil(n / 4) on, n the elements of an input, so that more draws begin with the same ones.
+        save_noise: keep eps * exp(logvar / 2) / 2, as large as z, for the gradient instead of ``logvar`` and the key.
+            The gradient is then a product, which is faster on CPUs; for half types it is rounded twice.
 
     Returns:
         z: mu's shape, dtype and memory format (contiguous or channels_last). The arithmetic is in float32, for float64
         inputs in float64; eps is never rounded to a half type. NaN and infinities propagate as in PyTorch.
 
-    The gradient is made in one pass too. eps is made again in it, so that only ``logvar`` is kept for it:
+    The gradient is made in one pass too. eps is made again in it, so that only ``logvar`` is kept for it, unless
+    ``save_noise`` says otherwise:
     d/dmu = sum over draws of grad_z, d/dlogvar = sum over draws of grad_z * eps * exp(logvar / 2) / 2.
 
     Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level.
@@ -199,11 +250,17 @@ def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_sa
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
-    if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
+    if num_samples is None and type(save_noise) is bool and (packed := everyday_key(mu, logvar, key)) is not None:
         return choice.kernel("reparameterize", mu)(mu, logvar, packed)
     if is_overridden(mu, logvar, key):
-        return hand_over(reparameterize, (mu, logvar, key), mu, logvar, key, num_samples=num_samples)
-    return _reparameterize(*_checked(mu, logvar, key, num_samples))
+        options = {"num_samples": num_samples, "save_noise": save_noise}
+        return hand_over(reparameterize, (mu, logvar, key), mu, logvar, key, **options)
+    if not isinstance(save_noise, bool):
+        raise TypeError(f"save_noise must be True or False, got {type(save_noise).__name__}")
+    args = _checked(mu, logvar, key, num_samples)
+    if save_noise and torch.is_grad_enabled() and logvar.requires_grad:
+        return _reparameterize_and_slope(*args)[0]
+    return _reparameterize(*args)
 
 
 def reparameterize_kl(

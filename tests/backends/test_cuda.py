@@ -152,7 +152,7 @@ def test_an_error_names_the_op_and_its_shapes(monkeypatch):
         with pytest.raises(
             ValueError, match="reparameterize of 2 x 3 x 8 bfloat16 values, channels_last with 4 channels"
         ):
-            module.reparameterize(0, 0, 0, 0, 2, 3, 2, 8, 4, key.data_ptr(), 0, False, 0, 0)
+            module.reparameterize(0, 0, 0, 0, 0, 2, 3, 2, 8, 4, key.data_ptr(), 0, False, 0, 0)
         with pytest.raises(ValueError, match="invalid argument"):
             # Rows on the host cannot be arguments of a launch.
             module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 1, False, 0, 0)

@@ -25,11 +25,13 @@ CASES = {
     "reparameterize": lambda x, w, e, t: ops.reparameterize(x, x, KEY),
     "a key per sample": lambda x, w, e, t: ops.reparameterize(x, x, Key(torch.tensor([4, 5, 6]))),
     "several draws": lambda x, w, e, t: ops.reparameterize(x, x, KEY, num_samples=2),
+    "the noise kept": lambda x, w, e, t: ops.reparameterize(x, x, KEY, num_samples=2, save_noise=True),
     "reparameterize_kl": lambda x, w, e, t: ops.reparameterize_kl(x, x, KEY)[1],
     "add_noise": lambda x, w, e, t: ops.add_noise(x, t, SCHEDULE, KEY),
     "one step for all": lambda x, w, e, t: ops.add_noise(x, 4, SCHEDULE, KEY),
     "the noise itself": lambda x, w, e, t: ops.add_noise(x, t, SCHEDULE, KEY, return_noise=True)[1] + x,
     "denoising_loss": lambda x, w, e, t: ops.denoising_loss(x, x * 2, t, SCHEDULE, KEY),
+    "noise at hand": lambda x, w, e, t: ops.denoising_loss(x, x * 2, t, SCHEDULE, noise=x * 3),
     "diffusion_step": lambda x, w, e, t: ops.diffusion_step(x, x, ROW, KEY),
     "a row per sample": lambda x, w, e, t: ops.diffusion_step(x, x, ROWS, KEY, history=(x,), threshold=0.9),
 }

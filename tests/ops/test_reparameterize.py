@@ -109,6 +109,28 @@ def test_backward_of_z_alone(case, dtype, kernels):
         assert torch.allclose(a, b, rtol=GRADIENT_TOLERANCE[dtype], atol=GRADIENT_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_noise_that_is_kept(case, dtype, kernels):
+    """The samples are the same; the gradient is a product with what was kept."""
+    mu, logvar = (x.requires_grad_() for x in inputs(case, dtype, device=kernels.device))
+    key = Key(torch.arange(case.shape[0]) + 5)
+    z = ops.reparameterize(mu, logvar, key, num_samples=case.draws, save_noise=True)
+    assert same_bits(z, ops.reparameterize(mu, logvar, key, num_samples=case.draws))
+    mu64, logvar64, z64, _ = oracle(mu, logvar, key, case.draws)
+    g = torch.randn(z.shape, dtype=dtype)
+    got = torch.autograd.grad(z, (mu, logvar), g.to(kernels.device))
+    want = torch.autograd.grad(z64, (mu64, logvar64), g.double())
+    eps, sigma = reference.noise(mu64, key, case.draws), (logvar64.detach() / 2).exp()
+    tolerance = GRADIENT_TOLERANCE[dtype]
+    # Near zero, what was kept has the smallest number of its type as its error, and so has the product.
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / tolerance
+    scales = g.double().abs(), g.double().abs() * (eps.abs() * sigma / 2 + smallest) + smallest
+    for a, b, scale in zip(got, want, scales, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, scale if case.draws is None else scale.sum(0), tolerance)
+
+
 @pytest.mark.parametrize("shape", [(3, 30_001), (20_000, 3), (2, 3, 110, 111)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,7 +145,9 @@ def test_bits_for_any_threads_and_simd_level(shape, layout, dtype, draws, thread
         z, kl = ops.reparameterize_kl(mu, logvar, key, num_samples=draws)
         alone = ops.reparameterize(mu, logvar, key, num_samples=draws)
         with_kl = torch.autograd.grad((z, kl), (mu, logvar), (z.detach(), kl.detach()))
-        return z.detach(), kl.detach(), *with_kl, *torch.autograd.grad(alone, (mu, logvar), z.detach())
+        kept = ops.reparameterize(mu, logvar, key, num_samples=draws, save_noise=True)
+        of_z = (torch.autograd.grad(output, (mu, logvar), z.detach()) for output in (alone, kept))
+        return z.detach(), kl.detach(), *with_kl, *next(of_z), *next(of_z)
 
     here = run()
     torch.set_num_threads(1)
@@ -291,7 +315,11 @@ def test_nothing_of_the_noise_is_saved():
         assert {x.data_ptr() for x in saved} >= {logvar.data_ptr()}
         saved.clear()
         ops.reparameterize(mu, logvar.detach(), Key(0))
+        ops.reparameterize(mu, logvar.detach(), Key(0), save_noise=True)
         assert saved == []
+        ops.reparameterize(mu, logvar, Key(0), save_noise=True)
+        assert [x.numel() for x in saved] == [8000]
+        assert not torch.equal(saved.pop(), logvar)
         ops.reparameterize_kl(mu, logvar, Key(0), num_samples=16)
         assert sorted(x.numel() for x in saved) == [3, 8000, 8000]
 
@@ -304,7 +332,7 @@ def test_opcheck(shape, draws, kernels):
         pytest.skip("what the check sees does not depend on what runs the op")
     case = cases.Case(shape, "", layout="channels_last" if len(shape) == 4 else "contiguous")
     mu, logvar = (x.requires_grad_() for x in inputs(case, torch.float32, device=kernels.device))
-    for name in ("reparameterize", "reparameterize_kl"):
+    for name in ("reparameterize", "reparameterize_kl", "reparameterize_and_slope"):
         op = getattr(torch.ops.gencore, name)
         torch.library.opcheck(op.default, (mu, logvar, Key(1).packed, draws))
         torch.library.opcheck(op.default, (mu.detach(), logvar.detach(), Key(1).packed, draws))
@@ -318,7 +346,8 @@ def test_opcheck(shape, draws, kernels):
 
 def loss(mu, logvar, key):
     z, kl = ops.reparameterize_kl(mu, logvar, key.stream(1))
-    return z.square().sum() + kl.sum() + ops.reparameterize(mu, logvar, key, num_samples=2).sum()
+    kept = ops.reparameterize(mu, logvar, key.stream(2), save_noise=True)
+    return z.square().sum() + kl.sum() + kept.sum() + ops.reparameterize(mu, logvar, key, num_samples=2).sum()
 
 
 def test_compiles_whole_and_once():
@@ -429,6 +458,7 @@ def test_more_than_two_to_the_31_elements():
 # ------------------------------------------------------------------------------------------------ contract
 
 X = torch.zeros(2, 3)
+KEY = Key(0)
 
 
 @pytest.mark.parametrize("op", [ops.reparameterize, ops.reparameterize_kl])
@@ -455,6 +485,12 @@ X = torch.zeros(2, 3)
 def test_says_what_is_wrong(op, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         op(*args, **kwargs)
+
+
+def test_says_that_save_noise_is_no_number():
+    for leaf in (X, X.clone().requires_grad_()):
+        with pytest.raises(TypeError, match="save_noise must be True or False, got int"):
+            ops.reparameterize(leaf, X, KEY, save_noise=1)
 
 
 def test_default_key_follows_manual_seed():

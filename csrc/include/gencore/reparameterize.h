@@ -9,12 +9,14 @@ namespace gencore {
 // z = mu + exp(logvar / 2) * eps, with eps the noise of `shape` and `key`, and, where `kl` is not null,
 // kl[b] = 1/2 sum_i (mu_i^2 + exp(logvar_i) - 1 - logvar_i), the divergence of sample b from the standard normal.
 //
-// mu, logvar: samples x elements; z: draws x samples x elements; all of `dtype` and of one memory order.
+// mu, logvar: samples x elements; z: draws x samples x elements; all of `dtype` and of one memory order. slope, like z,
+// may be null: else it becomes the derivative of z with respect to logvar, 1/2 exp(logvar / 2) * eps.
 // kl: samples values of float32, or of float64 if that is `dtype`.
 struct Reparameterize {
   const void* mu;
   const void* logvar;
   void* z;
+  void* slope;
   void* kl;
   DType dtype;
   NoiseShape shape;

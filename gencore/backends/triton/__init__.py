@@ -9,7 +9,12 @@ from gencore.backends.triton.denoising_loss import denoising_loss, denoising_los
 from gencore.backends.triton.diffusion_step import diffusion_step
 from gencore.backends.triton.group_norm import group_norm, group_norm_backward
 from gencore.backends.triton.normal import normal_
-from gencore.backends.triton.reparameterize import reparameterize, reparameterize_backward, reparameterize_kl
+from gencore.backends.triton.reparameterize import (
+    reparameterize,
+    reparameterize_and_slope,
+    reparameterize_backward,
+    reparameterize_kl,
+)
 from gencore.backends.triton.uniform import uniform_
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "group_norm_backward",
     "normal_",
     "reparameterize",
+    "reparameterize_and_slope",
     "reparameterize_backward",
     "reparameterize_kl",
     "uniform_",

@@ -26,7 +26,7 @@ def load(pointers, inside):
 
 @triton.jit(do_not_specialize=["seed", "stream", "sample", "rows", "height", "width", "draws"])
 def forward_kernel(
-    mu, logvar, z, kl, draws: tl.int64, key, seed: tl.int64, stream: tl.int64, sample: tl.int64,
+    mu, logvar, z, slope, kl, draws: tl.int64, key, seed: tl.int64, stream: tl.int64, sample: tl.int64,
     rows: tl.int64, height: tl.int64, width: tl.int64,
     PER_SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr, PARTIAL: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, ITEM: tl.constexpr, UNIT: tl.constexpr,
@@ -52,6 +52,9 @@ def forward_kernel(
         noise = values_of_tile(first, skip, words, CHANNELS_LAST, PARTIAL, A, B, ITEM, False).to(mean.dtype)
         value = multiply_add(deviation, noise, mean)
         tl.store(z + (draw * (rows * elements) + at), value.to(z.dtype.element_ty), inside)
+        if slope is not None:
+            of_logvar = deviation * 0.5 * noise
+            tl.store(slope + (draw * (rows * elements) + at), of_logvar.to(slope.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["pieces"])
@@ -105,7 +108,12 @@ def _cut(tensor: Tensor, memory_format: torch.memory_format) -> Cut:
 
 
 def reparameterize(
-    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None, kl: Tensor | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    key: Tensor,
+    num_samples: int | None = None,
+    kl: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     memory_format = _CONTIGUOUS
     if not (mu.is_contiguous() and logvar.is_contiguous()):
@@ -125,12 +133,19 @@ def reparameterize(
     *words, per_sample = key_arguments(key, mu)
     with device_of(mu):
         forward_kernel[work.grid](
-            mu, logvar, z, pieces, 1 if num_samples is None else num_samples, *words,
+            mu, logvar, z, slope, pieces, 1 if num_samples is None else num_samples, *words,
             work.rows, work.height, work.width, PER_SAMPLE=per_sample, **work.constants,
         )  # fmt: skip
         if pieces is not kl:
             sum_kernel[(work.rows,)](pieces, kl, work.tiles_per_row, SIZE=_PIECES, enable_fp_fusion=False)
     return z
+
+
+def reparameterize_and_slope(
+    mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    slope = empty_draws(mu, num_samples)
+    return reparameterize(mu, logvar, key, num_samples, slope=slope), slope
 
 
 def reparameterize_kl(mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
