@@ -90,8 +90,8 @@ def _definition_jvp(
     dv: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    wide: Any = map(widened, (q, k, v, dq, dk, dv))
-    d_out, d_lse = reference.attention_jvp(*wide, scale=scale)
+    q_, k_, v_, dq_, dk_, dv_ = map(widened, (q, k, v, dq, dk, dv))
+    d_out, d_lse = reference.attention_jvp(q_, k_, v_, dq_, dk_, dv_, scale)
     return d_out.to(q.dtype), d_lse
 
 

@@ -99,8 +99,8 @@ def _definition_jvp(
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     given = Settings(*settings)
-    wide: Any = tuple(map(widened, (q, k, v, dq, dk, dv)))
-    d_out, d_lse = reference.attention_jvp(*wide, scale=given.scale, options=_options(wide[0], wide[1], given))
+    q_, k_, v_, dq_, dk_, dv_ = map(widened, (q, k, v, dq, dk, dv))
+    d_out, d_lse = reference.attention_jvp(q_, k_, v_, dq_, dk_, dv_, given.scale, _options(q_, k_, given))
     return _in_layout_of(q, d_out.to(q.dtype)), d_lse
 
 
