@@ -16,7 +16,7 @@ from gencore.backends.layout import (
     suggested_format,
 )
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
 
 
@@ -88,7 +88,7 @@ class CompiledOps:
                 dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         batch, channels = dense.shape[0], _channels(dense, memory_format)
         kernel(
-            dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
+            dense.data_ptr(), DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
             *self._noise(key, out),
         )  # fmt: skip
         if dense is not out:
@@ -122,7 +122,7 @@ class CompiledOps:
         batch, kl_address = mu.shape[0], 0
         workspace: tuple[Tensor, ...] = ()
         sizes = (
-            _DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
+            DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
             channels,
         )  # fmt: skip
         if kl is not None:
@@ -170,7 +170,7 @@ class CompiledOps:
         self._module.reparameterize_backward(
             0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
             0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
-            grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
+            grad_logvar.data_ptr(), DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
             logvar.numel() // batch if batch else 0, channels, *self._noise(key, logvar),
         )  # fmt: skip
         return grad_mu, grad_logvar
@@ -353,7 +353,7 @@ class CompiledOps:
         kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
         if kept is not None and not x.numel():
             kept.zero_()
-        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+        sizes = DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
         dense, values = _channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm", x, *sizes)
         self._module.group_norm(
@@ -388,7 +388,7 @@ class CompiledOps:
         grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
         of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
         grads = [self._empty_like(x) if wanted[0] else None, *of_values]
-        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+        sizes = DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
         dense, values = _channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm_backward", x, *sizes)
         self._module.group_norm_backward(
@@ -403,7 +403,7 @@ class CompiledOps:
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
     batch = x.shape[0]
-    return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
+    return DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
 
 
 def heads(tensor: Tensor) -> tuple[int, ...]:
@@ -413,7 +413,7 @@ def heads(tensor: Tensor) -> tuple[int, ...]:
 
 def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     """The dtype, and batch, heads, queries, keys, channels of a head."""
-    return _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+    return DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
 _ACTIVATION = {None: 0, "silu": 1}
@@ -430,5 +430,5 @@ def _channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ..
         if not value.is_contiguous() and value.stride(-1) != 1:
             value = value.contiguous()
         dense.append(value)
-        described.append((value.data_ptr(), _DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
+        described.append((value.data_ptr(), DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
     return dense, tuple(described)
