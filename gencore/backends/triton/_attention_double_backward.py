@@ -14,23 +14,12 @@ from torch import Tensor
 from gencore.backends.layout import readable, writable
 from gencore.backends.triton._attention import Cut, Tiles, cut, described, has_warpgroups
 from gencore.backends.triton._attention_backward import place, steps
-from gencore.backends.triton._attention_products import add_weighted, all_of, products, store_both
+from gencore.backends.triton._attention_products import add_weighted, pair, products, store_both
 from gencore.backends.triton._attention_tangent import along, readable_or_none
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 
 _STEPS = steps("grad_out", "q", "k", "v", "dq", "dk", "dv")
-
-
-@triton.jit
-def second_order(s, t, dp, e, base, mean, delta, second, factor, scale, exists, SOME: tl.constexpr):
-    """From products and what a query has of its own: p (t - m), p (dp - delta), and z of attention.h."""
-    p = tl.exp2(multiply_add(s, factor, -base))
-    if SOME:
-        # Tokens that do not exist have no probabilities, whatever others make of them.
-        p = tl.where(exists, p, 0.0)
-    changed, grad = multiply_add(t, scale, -mean), dp - delta
-    return p * changed, p * grad, p * (multiply_add(changed, grad, -second) + e)
 
 
 @triton.jit(do_not_specialize=[*_STEPS, *steps("grad_k", "grad_v"), "heads", "queries", "keys", "scale"])
@@ -54,24 +43,25 @@ def second_keys_kernel(
     queries = queries.to(tl.int64) * QUERIES_UNIT
     keys = keys.to(tl.int64) * KEYS_UNIT
     first_key, column, number, sample, head = place(tl.program_id(0), keys, heads, N, PARTS, PA)
-    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT + 16 * V_LAYOUT + 64 * DV_LAYOUT
-    of_keys = (
-        (k, sample * k_batch + head * k_head, k_step),
-        (dk, sample * dk_batch + head * dk_head, dk_step),
-        (v, sample * v_batch + head * v_head, v_step),
-        (dv, sample * dv_batch + head * dv_head, dv_step),
-    )
-    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT + 16 * GRAD_OUT_LAYOUT
     of_queries = (
         (q, sample * q_batch + head * q_head, q_step),
         (dq, sample * dq_batch + head * dq_head, dq_step),
-        (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step),
-        (None, None, None),
     )
-    if CHUNKED:
-        rows = of_keys
-    else:
-        rows = all_of(of_keys, first_key, keys, 0, N, A, B, SIZE, UNIT, KEYS, True)
+    of_keys = (
+        (k, sample * k_batch + head * k_head, k_step),
+        (dk, sample * dk_batch + head * dk_head, dk_step),
+    )
+    of_values = (
+        (v, sample * v_batch + head * v_head, v_step),
+        (dv, sample * dv_batch + head * dv_head, dv_step),
+    )
+    of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step), (None, None, None)
+    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT
+    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT
+    VALUES: tl.constexpr = V_LAYOUT + 4 * DV_LAYOUT
+    # Those of a head that is read in chunks nobody uses.
+    key_tiles = pair(of_keys, first_key, keys, 0, N, A, B, SIZE, UNIT, KEYS, True)
+    value_tiles = pair(of_values, first_key, keys, 0, N, A, B, SIZE, UNIT, VALUES, True)
     factor = tl.full((1, M), scale * 1.4426950408889634, KIND)
     scales = tl.full((1, M), scale, KIND)
     of_k0 = tl.zeros((N, PA), KIND)
@@ -82,29 +72,32 @@ def second_keys_kernel(
     # Whole tiles of queries, and what is left.
     for REST in tl.static_range(2):
         for first in range(whole if REST else 0, queries if REST else whole, M):
-            columns, s, t, dp, e = products(
-                of_keys, rows, first_key, keys, of_queries, first, queries, column, N, M, CHUNKED, A, B, PA, PB, SIZE,
-                UNIT, KEYS, QUERIES, KIND, REST == 1,
-            )  # fmt: skip
             query = first + tl.arange(0, M)
             exists, at = query < queries, number * queries + query
-            base = tl.load(lse + at, exists, other=0.0) * 1.4426950408889634
-            m = tl.load(mean + at, exists, other=0.0)
-            if grad_k is None:
-                of_grad, of_second = m, m
-            else:
-                of_grad = tl.load(delta + at, exists, other=0.0)
-                of_second = tl.load(second + at, exists, other=0.0)
-            moved, ds, z = second_order(
-                s, t, dp, e, base[None, :], m[None, :], of_grad[None, :], of_second[None, :], factor, scales,
-                exists[None, :], REST == 1,
+            query_tiles = pair(of_queries, first, queries, column, M, PA, PB, SIZE, UNIT, QUERIES, REST == 1)
+            s, t = products(
+                of_keys, key_tiles, first_key, keys, of_queries, query_tiles, first, queries, N, M, CHUNKED, A, B, SIZE,
+                UNIT, KEYS, QUERIES, KIND, REST == 1,
             )  # fmt: skip
+            base = tl.load(lse + at, exists, other=0.0) * 1.4426950408889634
+            p = tl.exp2(multiply_add(s, factor, -base[None, :]))
+            if REST:
+                # Queries that do not exist have no probabilities, whatever a key makes of them.
+                p = tl.where(exists[None, :], p, 0.0)
+            moved = multiply_add(t, scales, -tl.load(mean + at, exists, other=0.0)[None, :])
+            grad_tiles = pair(of_grads, first, queries, column, M, PA, PB, SIZE, UNIT, GRAD_OUT_LAYOUT, REST == 1)
             if grad_v is not None:
-                of_v0, of_v1 = add_weighted(moved, columns[2], of_v0, of_v1, PB)
+                of_v0, of_v1 = add_weighted(p * moved, grad_tiles[0], of_v0, of_v1, PB)
             if grad_k is not None:
-                of_k0, of_k1 = add_weighted(z, columns[0], of_k0, of_k1, PB)
+                dp, e = products(
+                    of_values, value_tiles, first_key, keys, of_grads, grad_tiles, first, queries, N, M, CHUNKED, A, B,
+                    SIZE, UNIT, VALUES, GRAD_OUT_LAYOUT, KIND, REST == 1,
+                )  # fmt: skip
+                dp -= tl.load(delta + at, exists, other=0.0)[None, :]
+                z = p * (multiply_add(moved, dp, -tl.load(second + at, exists, other=0.0)[None, :]) + e)
+                of_k0, of_k1 = add_weighted(z, query_tiles[0], of_k0, of_k1, PB)
                 if dq is not None:
-                    of_k0, of_k1 = add_weighted(ds, columns[1], of_k0, of_k1, PB)
+                    of_k0, of_k1 = add_weighted(p * dp, query_tiles[1], of_k0, of_k1, PB)
 
     if grad_k is not None:
         to = (grad_k, sample * grad_k_batch + head * grad_k_head, grad_k_step)
@@ -137,28 +130,29 @@ def second_queries_kernel(
     queries = queries.to(tl.int64) * QUERIES_UNIT
     keys = keys.to(tl.int64) * KEYS_UNIT
     first_query, column, number, sample, head = place(tl.program_id(0), queries, heads, M, PARTS, PA)
-    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT + 16 * GRAD_OUT_LAYOUT
     of_queries = (
         (q, sample * q_batch + head * q_head, q_step),
         (dq, sample * dq_batch + head * dq_head, dq_step),
-        (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step),
-        (None, None, None),
     )
-    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT + 16 * V_LAYOUT + 64 * DV_LAYOUT
     of_keys = (
         (k, sample * k_batch + head * k_head, k_step),
         (dk, sample * dk_batch + head * dk_head, dk_step),
+    )
+    of_values = (
         (v, sample * v_batch + head * v_head, v_step),
         (dv, sample * dv_batch + head * dv_head, dv_step),
     )
-    if CHUNKED:
-        rows = of_queries
-    else:
-        rows = all_of(of_queries, first_query, queries, 0, M, A, B, SIZE, UNIT, QUERIES, True)
+    of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step), (None, None, None)
+    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT
+    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT
+    VALUES: tl.constexpr = V_LAYOUT + 4 * DV_LAYOUT
+    # Those of a head that is read in chunks nobody uses.
+    query_tiles = pair(of_queries, first_query, queries, 0, M, A, B, SIZE, UNIT, QUERIES, True)
+    grad_tiles = pair(of_grads, first_query, queries, 0, M, A, B, SIZE, UNIT, GRAD_OUT_LAYOUT, True)
     query = first_query + tl.arange(0, M)
     exists, at = query < queries, number * queries + query
     base = tl.load(lse + at, exists, other=0.0) * 1.4426950408889634
-    m = tl.load(mean + at, exists, other=0.0)
+    of_lse = tl.load(mean + at, exists, other=0.0)
     of_grad = tl.load(delta + at, exists, other=0.0)
     of_second = tl.load(second + at, exists, other=0.0)
     factor = tl.full((M, 1), scale * 1.4426950408889634, KIND)
@@ -169,18 +163,26 @@ def second_queries_kernel(
     # Whole tiles of keys, and what is left.
     for REST in tl.static_range(2):
         for first in range(whole if REST else 0, keys if REST else whole, N):
-            columns, s, t, dp, e = products(
-                of_queries, rows, first_query, queries, of_keys, first, keys, column, M, N, CHUNKED, A, B, PA, PB, SIZE,
-                UNIT, QUERIES, KEYS, KIND, REST == 1,
+            key_tiles = pair(of_keys, first, keys, column, N, PA, PB, SIZE, UNIT, KEYS, REST == 1)
+            s, t = products(
+                of_queries, query_tiles, first_query, queries, of_keys, key_tiles, first, keys, M, N, CHUNKED, A, B,
+                SIZE, UNIT, QUERIES, KEYS, KIND, REST == 1,
             )  # fmt: skip
-            known = first + tl.arange(0, N) < keys
-            _, ds, z = second_order(
-                s, t, dp, e, base[:, None], m[:, None], of_grad[:, None], of_second[:, None], factor, scales,
-                known[None, :], REST == 1,
+            p = tl.exp2(multiply_add(s, factor, -base[:, None]))
+            if REST:
+                # What has no key may overflow.
+                p = tl.where((first + tl.arange(0, N) < keys)[None, :], p, 0.0)
+            moved = multiply_add(t, scales, -of_lse[:, None])
+            value_tiles = pair(of_values, first, keys, column, N, PA, PB, SIZE, UNIT, VALUES, REST == 1)
+            dp, e = products(
+                of_grads, grad_tiles, first_query, queries, of_values, value_tiles, first, keys, M, N, CHUNKED, A, B,
+                SIZE, UNIT, GRAD_OUT_LAYOUT, VALUES, KIND, REST == 1,
             )  # fmt: skip
-            sum0, sum1 = add_weighted(z, columns[0], sum0, sum1, PB)
+            dp -= of_grad[:, None]
+            z = p * (multiply_add(moved, dp, -of_second[:, None]) + e)
+            sum0, sum1 = add_weighted(z, key_tiles[0], sum0, sum1, PB)
             if dk is not None:
-                sum0, sum1 = add_weighted(ds, columns[1], sum0, sum1, PB)
+                sum0, sum1 = add_weighted(p * dp, key_tiles[1], sum0, sum1, PB)
 
     to = (grad_q, sample * grad_q_batch + head * grad_q_head, grad_q_step)
     sum0 *= scales

@@ -1,9 +1,8 @@
-"""What the kernels of attention's second derivative and forward mode have in common: products of two tiles of tokens.
+"""What the kernels of attention's second derivative and forward mode have in common: products of tensors that change.
 
-Rows and columns of a product are queries and keys, or keys and queries. Each side is four tensors (x, dx, y, dy): of
-queries q, its change, the gradient of the result, and none; of keys k, its change, v, and that of v. Each is a view, a
-tuple: the tensor, where the head begins in it, and the step from token to token or channel to channel; the layouts of
-the four are one number, two bits for each. A tensor that is None is 0.
+A pair is a tensor and its change: q and dq, k and dk, v and dv, or the gradient of the result and nothing. Each of the
+two is a view, a tuple: the tensor, where the head begins in it, and the step from token to token or channel to channel.
+The layouts of both are one number, two bits for each. A tensor that is None is 0.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -45,20 +44,16 @@ def store_both(
 
 
 @triton.jit
-def all_of(
-    side, first, tokens, channel, T: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr,
+def pair(
+    x, first, tokens, channel, T: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr,
     UNIT: tl.constexpr, LAYOUTS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of each view of a side; where there is none, those of x, which nobody uses."""
-    x = both(side[0], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS % 4, SOME)
-    dx, y, dy = x, x, x
-    if side[1][0] is not None:
-        dx = both(side[1], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS // 4 % 4, SOME)
-    if side[2][0] is not None:
-        y = both(side[2], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS // 16 % 4, SOME)
-    if side[3][0] is not None:
-        dy = both(side[3], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS // 64, SOME)
-    return x, dx, y, dy
+    """The tiles of a pair; those of the first twice, where nothing changes."""
+    tiles = both(x[0], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS % 4, SOME)
+    changes = tiles
+    if x[1][0] is not None:
+        changes = both(x[1], first, tokens, channel, T, A, B, SIZE, UNIT, LAYOUTS // 4, SOME)
+    return tiles, changes
 
 
 @triton.jit
@@ -71,48 +66,34 @@ def add_both(x, y, total, B: tl.constexpr):
 
 
 @triton.jit
-def add_all(of_rows, rows, of_columns, columns, s, t, dp, e, B: tl.constexpr):
-    """The products of tiles, added to what is given."""
-    s = add_both(rows[0], columns[0], s, B)
-    if of_rows[1][0] is not None:
-        t = add_both(rows[1], columns[0], t, B)
-    if of_columns[1][0] is not None:
-        t = add_both(rows[0], columns[1], t, B)
-    if of_rows[2][0] is not None and of_columns[2][0] is not None:
-        dp = add_both(rows[2], columns[2], dp, B)
-    if of_rows[2][0] is not None and of_columns[3][0] is not None:
-        e = add_both(rows[2], columns[3], e, B)
-    if of_rows[3][0] is not None and of_columns[2][0] is not None:
-        e = add_both(rows[3], columns[2], e, B)
-    return s, t, dp, e
-
-
-@triton.jit
 def products(
-    of_rows, rows, first_row, row_tokens, of_columns, first_column, column_tokens, column, R: tl.constexpr,
-    C: tl.constexpr, CHUNKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr, KIND: tl.constexpr,
-    SOME: tl.constexpr,
+    x, tiles_of_x, first_x, tokens_of_x, y, tiles_of_y, first_y, tokens_of_y, X: tl.constexpr, Y: tl.constexpr,
+    CHUNKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr,
+    LAYOUTS_OF_X: tl.constexpr, LAYOUTS_OF_Y: tl.constexpr, KIND: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Of R rows and C columns: the tiles of the columns with the channels of this part, and the products, not scaled.
+    """x y' and its change, dx y' + x dy', of X and Y tokens.
 
-    ``rows``: their tiles, if not CHUNKED. The products are those of q with k, their change along dq and dk, those of
-    grad_out with v, and of grad_out with dv.
+    Their tiles have every channel, or else are CHUNKED, read again A channels at a time. ``SOME``: whether some of the Y
+    tokens may not exist.
     """
-    s = tl.zeros((R, C), KIND)
-    t = tl.zeros((R, C), KIND)
-    dp = tl.zeros((R, C), KIND)
-    e = tl.zeros((R, C), KIND)
+    value = tl.zeros((X, Y), KIND)
+    change = tl.zeros((X, Y), KIND)
     if CHUNKED:
         for channel in range(0, SIZE, A):
-            some_rows = all_of(of_rows, first_row, row_tokens, channel, R, A, 0, SIZE, UNIT, OF_ROWS, True)
-            some_columns = all_of(of_columns, first_column, column_tokens, channel, C, A, 0, SIZE, UNIT, OF_COLUMNS, SOME)
-            s, t, dp, e = add_all(of_rows, some_rows, of_columns, some_columns, s, t, dp, e, 0)
-        columns = all_of(of_columns, first_column, column_tokens, column, C, PA, PB, SIZE, UNIT, OF_COLUMNS, SOME)
+            some_x = pair(x, first_x, tokens_of_x, channel, X, A, 0, SIZE, UNIT, LAYOUTS_OF_X, True)
+            some_y = pair(y, first_y, tokens_of_y, channel, Y, A, 0, SIZE, UNIT, LAYOUTS_OF_Y, SOME)
+            value = add_both(some_x[0], some_y[0], value, 0)
+            if x[1][0] is not None:
+                change = add_both(some_x[1], some_y[0], change, 0)
+            if y[1][0] is not None:
+                change = add_both(some_x[0], some_y[1], change, 0)
     else:
-        columns = all_of(of_columns, first_column, column_tokens, 0, C, A, B, SIZE, UNIT, OF_COLUMNS, SOME)
-        s, t, dp, e = add_all(of_rows, rows, of_columns, columns, s, t, dp, e, B)
-    return columns, s, t, dp, e
+        value = add_both(tiles_of_x[0], tiles_of_y[0], value, B)
+        if x[1][0] is not None:
+            change = add_both(tiles_of_x[1], tiles_of_y[0], change, B)
+        if y[1][0] is not None:
+            change = add_both(tiles_of_x[0], tiles_of_y[1], change, B)
+    return value, change
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from gencore.backends.layout import readable, writable
 from gencore.backends.triton._attention import Cut, Tiles, cut, described, has_warpgroups
 from gencore.backends.triton._attention_backward import place, steps
-from gencore.backends.triton._attention_products import add_weighted, all_of, both, products, store_both
+from gencore.backends.triton._attention_products import add_weighted, both, pair, products, store_both
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 
@@ -51,37 +51,41 @@ def tangent_kernel(
     queries = queries.to(tl.int64) * QUERIES_UNIT
     keys = keys.to(tl.int64) * KEYS_UNIT
     first_query, column, number, sample, head = place(tl.program_id(0), queries, heads, M, PARTS, PA)
-    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT + 16 * GRAD_OUT_LAYOUT
     of_queries = (
         (q, sample * q_batch + head * q_head, q_step),
         (dq, sample * dq_batch + head * dq_head, dq_step),
-        (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step),
-        (None, None, None),
     )
-    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT + 16 * V_LAYOUT + 64 * DV_LAYOUT
     of_keys = (
         (k, sample * k_batch + head * k_head, k_step),
         (dk, sample * dk_batch + head * dk_head, dk_step),
+    )
+    of_values = (
         (v, sample * v_batch + head * v_head, v_step),
         (dv, sample * dv_batch + head * dv_head, dv_step),
     )
+    of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step), (None, None, None)
+    QUERIES: tl.constexpr = Q_LAYOUT + 4 * DQ_LAYOUT
+    KEYS: tl.constexpr = K_LAYOUT + 4 * DK_LAYOUT
+    VALUES: tl.constexpr = V_LAYOUT + 4 * DV_LAYOUT
     query = first_query + tl.arange(0, M)
     base = tl.load(lse + number * queries + query, query < queries, other=0.0) * 1.4426950408889634
     factor = tl.full((M,), scale * 1.4426950408889634, KIND)
     scales = tl.full((M,), scale, KIND)
 
-    if CHUNKED:
-        rows = of_queries
-    else:
-        rows = all_of(of_queries, first_query, queries, 0, M, A, B, SIZE, UNIT, QUERIES, True)
+    # Those of a head that is read in chunks nobody uses.
+    query_tiles = pair(of_queries, first_query, queries, 0, M, A, B, SIZE, UNIT, QUERIES, True)
+    grad_tiles = query_tiles
+    if grad_out is not None:
+        grad_tiles = pair(of_grads, first_query, queries, 0, M, A, B, SIZE, UNIT, GRAD_OUT_LAYOUT, True)
 
     # What all logits change by alike changes nothing, and is left out of sums: a large one would take their digits. The
     # first keys tell about how much that is.
-    _, _, t, _, _ = products(
-        of_queries, rows, first_query, queries, of_keys, 0, keys, column, M, FIRST, CHUNKED, A, B, PA, PB, SIZE, UNIT,
+    few = pair(of_keys, 0, keys, 0, FIRST, A, B, SIZE, UNIT, KEYS, True)
+    _, changes = products(
+        of_queries, query_tiles, first_query, queries, of_keys, few, 0, keys, M, FIRST, CHUNKED, A, B, SIZE, UNIT,
         QUERIES, KEYS, KIND, True,
     )  # fmt: skip
-    shift = scales * tl.sum(t, axis=1) / tl.minimum(keys, FIRST).to(KIND)
+    shift = scales * tl.sum(changes, axis=1) / tl.minimum(keys, FIRST).to(KIND)
     mean = tl.zeros((M,), KIND)
     of_grad = tl.zeros((M,), KIND)
     squares = tl.zeros((M,), KIND)
@@ -91,9 +95,10 @@ def tangent_kernel(
     # Whole tiles of keys, and what is left.
     for REST in tl.static_range(2):
         for first in range(whole if REST else 0, keys if REST else whole, N):
-            columns, s, t, dp, e = products(
-                of_queries, rows, first_query, queries, of_keys, first, keys, column, M, N, CHUNKED, A, B, PA, PB, SIZE,
-                UNIT, QUERIES, KEYS, KIND, REST == 1,
+            key_tiles = pair(of_keys, first, keys, column, N, PA, PB, SIZE, UNIT, KEYS, REST == 1)
+            s, t = products(
+                of_queries, query_tiles, first_query, queries, of_keys, key_tiles, first, keys, M, N, CHUNKED, A, B,
+                SIZE, UNIT, QUERIES, KEYS, KIND, REST == 1,
             )  # fmt: skip
             p = tl.exp2(multiply_add(s, factor[:, None], -base[:, None]))
             if REST:
@@ -101,13 +106,18 @@ def tangent_kernel(
                 p = tl.where((first + tl.arange(0, N) < keys)[None, :], p, 0.0)
             moved = p * multiply_add(t, scales[:, None], -shift[:, None])
             mean += tl.sum(moved, axis=1)
+            value_tiles = pair(of_values, first, keys, column, N, PA, PB, SIZE, UNIT, VALUES, REST == 1)
             if second is not None:
+                dp, e = products(
+                    of_grads, grad_tiles, first_query, queries, of_values, value_tiles, first, keys, M, N, CHUNKED, A,
+                    B, SIZE, UNIT, GRAD_OUT_LAYOUT, VALUES, KIND, REST == 1,
+                )  # fmt: skip
                 of_grad += tl.sum(p * dp, axis=1)
                 squares += tl.sum(multiply_add(moved, dp, p * e), axis=1)
             if d_out is not None:
-                sum0, sum1 = add_weighted(moved, columns[2], sum0, sum1, PB)
+                sum0, sum1 = add_weighted(moved, value_tiles[0], sum0, sum1, PB)
                 if dv is not None:
-                    sum0, sum1 = add_weighted(p, columns[3], sum0, sum1, PB)
+                    sum0, sum1 = add_weighted(p, value_tiles[1], sum0, sum1, PB)
 
     if d_out is not None:
         out = (out, sample * out_batch + head * out_head, out_step)
