@@ -63,7 +63,7 @@ OP_ROOMS = {
     "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
-    "benchmarks": ("test_{}.py", {"training", "unet"}),
+    "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),
 }
 
 
@@ -256,11 +256,11 @@ def test_a_missing_stem_is_found(tmp_path):
             (tmp_path / folder / pattern.format(op)).touch()
     (tmp_path / "CMakeLists.txt").write_text("set(gencore_ops one two)")
     assert stem_faults(tmp_path) == []
-    (tmp_path / "benchmarks" / "test_two.py").unlink()
+    (tmp_path / "gencore" / "bench" / "suite" / "two.py").unlink()
     (tmp_path / "csrc" / "cpu" / "three.cpp").touch()
     found = stem_faults(tmp_path)
     assert len(found) == len(OP_ROOMS)  # all but csrc/cpu, and CMakeLists.txt
-    assert "benchmarks: no three, two, which other rooms have" in found
+    assert "gencore/bench/suite: no three, two, which other rooms have" in found
     assert "gencore/ops: no three, which other rooms have" in found
 
 
