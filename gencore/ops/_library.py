@@ -13,42 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gencore._torch import compiled_as_constant, is_batched_gradient, is_fake, is_wrapped, when_imported
+from gencore._torch import (
+    has_tangents,
+    is_batched_gradient,
+    is_fake,
+    is_forward_mode,
+    is_transformed,
+    is_wrapped,
+    quick_apply,
+    transforms,
+    unwrapped,
+    when_imported,
+)
+from gencore._torch import is_unobserved as is_unobserved
 from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-
-_is_compiling = torch.compiler.is_compiling
-try:
-    _dispatch_modes = torch._C._len_torch_dispatch_stack
-    _function_modes = torch._C._len_torch_function_stack
-    _transforms = torch._C._functorch.peek_interpreter_stack
-    _tracing_state = torch._C._get_tracing_state
-    _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
-    _FORWARD, _REVERSE = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
-    _forward_ad._current_level, _profiler._is_profiler_enabled, torch._C._functorch.get_interpreter_stack  # noqa: B018
-    _CAN_TELL = True
-except AttributeError:  # Private names, which another PyTorch may not have: every call then takes the dispatcher.
-    _CAN_TELL = False
-
-
-def is_unobserved() -> bool:
-    """Whether nothing stands between a call on plain tensors and its kernel: then the kernel is called directly.
-
-    The dispatcher costs two microseconds, as much as a small kernel. It is needed by whatever looks at ops or changes
-    what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, forward-mode
-    differentiation, the profiler.
-    """
-    return _CAN_TELL and not (
-        _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _forward_ad._current_level >= 0
-        or _profiler._is_profiler_enabled
-        or _tracing_state() is not None
-    )
 
 
 class Layout(NamedTuple):
@@ -120,8 +101,7 @@ class Op:
         Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.setup_context = staticmethod(setup)  # type: ignore[method-assign]
         self._transformed = Transformed
-        # Function.apply looks for transforms first, which are known not to be there: three microseconds.
-        self.with_gradient = super(torch.autograd.Function, Eager).apply if _CAN_TELL else Eager.apply
+        self.with_gradient = quick_apply(Eager)
 
     def __call__(self, *args: Any) -> Any:
         if self.name in _optional and not has_kernel(self.name, args):
@@ -130,7 +110,7 @@ class Op:
             if is_transformed():
                 if self._definition is not None and needs_definition(args, self._has_jvp):
                     return self._definition(*args)
-                if self._transformed is not None and not _is_compiling():
+                if self._transformed is not None and not torch.compiler.is_compiling():
                     return self._transformed.apply(*args)
             return self.library(*args)
         wanted = False
@@ -157,7 +137,7 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
         # ... and what a transform of torch.func that is over leaves around the tensors that left it.
         if not any(map(is_wrapped, tensors)):
             raise
-        alive = torch._functorch.utils.unwrap_dead_wrappers(args)
+        alive = unwrapped(args)
         return kernel_for(name, alive)(*alive)
 
 
@@ -219,61 +199,21 @@ def _saving_for_forward(setup_context: Callable[..., None]) -> Callable[..., Non
     return setup
 
 
-@compiled_as_constant
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
-    return _CAN_TELL and (_transforms() is not None or _forward_ad._current_level >= 0)
-
-
 def widened(value: Any) -> Any:
     """A tensor of a half type in float32, as definitions compute it; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-@compiled_as_constant
-def is_forward_mode() -> bool:
-    """Whether derivatives are being computed forwards: by ``torch.func.jvp`` or ``torch.autograd.forward_ad``.
-
-    The compiler is told at the place that it looks at, where a guard at the beginning of a function would be wrong.
-    """
-    return _CAN_TELL and _forward_ad._current_level >= 0
-
-
-@compiled_as_constant
-def transforms() -> tuple[int, int, int]:
-    """How many transforms of ``torch.func`` are under way: in forward mode, in reverse mode, and others."""
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    forward, reverse = kinds.count(_FORWARD), kinds.count(_REVERSE)
-    return forward, reverse, len(kinds) - forward - reverse
-
-
 def needs_definition(args: Sequence[Any], has_jvp: bool) -> bool:
     """Whether a transform needs the operations that an op is made of."""
     forward, reverse, others = transforms()
-    if _is_compiling():
+    if torch.compiler.is_compiling():
         # The compiler cannot look into a Function that a transform is to see; mapping needs none.
         return is_forward_mode() or reverse > 0
     # Derivatives of derivatives forwards, and tangents of autograd's that are mapped over, a rule would get wrong.
     if forward > 1 or (forward == 0 and is_forward_mode() and reverse + others > 0):
         return True
     return not has_jvp and has_tangents(args)
-
-
-def has_tangents(args: Sequence[Any]) -> bool:
-    """Whether derivatives of an argument are computed forwards, as far as can be told.
-
-    The rule of an op's ``jvp`` is given tensors without tangents while forward mode is on. Only the tangents of the
-    innermost transform are seen, and not those of tensors that are mapped over.
-    """
-    if not is_forward_mode():
-        return False
-    levels = torch._C._functorch.get_interpreter_stack()
-    if levels and levels[-1].key() != _FORWARD:
-        return True
-    try:
-        return any(_forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor))
-    except RuntimeError:
-        return True
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> tuple[Tensor, ...]:
