@@ -17,6 +17,7 @@ from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tenso
 from gencore.ops._library import (
     PLAIN_TYPES,
     Layout,
+    Out,
     arguments_of,
     by_definition,
     define,
@@ -61,7 +62,7 @@ _OF_SAMPLES = {"x": 0, "scale": 0, "shift": 0, "bias_in": 0}
 
 
 def _layouts(args: Any) -> list[Layout]:
-    return [Layout({**_OF_SAMPLES, "out": 0}, (0, 0))]
+    return [Layout(_OF_SAMPLES, (0, 0))]
 
 
 def _layouts_backward(args: Any) -> list[Layout]:
@@ -241,27 +242,8 @@ _group_norm = define(
     backward=_backward,
     layouts=_layouts,
     definition=_definition,
-)
-
-
-def _compute_into(x: Tensor, num_groups: int, *args: Any) -> None:
-    """The kernel with a tensor to write to, its last argument."""
-    *values_and_eps, out = args
-    x = x.contiguous(memory_format=suggested_format(x))
-    y = out if out.stride() == x.stride() else torch.empty_like(x)
-    choice.kernel("group_norm", x)(x, num_groups, *values_and_eps, y, False)
-    if y is out:
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(y)
-
-
-_group_norm_out = define(
-    f"group_norm_out(Tensor x, int num_groups, {_VALUES}, str? activation, float eps, Tensor(a!) out) -> ()",
-    fake=lambda *_: None,
-    composed=_compute_into,
-    layouts=_layouts,
+    # Without the statistics, which only the gradient needs.
+    out=Out(suggested_format, options=(False,)),
 )
 
 
@@ -343,10 +325,7 @@ def group_norm(
     if out is None:
         return _group_norm(x, num_groups, *values, activation, eps)[0]
     check_out(out, "x", x, dict(zip(_VALUE_NAMES, values, strict=True)))
-    if not torch.compiler.is_compiling() and out.is_neg():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
-        return out.copy_(_group_norm(x, num_groups, *values, activation, eps)[0])
-    _group_norm_out(x, num_groups, *values, activation, eps, out)
+    _group_norm.into(x, num_groups, *values, activation, eps, out)
     return out
 
 

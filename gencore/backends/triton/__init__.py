@@ -4,7 +4,12 @@ variable TRITON_INTERPRET is 1 before this is imported. Importing this imports t
 The ops have the names that the library knows them by."""
 
 from gencore.backends.triton.add_noise import add_noise
-from gencore.backends.triton.attention import attention, attention_backward
+from gencore.backends.triton.attention import (
+    attention,
+    attention_backward,
+    attention_double_backward,
+    attention_jvp,
+)
 from gencore.backends.triton.denoising_loss import denoising_loss, denoising_loss_backward
 from gencore.backends.triton.diffusion_step import diffusion_step
 from gencore.backends.triton.group_norm import group_norm, group_norm_backward
@@ -21,6 +26,8 @@ __all__ = [
     "add_noise",
     "attention",
     "attention_backward",
+    "attention_double_backward",
+    "attention_jvp",
     "denoising_loss",
     "denoising_loss_backward",
     "diffusion_step",
