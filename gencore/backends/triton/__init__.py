@@ -12,6 +12,7 @@ from gencore.backends.triton.attention import (
 )
 from gencore.backends.triton.denoising_loss import denoising_loss, denoising_loss_backward
 from gencore.backends.triton.diffusion_step import diffusion_step
+from gencore.backends.triton.general_attention import general_attention, general_attention_backward
 from gencore.backends.triton.group_norm import group_norm, group_norm_backward
 from gencore.backends.triton.normal import normal_
 from gencore.backends.triton.reparameterize import (
@@ -31,6 +32,8 @@ __all__ = [
     "denoising_loss",
     "denoising_loss_backward",
     "diffusion_step",
+    "general_attention",
+    "general_attention_backward",
     "group_norm",
     "group_norm_backward",
     "normal_",
