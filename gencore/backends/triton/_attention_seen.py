@@ -37,6 +37,8 @@ class Plan(NamedTuple):
         return self.of_head.constants | of_value | {"M": queries, "N": keys, "num_warps": warps, "num_stages": stages}
 
 
+# No tile has more queries or keys.
+LONGEST = 1024
 # The integers and numbers that kernels take for it, in the order of `arguments`.
 SEEN = (
     "seed", "stream", "first_sample", "mask_batch", "mask_head", "mask_query", "mask_key", "dropped_below", "gain",
@@ -70,6 +72,7 @@ def seen(
         "MASK_UNIT": unit,
         "MASK_HAS_QUERIES": steps[2] != 0,
         "MASK_KEYS_TOGETHER": steps[3] == 1,
+        "MASK_LONG": max(map(abs, steps[2:])) * LONGEST >= 1 << 31,
         "DROPS": key is not None,
         "PER_SAMPLE": words[4],
         "PARTIAL": k.shape[2] % 4 != 0,
@@ -103,27 +106,51 @@ def product(
 
 
 @triton.jit
-def logits(
-    s, scale, mask, query, key, queries, keys, MASK_UNIT: tl.constexpr, MASK_HAS_QUERIES: tl.constexpr,
-    MASK_KEYS_TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Products, scaled, with the mask: -inf where it hides a key.
+def left(first, tokens, T: tl.constexpr):
+    """How many tokens there are from the first on, up to T."""
+    return tl.minimum(tokens - first, T).to(tl.int32)
 
-    ``mask``: the tensor, where the head begins in it, the steps from query to query and from key to key. ``query``,
-    ``key``: numbers that broadcast to the tile.
+
+@triton.jit
+def logits(
+    s, scale, mask, first_query, first_key, queries, keys, M: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_HAS_QUERIES: tl.constexpr,
+    MASK_KEYS_TOGETHER: tl.constexpr, MASK_LONG: tl.constexpr,
+):  # fmt: skip
+    """Products of M queries x N keys, or of N keys x M queries, scaled, with the mask: -inf where it hides a key.
+
+    ``mask``: the tensor, where the head begins in it, the steps from query to query and from key to key.
     """
     scales = tl.full((1, 1), scale, s.dtype)
+    m = tl.arange(0, M)[:, None]
+    n = tl.arange(0, N)[None, :]
     if mask[0] is None:
-        return s * scales
-    at = mask[0] + mask[1] * MASK_UNIT
-    at += key if MASK_KEYS_TOGETHER else key * mask[3]
-    exists = key < keys
-    if MASK_HAS_QUERIES:
-        at += query * mask[2] * MASK_UNIT
-        exists &= query < queries
-    if mask[0].dtype.element_ty == tl.uint8:
-        return tl.where(tl.load(at, exists, other=0) != 0, s * scales, float("-inf"))
-    return multiply_add(s, scales, tl.load(at, exists, other=0.0).to(s.dtype))
+        s *= scales
+    else:
+        # What changes from tile to tile is one number; the rest is worked out once.
+        of_query = mask[2] * MASK_UNIT
+        first = mask[1] * MASK_UNIT + first_query * of_query + first_key * mask[3]
+        at = n if MASK_KEYS_TOGETHER else n * (mask[3] if MASK_LONG else mask[3].to(tl.int32))
+        exists = n < left(first_key, keys, N)
+        if MASK_HAS_QUERIES:
+            at += m * (of_query if MASK_LONG else of_query.to(tl.int32))
+            exists &= m < left(first_query, queries, M)
+        value = tl.load(mask[0] + first + at, exists, other=0)
+        if KEYS_FIRST:
+            value = tl.trans(value)
+        if mask[0].dtype.element_ty == tl.uint8:
+            s = tl.where(value != 0, s * scales, float("-inf"))
+        else:
+            s = multiply_add(s, scales, value.to(s.dtype))
+    if EDGE:
+        if KEYS_FIRST:
+            m = tl.arange(0, M)[None, :]
+            n = tl.arange(0, N)[:, None]
+        sees = (m < left(first_query, queries, M)) & (n < left(first_key, keys, N))
+        if CAUSAL:
+            sees &= n <= m + left(first_key, first_query, N)
+        s = tl.where(sees, s, float("-inf"))
+    return s
 
 
 @triton.jit

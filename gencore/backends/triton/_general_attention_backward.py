@@ -46,7 +46,7 @@ def general_keys_kernel(
     QUERIES_UNIT: tl.constexpr, KEYS_UNIT: tl.constexpr, GRAD_OUT_LAYOUT: tl.constexpr, Q_LAYOUT: tl.constexpr,
     K_LAYOUT: tl.constexpr, V_LAYOUT: tl.constexpr, GRAD_K_LAYOUT: tl.constexpr, GRAD_V_LAYOUT: tl.constexpr,
     CAUSAL: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_HAS_QUERIES: tl.constexpr, MASK_KEYS_TOGETHER: tl.constexpr,
-    DROPS: tl.constexpr, PER_SAMPLE: tl.constexpr, PARTIAL: tl.constexpr,
+    MASK_LONG: tl.constexpr, DROPS: tl.constexpr, PER_SAMPLE: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """The gradients of N keys, of N values, or of both, with a part of them where one of the two is divided."""
     KIND: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
@@ -60,7 +60,6 @@ def general_keys_kernel(
     of_keys = (k, sample * k_batch + shared * k_head, k_step)
     of_values = (v, sample * v_batch + shared * v_head, v_step)
     there = keys_of(lengths, sample, keys)
-    key_of = first_key + tl.arange(0, N)[:, None]
     if DROPS:
         words = words_of_rows(key, seed, stream, first_sample, sample, sample >= 0, PER_SAMPLE)
     # Those of a head that is read in chunks nobody uses.
@@ -71,64 +70,48 @@ def general_keys_kernel(
     grad_k1 = tl.zeros((N, PB if PB else 16), KIND)
     grad_v0 = tl.zeros((N, V_PA), KIND)
     grad_v1 = tl.zeros((N, V_PB if V_PB else 16), KIND)
-    # Tiles of queries: from `begin` on some of them see some of the keys, from `all_see` on all see all, and from `rest`
-    # on some do not exist.
-    last = tl.where(first_key < there, queries, 0)
+    # The first of the queries that see a key, and the last.
     begin = first_key // M * M if CAUSAL else first_key * 0
-    rest = tl.maximum(last // M * M, begin)
-    all_see = tl.minimum(tl.cdiv(first_key + N - 1, M) * M, rest) if CAUSAL else begin
-    before = (all_see - begin) // M
-    edges = before + (rest < last).to(tl.int64)
+    end = tl.where(first_key < there, queries, 0)
     for member in range(0, group):
         head = shared * group + member
         of_queries = (q, sample * q_batch + head * q_head, q_step)
         of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step)
         of_mask = (mask, sample * mask_batch + head * mask_head, mask_query, mask_key)
         row = (sample * heads + head) * queries
-        for EDGE in tl.static_range(2):
-            for number in range(0, edges if EDGE else (rest - all_see) // M):
-                first = all_see + number * M
-                if EDGE:
-                    first = tl.where(number < before, begin + number * M, rest)
-                query = first + tl.arange(0, M)
-                query_tiles = both(of_queries, first, queries, of_k, M, PA, PB, SIZE, UNIT, Q_LAYOUT, EDGE == 1)
-                grad_tiles = both(
-                    of_grads, first, queries, of_v, M, V_PA, V_PB, V_SIZE, UNIT, GRAD_OUT_LAYOUT, EDGE == 1
-                )
-                s = product(
-                    of_keys, key_tiles, first_key, there, of_queries, query_tiles, first, queries, N, M, CHUNKED, A, B,
-                    SIZE, UNIT, K_LAYOUT, Q_LAYOUT, KIND, EDGE == 1,
+        for first in range(begin, end, M):
+            query = first + tl.arange(0, M)
+            query_tiles = both(of_queries, first, queries, of_k, M, PA, PB, SIZE, UNIT, Q_LAYOUT, True)
+            grad_tiles = both(of_grads, first, queries, of_v, M, V_PA, V_PB, V_SIZE, UNIT, GRAD_OUT_LAYOUT, True)
+            s = product(
+                of_keys, key_tiles, first_key, there, of_queries, query_tiles, first, queries, N, M, CHUNKED, A, B,
+                SIZE, UNIT, K_LAYOUT, Q_LAYOUT, KIND, True,
+            )  # fmt: skip
+            s = logits(
+                s, scale, of_mask, first, first_key, queries, there, M, N, True, True, CAUSAL, MASK_UNIT,
+                MASK_HAS_QUERIES, MASK_KEYS_TOGETHER, MASK_LONG,
+            )  # fmt: skip
+            base = tl.load(lse + row + query, query < queries, other=float("-inf"))
+            # One that sees no key has no probabilities.
+            base = tl.where(base == float("-inf"), float("inf"), base)
+            p = tl.exp2((s - base[None, :]) * 1.4426950408889634)
+            if DROPS:
+                keeps = kept(words, dropped_below, head, first, first_key, queries, keys, M, N, True, PARTIAL)
+            if grad_v is not None:
+                weights = tl.where(keeps, p, 0.0) if DROPS else p
+                grad_v0, grad_v1 = add_weighted(weights, grad_tiles, grad_v0, grad_v1, V_PB)
+            if grad_k is not None:
+                dp = product(
+                    of_values, value_tiles, first_key, there, of_grads, grad_tiles, first, queries, N, M, V_CHUNKED,
+                    V_A, V_B, V_SIZE, UNIT, V_LAYOUT, GRAD_OUT_LAYOUT, KIND, True,
                 )  # fmt: skip
-                s = logits(
-                    s, scale, of_mask, query[None, :], key_of, queries, there, MASK_UNIT, MASK_HAS_QUERIES,
-                    MASK_KEYS_TOGETHER,
-                )  # fmt: skip
-                if EDGE:
-                    sees = (query < queries)[None, :]
-                    if CAUSAL:
-                        sees &= key_of <= query[None, :]
-                    s = tl.where(sees, s, float("-inf"))
-                base = tl.load(lse + row + query, query < queries, other=float("-inf"))
-                # One that sees no key has no probabilities.
-                base = tl.where(base == float("-inf"), float("inf"), base)
-                p = tl.exp2((s - base[None, :]) * 1.4426950408889634)
                 if DROPS:
-                    keeps = kept(words, dropped_below, head, first, first_key, queries, keys, M, N, True, PARTIAL)
-                if grad_v is not None:
-                    weights = tl.where(keeps, p, 0.0) if DROPS else p
-                    grad_v0, grad_v1 = add_weighted(weights, grad_tiles, grad_v0, grad_v1, V_PB)
-                if grad_k is not None:
-                    dp = product(
-                        of_values, value_tiles, first_key, there, of_grads, grad_tiles, first, queries, N, M, V_CHUNKED,
-                        V_A, V_B, V_SIZE, UNIT, V_LAYOUT, GRAD_OUT_LAYOUT, KIND, EDGE == 1,
-                    )  # fmt: skip
-                    if DROPS:
-                        dp = tl.where(keeps, dp * gains, 0.0)
-                    ds = p * (dp - tl.load(delta + row + query, query < queries, other=0.0)[None, :])
-                    grad_k0, grad_k1 = add_weighted(ds, query_tiles, grad_k0, grad_k1, PB)
+                    dp = tl.where(keeps, dp * gains, 0.0)
+                ds = p * (dp - tl.load(delta + row + query, query < queries, other=0.0)[None, :])
+                grad_k0, grad_k1 = add_weighted(ds, query_tiles, grad_k0, grad_k1, PB)
 
     # What is beyond a sample's length has no gradient.
-    exists = key_of < there
+    exists = (first_key + tl.arange(0, N) < there)[:, None]
     if grad_k is not None:
         scales = tl.full((1, 1), scale, KIND)
         grad_k0 = tl.where(exists, grad_k0 * scales, 0.0)
@@ -161,8 +144,8 @@ def general_queries_kernel(
     V_B: tl.constexpr, V_PA: tl.constexpr, V_PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
     QUERIES_UNIT: tl.constexpr, KEYS_UNIT: tl.constexpr, GRAD_OUT_LAYOUT: tl.constexpr, Q_LAYOUT: tl.constexpr,
     K_LAYOUT: tl.constexpr, V_LAYOUT: tl.constexpr, GRAD_Q_LAYOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK_UNIT: tl.constexpr, MASK_HAS_QUERIES: tl.constexpr, MASK_KEYS_TOGETHER: tl.constexpr, DROPS: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, PARTIAL: tl.constexpr,
+    MASK_UNIT: tl.constexpr, MASK_HAS_QUERIES: tl.constexpr, MASK_KEYS_TOGETHER: tl.constexpr, MASK_LONG: tl.constexpr,
+    DROPS: tl.constexpr, PER_SAMPLE: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """The gradients of M queries."""
     KIND: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
@@ -188,7 +171,6 @@ def general_queries_kernel(
     # One that sees no key has no probabilities.
     base = tl.where(base == float("-inf"), float("inf"), base)[:, None]
     of_grad = tl.load(delta + number * queries + query, query < queries, other=0.0)[:, None]
-    query = query[:, None]
     gains = tl.full((1, 1), gain, KIND)
     sum0 = tl.zeros((M, PA), KIND)
     sum1 = tl.zeros((M, PB if PB else 16), KIND)
@@ -197,20 +179,15 @@ def general_queries_kernel(
     end = tl.minimum(there, first_query + M) if CAUSAL else there
     for EDGE in tl.static_range(2):
         for first in range(whole if EDGE else 0, end if EDGE else whole, N):
-            key_of = first + tl.arange(0, N)[None, :]
             key_tiles = both(of_keys, first, there, column, N, PA, PB, SIZE, UNIT, K_LAYOUT, EDGE == 1)
             s = product(
                 of_queries, query_tiles, first_query, queries, of_keys, key_tiles, first, there, M, N, CHUNKED, A, B,
                 SIZE, UNIT, Q_LAYOUT, K_LAYOUT, KIND, EDGE == 1,
             )  # fmt: skip
             s = logits(
-                s, scale, of_mask, query, key_of, queries, there, MASK_UNIT, MASK_HAS_QUERIES, MASK_KEYS_TOGETHER
-            )
-            if EDGE:
-                sees = key_of < there
-                if CAUSAL:
-                    sees &= key_of <= query
-                s = tl.where(sees, s, float("-inf"))
+                s, scale, of_mask, first_query, first, queries, there, M, N, False, EDGE == 1, CAUSAL, MASK_UNIT,
+                MASK_HAS_QUERIES, MASK_KEYS_TOGETHER, MASK_LONG,
+            )  # fmt: skip
             p = tl.exp2((s - base) * 1.4426950408889634)
             value_tiles = both(of_values, first, there, 0, N, V_A, V_B, V_SIZE, UNIT, V_LAYOUT, EDGE == 1)
             dp = product(

@@ -40,8 +40,8 @@ def general_attention_kernel(
     V_B: tl.constexpr, V_PA: tl.constexpr, V_PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
     QUERIES_UNIT: tl.constexpr, KEYS_UNIT: tl.constexpr, Q_LAYOUT: tl.constexpr, K_LAYOUT: tl.constexpr,
     V_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, CAUSAL: tl.constexpr, MASK_UNIT: tl.constexpr,
-    MASK_HAS_QUERIES: tl.constexpr, MASK_KEYS_TOGETHER: tl.constexpr, DROPS: tl.constexpr, PER_SAMPLE: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    MASK_HAS_QUERIES: tl.constexpr, MASK_KEYS_TOGETHER: tl.constexpr, MASK_LONG: tl.constexpr, DROPS: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """M queries, with a part of their results where a value is divided. ``group``: heads that share keys."""
     KIND: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
@@ -56,7 +56,6 @@ def general_attention_kernel(
     of_keys = (k, sample * k_batch + head // group * k_head, k_step)
     of_values = (v, sample * v_batch + head // group * v_head, v_step)
     of_mask = (mask, sample * mask_batch + head * mask_head, mask_query, mask_key)
-    query = first_query + tl.arange(0, M)[:, None]
     if DROPS:
         words = words_of_rows(key, seed, stream, first_sample, sample, sample >= 0, PER_SAMPLE)
     # Those of a head that is read in chunks nobody uses.
@@ -73,20 +72,15 @@ def general_attention_kernel(
     end = tl.minimum(there, first_query + M) if CAUSAL else there
     for EDGE in tl.static_range(2):
         for first in range(whole if EDGE else 0, end if EDGE else whole, N):
-            key_of = first + tl.arange(0, N)[None, :]
             key_tiles = both(of_keys, first, there, 0, N, A, B, SIZE, UNIT, K_LAYOUT, EDGE == 1)
             s = product(
                 of_queries, query_tiles, first_query, queries, of_keys, key_tiles, first, there, M, N, CHUNKED, A, B,
                 SIZE, UNIT, Q_LAYOUT, K_LAYOUT, KIND, EDGE == 1,
             )  # fmt: skip
             s = logits(
-                s, scale, of_mask, query, key_of, queries, there, MASK_UNIT, MASK_HAS_QUERIES, MASK_KEYS_TOGETHER
-            )
-            if EDGE:
-                sees = key_of < there
-                if CAUSAL:
-                    sees &= key_of <= query
-                s = tl.where(sees, s, float("-inf"))
+                s, scale, of_mask, first_query, first, queries, there, M, N, False, EDGE == 1, CAUSAL, MASK_UNIT,
+                MASK_HAS_QUERIES, MASK_KEYS_TOGETHER, MASK_LONG,
+            )  # fmt: skip
             new_top = tl.maximum(top, tl.max(s, axis=1))
             decay = tl.exp2((top - new_top) * 1.4426950408889634)
             top = new_top
