@@ -137,15 +137,22 @@ def tangent_kernel(
 
 
 @functools.lru_cache(256)
-def plan(size: int, dtype: torch.dtype, warpgroups: bool, second: bool) -> tuple[Cut, Tiles]:
-    """How a head of that size is cut; ``second``: whether for the second derivative, which has more tiles."""
+def plan_of_queries(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
+    """How a head of that size is cut where programs have queries, here and for their gradients in the second derivative.
+
+    Of a tile of queries by keys there are three or four products at a time, so that tiles are shorter than in the
+    gradient. With warpgroups 32 keys at least are worth reading the queries again from shared memory; a thread then
+    lacks up to 60 registers at 128 channels, which are read again from the cache. Longer heads are read in chunks, for
+    whose parts the products are made again.
+    """
     if dtype == torch.float64:
         return cut(size, 16, 64), Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
         return cut(size, 16, 128), Tiles(64, 32, 8, 1)
-    if size > (256 if warpgroups else 128):
-        return cut(size, 64, 256), Tiles(64, 32, 8, 2)
-    return cut(size, 0, 256), Tiles(128 if size <= 128 else 64, 64 if size <= 64 else 32, 8, 2)
+    work = cut(size, 64 if size > 128 else 0, 128)
+    if warpgroups:
+        return work, Tiles(128, 64 if size <= 64 else 32, 8, 2)
+    return work, Tiles(128 if size <= 64 else 64, 32, 8, 2)
 
 
 def along(
@@ -172,7 +179,7 @@ def along(
     # What is not there is described as something that is.
     tensors = {"q": q, "k": k, "v": v, "out": out} | {name: q if x is None else x for name, x in given.items()}
     arguments, constants = described(tensors, queries=queries, keys=keys)
-    work, tiles = plan(size, q.dtype, has_warpgroups(q), second[1] is not None)
+    work, tiles = plan_of_queries(size, q.dtype, has_warpgroups(q))
     with device_of(q):
         tangent_kernel[(batch * heads * work.parts * triton.cdiv(queries, tiles.queries),)](
             q, k, v, out, *given.values(), lse, d_lse, *second, *arguments, heads, scale,
