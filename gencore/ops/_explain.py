@@ -143,7 +143,7 @@ _GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
 def _by_table(
     op: str, arguments: dict[str, Any], device: torch.device
 ) -> tuple[str | None, str, dict[str, str], list[str]]:
-    """Who runs a call on a GPU, what that rests on, why others do not, and a note on who makes its gradient, if that is
+    """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if that is
     somebody else."""
     op = op.removesuffix("_out")
     kernel = _KERNELS.get(op, op)
@@ -159,6 +159,8 @@ def _by_table(
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)
         if (behind, why) != (runner, source):
             notes.append(f"its gradient: {behind}, {why}")
+    if kernel == "attention" and (further := choice.runner_of("attention_jvp", device)) != runner:
+        notes.append(f"its second derivative and forward mode: {further or 'PyTorch, in operations of its own'}")
     return runner, source, refused, notes
 
 

@@ -148,6 +148,7 @@ def test_explain_says_it(cudnn):
         "  not cuda: the table has it after cudnn",
         "  not triton: the table has it after cudnn",
         "  its gradient: cuda, not measured: a test",
+        "  its second derivative and forward mode: triton",
     ]
     assert explain(ops.attention, q[:, :, :16], k, v).chosen == "cuda"
     assert explain(ops.group_norm, torch.zeros(1, 2, 3), 1).source == "not measured"

@@ -148,7 +148,7 @@ def plan_of_queries(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cu
     if dtype == torch.float64:
         return cut(size, 16, 64), Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
-        return cut(size, 16, 128), Tiles(64, 32, 8, 1)
+        return cut(size, 16, 128), Tiles(64, 32 if size <= 64 else 16, 8, 1)
     work = cut(size, 64 if size > 128 else 0, 128)
     if warpgroups:
         return work, Tiles(128, 64 if size <= 64 else 32, 8, 2)
