@@ -22,9 +22,6 @@ from gencore.backends.triton._attention_products import add_weighted, both, pair
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 
-# How many of the first keys tell a query what its logits may change by alike.
-_FIRST = 16
-
 
 @triton.jit(
     do_not_specialize=[
@@ -41,7 +38,7 @@ def tangent_kernel(
     d_out_batch: tl.int64, d_out_head: tl.int64, d_out_step: tl.int64,
     queries: tl.int64, keys: tl.int64, heads: tl.int32, scale: tl.float64,
     PARTS: tl.constexpr, SIZE: tl.constexpr, CHUNKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    PA: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
+    PA: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
     QUERIES_UNIT: tl.constexpr, KEYS_UNIT: tl.constexpr, Q_LAYOUT: tl.constexpr, K_LAYOUT: tl.constexpr,
     V_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, DQ_LAYOUT: tl.constexpr, DK_LAYOUT: tl.constexpr,
     DV_LAYOUT: tl.constexpr, GRAD_OUT_LAYOUT: tl.constexpr, D_OUT_LAYOUT: tl.constexpr,
@@ -80,12 +77,12 @@ def tangent_kernel(
 
     # What all logits change by alike changes nothing, and is left out of sums: a large one would take their digits. The
     # first keys tell about how much that is.
-    few = pair(of_keys, 0, keys, 0, FIRST, A, B, SIZE, UNIT, KEYS, True)
+    few = pair(of_keys, 0, keys, 0, N, A, B, SIZE, UNIT, KEYS, True)
     _, changes = products(
-        of_queries, query_tiles, first_query, queries, of_keys, few, 0, keys, M, FIRST, CHUNKED, A, B, SIZE, UNIT,
-        QUERIES, KEYS, KIND, True,
+        of_queries, query_tiles, first_query, queries, of_keys, few, 0, keys, M, N, CHUNKED, A, B, SIZE, UNIT, QUERIES,
+        KEYS, KIND, True,
     )  # fmt: skip
-    shift = scales * tl.sum(changes, axis=1) / tl.minimum(keys, FIRST).to(KIND)
+    shift = scales * tl.sum(changes, axis=1) / tl.minimum(keys, N).to(KIND)
     mean = tl.zeros((M,), KIND)
     of_grad = tl.zeros((M,), KIND)
     squares = tl.zeros((M,), KIND)
@@ -183,7 +180,7 @@ def along(
     with device_of(q):
         tangent_kernel[(batch * heads * work.parts * triton.cdiv(queries, tiles.queries),)](
             q, k, v, out, *given.values(), lse, d_lse, *second, *arguments, heads, scale,
-            PARTS=work.parts, **work.constants, M=tiles.queries, N=tiles.keys, FIRST=_FIRST, **constants,
+            PARTS=work.parts, **work.constants, M=tiles.queries, N=tiles.keys, **constants,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
