@@ -143,8 +143,8 @@ _GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
 def _by_table(
     op: str, arguments: dict[str, Any], device: torch.device
 ) -> tuple[str | None, str, dict[str, str], list[str]]:
-    """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if that is
-    somebody else."""
+    """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if those
+    are others."""
     op = op.removesuffix("_out")
     kernel = _KERNELS.get(op, op)
     args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())

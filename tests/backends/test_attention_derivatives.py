@@ -35,9 +35,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6,
 DIRECTIONS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 
 
-def inputs(
-    case: AttentionCase, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], Tensor]:
     """q, k, v; a direction; the gradient of the result."""
     generator = torch.Generator().manual_seed(0)
     qkv, direction = (case.tensors(dtype, device, generator) for _ in range(2))
@@ -63,7 +61,7 @@ def defined(qkv: list[Tensor], direction: list[Tensor | None], g: Tensor) -> lis
     ]
 
 
-@pytest.mark.parametrize("kernels", (*LEVELS, "triton"), indirect=True)
+@pytest.mark.parametrize("kernels", [*LEVELS, "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype, kernels):

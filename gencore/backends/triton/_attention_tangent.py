@@ -135,12 +135,12 @@ def tangent_kernel(
 
 @functools.lru_cache(256)
 def plan_of_queries(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
-    """How a head of that size is cut where programs have queries, here and for their gradients in the second derivative.
+    """How a head of that size is cut where programs have queries: here, and for their gradients' gradients.
 
-    Of a tile of queries by keys there are three or four products at a time, so that tiles are shorter than in the
-    gradient. With warpgroups 32 keys at least are worth reading the queries again from shared memory; a thread then
-    lacks up to 60 registers at 128 channels, which are read again from the cache. Longer heads are read in chunks, for
-    whose parts the products are made again.
+    Of a tile of queries by keys there are up to four products at a time, so that tiles are shorter than in the
+    gradient. With warpgroups the queries come from shared memory for each tile of keys, and shorter ones would wait for
+    them: then it costs less that a thread lacks a few of its registers, 12 to 20 at 64 channels and 26 to 52 at 128,
+    and reads them again from the cache. Longer heads are read in chunks, and their products made again for each part.
     """
     if dtype == torch.float64:
         return cut(size, 16, 64), Tiles(32, 16, 4, 1)

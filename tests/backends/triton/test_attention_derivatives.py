@@ -6,12 +6,15 @@ tests/backends/test_attention_derivatives.py has what is true of all backends th
 from __future__ import annotations
 
 import sys
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from attention_bounds import heads_of, inputs
 from support import same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gencore.bench import cases
 from gencore.bench.cases import AttentionCase
@@ -23,7 +26,9 @@ from gencore.backends import triton as kernels
 from gencore.backends.triton import _attention as common
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = [sys.modules[f"gencore.backends.triton.{name}"] for name in ("_attention_tangent", "_attention_double_backward")]
+MODULES = [
+    sys.modules[f"gencore.backends.triton.{name}"] for name in ("_attention_tangent", "_attention_double_backward")
+]
 TANGENT, DOUBLE_BACKWARD = MODULES
 SCALE = 0.2
 # Some roundings of the type, relative to the largest value: of weights before their products, and of the result of the
@@ -140,6 +145,33 @@ def test_results_written_where_they_are_wanted():
         assert got is into[0]
         assert all(a is b for a, b in zip(grads, into[1:], strict=True))
         assert all(same_bits(a, b) for a, b in zip(into, (want[0], *want[2:]), strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of all tensors that PyTorch makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.nbytes += made.nbytes if isinstance(made, Tensor) else 0
+        return made
+
+
+def test_nothing_of_the_size_of_tokens_squared_is_allocated(monkeypatch):
+    launched = []
+    for module in MODULES:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, mock.MagicMock())
+            launched.append(getattr(module, name))
+    x = torch.empty(1, 1, 16384, 64, dtype=torch.bfloat16, device=DEVICE)
+    lse = torch.empty(1, 1, 16384, device=DEVICE)
+    with Allocations() as allocations:
+        kernels.attention_jvp(x, x, x, x, lse, x, x, x, SCALE)
+        kernels.attention_double_backward(x, x, x, x, x, lse, x, x, x, SCALE, [True] * 4)
+    assert [kernel.__getitem__.call_count for kernel in launched] == [2, 1, 1]
+    # Five results, and of each query the change of lse twice, and two numbers more.
+    assert allocations.nbytes == 5 * x.nbytes + 4 * lse.nbytes
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
