@@ -70,10 +70,13 @@ def multiply_adds_per_second(of_bfloat16: bool) -> float:
 
 class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
-        return key.contiguous() if key.is_cpu else key.cpu()
+        return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
     def _place(self, tensor: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
+
+    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
+        return key.data_ptr(), 0 if key.dim() == 1 else len(key), torch.get_num_threads()
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         empty = torch.empty_like(tensor)

@@ -132,13 +132,12 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if self._written and not torch.compiler.is_compiling():
-            negated = [place for place in self._written if args[place] is not None and args[place].is_neg()]
-            if negated:
-                whole = [torch.empty_like(arg) if place in negated else arg for place, arg in enumerate(args)]
-                results = self(*whole)
-                for place in negated:
-                    args[place].copy_(whole[place])
-                return results
+            for place in self._written:
+                if args[place] is not None and args[place].is_neg():
+                    other = torch.empty_like(args[place])
+                    results = self(*args[:place], other, *args[place + 1 :])
+                    args[place].copy_(other)
+                    return results
         if self.name in _optional and not has_kernel(self.name, args):
             return _optional[self.name][1](*args)
         if not is_unobserved():
