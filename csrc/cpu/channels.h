@@ -73,8 +73,9 @@ struct Units {
     const std::int64_t together = count * divide_up(segments, team), apart = divide_up(count, team) * segments;
     return channels_last && size > large ? together <= apart : together * 9 < apart * 8;
   }
-  // What is gathered of units that are in work at once lies in different slots, of which there are as many.
-  std::int64_t slots(int team) const { return shared(team) ? count : team; }
+  // What is gathered of units that are in work at once lies in different slots, of which there are as many. Threads that
+  // share units work on two at once, as they wait for each other between gathering and the rest.
+  std::int64_t slots(int team) const { return shared(team) ? std::min<std::int64_t>(count, 2) : team; }
 
   // For every unit, on each thread that works on it, calls of the thread's worker = make_worker(thread):
   // begin(unit); gather(unit, segment, slot) for its segments; finish(unit, slot, writes) when all are gathered, where
@@ -110,9 +111,9 @@ struct Units {
       if (shared(team)) {
         const std::int64_t begin = segments * thread / members, end = segments * (thread + 1) / members;
         for (std::int64_t unit = 0; unit < count; ++unit) {
-          work(worker, unit, unit, begin, end);
+          work(worker, unit, unit % 2, begin, end);
 #pragma omp barrier
-          rest(worker, unit, unit, begin, end, thread == 0);
+          rest(worker, unit, unit % 2, begin, end, thread == 0);
         }
       } else {
         for (std::int64_t unit = count * thread / members; unit < count * (thread + 1) / members; ++unit) {
