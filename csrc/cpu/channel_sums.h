@@ -218,11 +218,42 @@ inline void for_segment(const Units& units, std::int64_t segment, const A* const
   }
 }
 
-// Sums of a value over the samples, in their order: `values` has `count` of each sample; into the first one's.
-inline void add_samples(double* values, std::int64_t samples, std::int64_t count) {
-  for (std::int64_t n = 1; n < samples; ++n) {
-    for (std::int64_t i = 0; i < count; ++i) values[i] += values[n * count + i];
+// Writes the gradients of weight and bias: the sums over the samples, in their order, of two values per sample and
+// channel, which are lost.
+template <class Args>
+void write_parameters(const Args& args, double* of_samples) {
+  const std::int64_t channels = args.shape.channels;
+  for (std::int64_t n = 1; n < args.shape.samples; ++n) {
+    for (std::int64_t i = 0; i < 2 * channels; ++i) of_samples[i] += of_samples[n * 2 * channels + i];
   }
+  for (std::int64_t c = 0; c < channels; ++c) {
+    if (args.grad_weight != nullptr) write(args.grad_weight, args.weight.dtype, c, of_samples[2 * c]);
+    if (args.grad_bias != nullptr) write(args.grad_bias, args.bias.dtype, c, of_samples[2 * c + 1]);
+  }
+}
+
+// The gradients of the values, where they are sums over nothing.
+template <class Args>
+void set_zero(const Args& args) {
+  const auto clear = [](void* gradient, const ChannelValues& of, std::int64_t count) {
+    if (gradient == nullptr) return;
+    const std::int64_t size = of.dtype == DType::float64 ? 8 : of.dtype == DType::float32 ? 4 : 2;
+    std::memset(gradient, 0, static_cast<std::size_t>(count * size));
+  };
+  const std::int64_t channels = args.shape.channels, all = args.shape.samples * channels;
+  clear(args.grad_weight, args.weight, channels);
+  clear(args.grad_bias, args.bias, channels);
+  clear(args.grad_scale, args.scale, all);
+  clear(args.grad_shift, args.shift, all);
+  clear(args.grad_bias_in, args.bias_in, all);
+}
+
+// Calls body(static_cast<T*>(nullptr), std::bool_constant<with_silu>) for the type and the activation of the arguments.
+template <class Args, class Body>
+Status with_type_and_activation(const Args& args, Body&& body) {
+  return with_type_of_level(args.dtype, [&](auto* type) {
+    return args.activation == Activation::silu ? body(type, std::true_type{}) : body(type, std::false_type{});
+  });
 }
 
 }  // namespace

@@ -163,14 +163,7 @@ struct Backward {
     deviation = weighted + units.channels;
   }
 
-  void begin(std::int64_t unit) {
-    channels.read_values(args, units, unit);
-    for (std::int64_t g = 0; g < units.groups; ++g) {
-      const double* const statistics = args.statistics + 2 * (unit * units.groups + g);
-      channels.set_statistics(units, g, statistics[0], statistics[1]);
-    }
-    if (units.channels_last) Channels<T>::fill_row(units, {channels.m, channels.a, channels.b});
-  }
+  void begin(std::int64_t unit) { channels.read(args, units, unit); }
 
   void gather(std::int64_t unit, std::int64_t segment, std::int64_t slot) {
     if (kept_at(unit) == nullptr) {
@@ -290,11 +283,10 @@ Status backward(const GroupNormBackward& args, int threads) {
   using Worker = Backward<T, with_silu>;
   const Units units(args.shape, true);
   const int team = units.team(threads);
-  const std::int64_t channels = args.shape.channels;
   const bool parameters = args.grad_weight != nullptr || args.grad_bias != nullptr;
   const Workspace<double> space(team, Worker::space(units));
   const Workspace<double> sums(1, units.slots(team) * units.segments * Worker::Sums::per_segment(units));
-  const Workspace<double> of_samples(1, parameters ? 2 * args.shape.samples * channels : 0);
+  const Workspace<double> of_samples(1, parameters ? 2 * args.shape.samples * args.shape.channels : 0);
   // Threads that share units have segments of their own, the same ones of each.
   const std::int64_t room_size = Worker::room_for(args, units);
   const Workspace<Accumulator<T>> room(units.shared(team) ? 1 : team, room_size);
@@ -304,37 +296,21 @@ Status backward(const GroupNormBackward& args, int threads) {
                   parameters ? of_samples.of_thread(0) : nullptr,
                   room_size == 0 ? nullptr : room.of_thread(units.shared(team) ? 0 : thread));
   });
-  if (!parameters) return Status::ok;
-  double* const total = of_samples.of_thread(0);
-  add_samples(total, args.shape.samples, 2 * channels);
-  for (std::int64_t c = 0; c < channels; ++c) {
-    if (args.grad_weight != nullptr) write(args.grad_weight, args.weight.dtype, c, total[2 * c]);
-    if (args.grad_bias != nullptr) write(args.grad_bias, args.bias.dtype, c, total[2 * c + 1]);
-  }
+  if (parameters) write_parameters(args, of_samples.of_thread(0));
   return Status::ok;
-}
-
-// Calls body(std::bool_constant<...>) with what is known only now as a constant for a template.
-template <class Body>
-Status with_constant(bool value, Body&& body) {
-  return value ? body(std::true_type{}) : body(std::false_type{});
 }
 
 }  // namespace
 
 Status group_norm(const GroupNorm& args, int threads) {
-  return with_type_of_level(args.dtype, [&](auto* type) {
-    return with_constant(args.activation == Activation::silu, [&](auto with_silu) {
-      return forward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
-    });
+  return with_type_and_activation(args, [&](auto* type, auto with_silu) {
+    return forward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
   });
 }
 
 Status group_norm_backward(const GroupNormBackward& args, int threads) {
-  return with_type_of_level(args.dtype, [&](auto* type) {
-    return with_constant(args.activation == Activation::silu, [&](auto with_silu) {
-      return backward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
-    });
+  return with_type_and_activation(args, [&](auto* type, auto with_silu) {
+    return backward<std::remove_pointer_t<decltype(type)>, with_silu>(args, threads);
   });
 }
 
@@ -345,25 +321,6 @@ namespace gencore::cpu {
 
 GENCORE_DECLARE_LEVELS(Status group_norm(const GroupNorm&, int))
 GENCORE_DECLARE_LEVELS(Status group_norm_backward(const GroupNormBackward&, int))
-
-namespace {
-
-// The gradients of sums over nothing.
-void set_zero(const GroupNormBackward& args) {
-  const auto clear = [](void* gradient, const ChannelValues& of, std::int64_t count) {
-    if (gradient == nullptr) return;
-    const std::int64_t size = of.dtype == DType::float64 ? 8 : of.dtype == DType::float32 ? 4 : 2;
-    std::memset(gradient, 0, static_cast<std::size_t>(count * size));
-  };
-  const std::int64_t channels = args.shape.channels, all = args.shape.samples * channels;
-  clear(args.grad_weight, args.weight, channels);
-  clear(args.grad_bias, args.bias, channels);
-  clear(args.grad_scale, args.scale, all);
-  clear(args.grad_shift, args.shift, all);
-  clear(args.grad_bias_in, args.bias_in, all);
-}
-
-}  // namespace
 
 Status group_norm(const GroupNorm& args, int threads) {
   const GroupNormShape& shape = args.shape;
@@ -378,7 +335,7 @@ Status group_norm_backward(const GroupNormBackward& args, int threads) {
   const GroupNormShape& shape = args.shape;
   if (threads < 1 || !is_valid(shape) || !has_valid_values(args)) return Status::invalid_argument;
   if (shape.samples * shape.channels * shape.pixels == 0) {
-    set_zero(args);
+    scalar::set_zero(args);
     return Status::ok;
   }
   if (args.x == nullptr || args.grad_y == nullptr || args.statistics == nullptr) return Status::invalid_argument;
