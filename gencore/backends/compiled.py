@@ -93,8 +93,6 @@ class CompiledOps:
         )  # fmt: skip
         if dense is not out:
             out.copy_(dense)
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
 
     def normal_(self, out: Tensor, key: Tensor) -> None:
         self._fill(self._module.normal, out, key)

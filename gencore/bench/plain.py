@@ -66,8 +66,15 @@ def uniform(
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format).uniform_()
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
-    """:func:`gencore.ops.reparameterize`."""
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    key: Key | None = None,
+    *,
+    num_samples: int | None = None,
+    save_noise: bool = True,
+) -> Tensor:
+    """:func:`gencore.ops.reparameterize`, whose noise autograd always keeps here."""
     if num_samples is None:
         eps = torch.randn_like(mu)
     else:

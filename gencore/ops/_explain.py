@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
@@ -86,11 +86,11 @@ class _Found(Exception):
         self.op, self.arguments = op, arguments
 
 
-class _FirstOp(TorchDispatchMode):
+class _FirstOp(TorchFunctionMode):
     """Ends the first call of one of our ops before it begins."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "gencore":
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", None) == "gencore":
             names = (argument.name for argument in func._schema.arguments)
             raise _Found(func._schema.name.partition("::")[2].rstrip("_"), dict(zip(names, args, strict=False)))
         return func(*args, **(kwargs or {}))

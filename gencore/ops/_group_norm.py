@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends import choice
 from gencore.backends.layout import empty_gradients, suggested_format
 from gencore.backends.reference import group_norm as reference
-from gencore.ops._library import Layout, define, pull_back, widened
+from gencore.ops._library import Layout, Out, define, pull_back, widened
 
 VALUES = ("weight", "bias", "scale", "shift", "bias_in")
 _VALUES = ", ".join(f"Tensor? {name}" for name in VALUES)
@@ -190,27 +189,8 @@ normalize = define(
     setup_context=_setup_context,
     backward=_backward,
     jvp=_jvp,
-    layouts=lambda args: [Layout({**_OF_SAMPLES, "out": 0}, (0, 0))],
+    layouts=lambda args: [Layout(_OF_SAMPLES, (0, 0))],
     definition=_definition,
-)
-
-
-def _compute_into(x: Tensor, num_groups: int, *args: Any) -> None:
-    """The kernel with a tensor to write to, its last argument."""
-    *values_and_eps, out = args
-    x = x.contiguous(memory_format=suggested_format(x))
-    y = out if out.stride() == x.stride() else torch.empty_like(x)
-    choice.kernel("group_norm", x)(x, num_groups, *values_and_eps, y, False)
-    if y is out:
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(y)
-
-
-normalize_into = define(
-    f"group_norm_out(Tensor x, int num_groups, {_VALUES}, str? activation, float eps, Tensor(a!) out) -> ()",
-    fake=lambda *_: None,
-    composed=_compute_into,
-    layouts=lambda args: [Layout({**_OF_SAMPLES, "out": 0}, (0, 0))],
+    # Without the statistics, which only the gradient needs.
+    out=Out(suggested_format, options=(False,)),
 )

@@ -14,7 +14,7 @@ from gencore.backends.reference import add_noise as reference
 from gencore.noise import Key
 from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
 from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of
-from gencore.ops._library import Layout, define, widened
+from gencore.ops._library import Layout, Out, define, widened
 from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
 
@@ -41,7 +41,7 @@ def _backward(ctx: Any, grad_x_t: Tensor | None, _: Any) -> tuple[Tensor | None,
 
 
 def _layouts(args: Any) -> list[Layout]:
-    return [Layout({"x0": 0, "t": 0, "key": 0, "out": 0}, (0, 0))]
+    return [Layout({"x0": 0, "t": 0, "key": 0}, (0, 0))]
 
 
 def _definition(
@@ -52,36 +52,14 @@ def _definition(
     return x_t, noise.to(x0.dtype) if with_noise else None
 
 
-_ARGUMENTS = "Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise"
 _add_noise = define(
-    f"add_noise({_ARGUMENTS}) -> (Tensor, Tensor)",
+    "add_noise(Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
     definition=_definition,
-)
-
-
-def _compute_into(x0: Tensor, *args: Any) -> Tensor:
-    """The kernel with a tensor to write to, its last argument."""
-    *rest, out = args
-    x0 = x0.contiguous(memory_format=kept_format(x0))
-    x_t = out if out.stride() == x0.stride() else torch.empty_like(x0)
-    _, noise = choice.kernel("add_noise", x0)(x0, *rest, x_t)
-    if x_t is out:
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(x_t)
-    return x0.new_empty(0) if noise is None else noise
-
-
-_add_noise_out = define(
-    f"add_noise_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor",
-    fake=lambda *args: _fake(*args[:-1])[1],
-    composed=_compute_into,
-    layouts=lambda args: [layout._replace(outputs=(0,)) for layout in _layouts(args)],
+    out=Out(kept_format, others=True),
 )
 
 
@@ -171,11 +149,6 @@ def add_noise(
     packed = resolve_key(key, x0)
     if out is None:
         x_t, noise = _add_noise(x0, rows, index, packed, return_noise)
-    elif not torch.compiler.is_compiling() and out.is_neg():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve where an op writes.
-        made, noise = _add_noise(x0, rows, index, packed, return_noise)
-        x_t = out.copy_(made)
     else:
-        noise = _add_noise_out(x0, rows, index, packed, return_noise, out)
-        x_t = out
+        x_t, noise = out, _add_noise.into(x0, rows, index, packed, return_noise, out)
     return (x_t, noise) if return_noise else x_t

@@ -24,7 +24,7 @@ from gencore.ops._checks import (
     resolve_key,
 )
 from gencore.ops._coefficients import along_samples, widened
-from gencore.ops._library import Layout, define
+from gencore.ops._library import Layout, Out, define
 from gencore.ops._library import widened as wide
 from gencore.ops.denoising_loss import check_prediction
 from gencore.ops.normal import fill_with_normals, normals_for
@@ -137,47 +137,15 @@ def _definition(x: Tensor, *args: Any) -> Tensor:
     return y.to(x.dtype)
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, Tensor? mask, "
-    "Tensor rows, Tensor key"
-)
-
-
-def _layouts(args: Any) -> list[Layout]:
-    return [Layout(dict.fromkeys(args, 0), (0,))]
-
-
 _diffusion_step = define(
-    f"diffusion_step({_ARGUMENTS}) -> Tensor",
+    "diffusion_step(Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, "
+    "Tensor? mask, Tensor rows, Tensor key) -> Tensor",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    layouts=_layouts,
+    layouts=lambda args: [Layout(dict.fromkeys(args, 0), (0,))],
     definition=_definition,
-)
-
-
-def _compute_into(x: Tensor, *args: Any) -> None:
-    """The kernel with tensors to write to, its last two arguments: the next x and, or None, the prediction."""
-    *rest, out, prediction = args
-    x = x.contiguous(memory_format=kept_format(x))
-    written = [given if given is None or given.stride() == x.stride() else torch.empty_like(x) for given in args[-2:]]
-    choice.kernel("diffusion_step", x)(x, *rest, *written)
-    for given, made in zip((out, prediction), written, strict=True):
-        if given is None:
-            continue
-        if made is given:
-            # Autograd must know that what it may have saved was written over.
-            torch.autograd.graph.increment_version(given)
-        else:
-            given.copy_(made)
-
-
-_diffusion_step_out = define(
-    f"diffusion_step_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? prediction) -> ()",
-    fake=lambda *_: None,
-    composed=_compute_into,
-    layouts=_layouts,
+    out=Out(kept_format, ("out", "prediction?")),
 )
 
 
@@ -299,14 +267,7 @@ def diffusion_step(
     if out is None:
         out = torch.empty_like(x, memory_format=kept_format(x))
     check_out(out, "x", x, {**names, "prediction": prediction})
-    written = [out, prediction]
-    if not torch.compiler.is_compiling():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve where an op writes.
-        written = [torch.empty_like(t) if t is not None and t.is_neg() else t for t in written]
-    _diffusion_step_out(*tensors, rows, resolve_key(key, x), *written)
-    for given, made in zip((out, prediction), written, strict=True):
-        if given is not None and made is not None and made is not given:
-            given.copy_(made)
+    _diffusion_step.into(*tensors, rows, resolve_key(key, x), out, prediction)
     return out
 
 

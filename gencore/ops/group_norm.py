@@ -12,7 +12,7 @@ from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
-from gencore.ops._group_norm import VALUES, normalize, normalize_into
+from gencore.ops._group_norm import VALUES, normalize
 from gencore.ops._library import PLAIN_TYPES, is_unobserved, widened
 
 Activation = Literal["silu"]
@@ -98,10 +98,7 @@ def group_norm(
     if out is None:
         return normalize(x, num_groups, *values, activation, eps)[0]
     check_out(out, "x", x, dict(zip(VALUES, values, strict=True)))
-    if not torch.compiler.is_compiling() and out.is_neg():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
-        return out.copy_(normalize(x, num_groups, *values, activation, eps)[0])
-    normalize_into(x, num_groups, *values, activation, eps, out)
+    normalize.into(x, num_groups, *values, activation, eps, out)
     return out
 
 

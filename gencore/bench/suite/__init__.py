@@ -1,7 +1,7 @@
 """What is timed: one module per op, named as the op is everywhere, and those of whole networks and steps.
 
 Each has a tuple ``BENCHMARKS``. ``gencore bench`` runs them and writes a report; pytest-benchmark runs the same in
-``benchmarks/``.
+``benchmarks/test_ops.py``.
 """
 
 from __future__ import annotations
