@@ -60,7 +60,7 @@ OP_ROOMS = {
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
     "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
-    "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
+    "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
     "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),

@@ -356,11 +356,11 @@ class CompiledOps:
         kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
         if kept is not None and not x.numel():
             kept.zero_()
-        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
-        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        dense, values = channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm", x, *sizes)
         self._module.group_norm(
-            x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, _ACTIVATION[activation],
+            x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, ACTIVATION[activation],
             values, *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
@@ -391,11 +391,11 @@ class CompiledOps:
         grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
         of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
         grads = [self._empty_like(x) if wanted[0] else None, *of_values]
-        sizes = _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
-        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        dense, values = channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm_backward", x, *sizes)
         self._module.group_norm_backward(
-            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, _ACTIVATION[activation], values,
+            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, ACTIVATION[activation], values,
             [0 if grad is None else grad.data_ptr() for grad in grads],
             *self._place(x), *map(_address, workspace),
         )  # fmt: skip
@@ -419,10 +419,15 @@ def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     return _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
-_ACTIVATION = {None: 0, "silu": 1}
+ACTIVATION = {None: 0, "silu": 1}
 
 
-def _channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
+def group_norm_sizes(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> tuple[Any, ...]:
+    """Of a tensor in its format: dtype, shape, groups, whether channels are last."""
+    return _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+
+
+def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The values, dense along channels, and for each None or (address, dtype, elements from one sample to the next)."""
     dense: list[Tensor] = []
     described: list[tuple[int, int, int] | None] = []

@@ -13,7 +13,7 @@ from gencore.ops._checks import Contract
 
 @pytest.fixture
 def contract():
-    """One for a tensor, a number and perhaps another tensor; its attribute ``asked`` has what the check was asked of."""
+    """One for a tensor, a number and perhaps another tensor; ``asked`` has what the check was asked of."""
     asked = []
 
     def check(x, number, other=None):
@@ -108,7 +108,7 @@ def test_ops_refuse_what_is_wrong_after_right_calls():
         ops.reparameterize(x, x, Key(0))
         with pytest.raises(TypeError, match="save_noise must be True or False"):
             ops.reparameterize(x, x, Key(0), save_noise=1)
-        with pytest.raises(TypeError, match="key must be a gencore.Key"):
+        with pytest.raises(TypeError, match=r"key must be a gencore\.Key"):
             ops.reparameterize(x, x, 0)
         ops.diffusion_step(x, x, steps, Key(0))
         with pytest.raises(ValueError, match="coefficients must not require a gradient"):
