@@ -55,8 +55,10 @@ _SESSIONS, _EVENTS, _MOST_CALLS = 5, 20_000, 20
 STEP, _DATA, _OP = "gencore.step", "gencore.data", "gencore.op "
 _OPS_OF = {
     "attention": ATTENTION,
+    "general_attention": ATTENTION,
     "spatial_attention": ATTENTION,
     "attention_backward": ATTENTION,
+    "general_attention_backward": ATTENTION,
     "spatial_attention_backward": ATTENTION,
     "group_norm": NORM,
     "group_norm_out": NORM,

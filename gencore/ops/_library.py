@@ -203,11 +203,20 @@ def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     return choice.kernel(name, first)
 
 
+@compiled_as_constant
+def _is_served(kernel: str, device: torch.device) -> bool:
+    return choice.has_kernel(kernel, torch.empty(0, device=device))
+
+
 def has_kernel(name: str, args: Sequence[Any]) -> bool:
     """Whether the backend that serves the tensors has what an optional op runs; the compiler's have all."""
     first = next(arg for arg in args if isinstance(arg, Tensor))
     try:
-        return _is_explaining or first.is_meta or is_fake(first) or choice.has_kernel(_optional[name][0], first)
+        if _is_explaining or first.is_meta or is_fake(first):
+            return True
+        if _is_compiling():
+            return _is_served(_optional[name][0], first.device)
+        return choice.has_kernel(_optional[name][0], first)
     except choice.NoBackend:
         return True
 
