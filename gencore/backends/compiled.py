@@ -16,7 +16,7 @@ from gencore.backends.layout import (
     suggested_format,
 )
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
 
 
@@ -92,7 +92,7 @@ class CompiledOps:
                 dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         batch, channels = dense.shape[0], _channels(dense, memory_format)
         kernel(
-            dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
+            dense.data_ptr(), DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
             *self._noise(key, out),
         )  # fmt: skip
         if dense is not out:
@@ -124,7 +124,7 @@ class CompiledOps:
         batch, kl_address = mu.shape[0], 0
         workspace: tuple[Tensor, ...] = ()
         sizes = (
-            _DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
+            DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
             channels,
         )  # fmt: skip
         if kl is not None:
@@ -172,7 +172,7 @@ class CompiledOps:
         self._module.reparameterize_backward(
             0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
             0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
-            grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
+            grad_logvar.data_ptr(), DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
             logvar.numel() // batch if batch else 0, channels, *self._noise(key, logvar),
         )  # fmt: skip
         return grad_mu, grad_logvar
@@ -406,7 +406,7 @@ class CompiledOps:
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
     batch = x.shape[0]
-    return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
+    return DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
 
 
 def heads(tensor: Tensor) -> tuple[int, ...]:
@@ -416,7 +416,7 @@ def heads(tensor: Tensor) -> tuple[int, ...]:
 
 def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     """The dtype, and batch, heads, queries, keys, channels of a head."""
-    return _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+    return DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
 ACTIVATION = {None: 0, "silu": 1}
@@ -424,7 +424,7 @@ ACTIVATION = {None: 0, "silu": 1}
 
 def group_norm_sizes(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> tuple[Any, ...]:
     """Of a tensor in its format: dtype, shape, groups, whether channels are last."""
-    return _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+    return DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
 
 
 def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -438,5 +438,5 @@ def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...
         if not value.is_contiguous() and value.stride(-1) != 1:
             value = value.contiguous()
         dense.append(value)
-        described.append((value.data_ptr(), _DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
+        described.append((value.data_ptr(), DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
     return dense, tuple(described)
