@@ -26,23 +26,54 @@ inline AttentionShape attention_shape(const std::array<std::int64_t, 5>& sizes) 
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
 
+// sizes: as above, then the heads of k and the channels of a value.
+inline AttentionShape attention_shape(const std::array<std::int64_t, 7>& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
+}
+
+// (mask as heads_tensor takes it, its dtype or -1 for a boolean one, address of the lengths or 0, causal, dropout,
+// address of the key, its rows).
+inline AttentionOptions attention_options(const pybind11::tuple& given) {
+  if (given.size() != 7) throw pybind11::value_error("options must be seven");
+  AttentionOptions options;
+  options.mask = heads_tensor(given[0]);
+  const int dtype = given[1].cast<int>();
+  options.mask_is_boolean = dtype < 0;
+  options.mask_dtype = DType(dtype < 0 ? 0 : dtype);
+  options.key_lengths = static_cast<const std::int64_t*>(pointer(given[2].cast<std::uintptr_t>()));
+  options.causal = given[3].cast<bool>();
+  options.dropout = given[4].cast<double>();
+  options.key = {static_cast<const std::int64_t*>(pointer(given[5].cast<std::uintptr_t>())),
+                 given[6].cast<std::int64_t>()};
+  return options;
+}
+
 // tensors: grad_out, q, k, v, out; grads: those of q, k and v, None where one is not wanted.
 inline AttentionBackward attention_arguments(const std::array<pybind11::object, 5>& tensors, std::uintptr_t lse,
                                              const std::array<pybind11::object, 3>& grads, int dtype,
-                                             const std::array<std::int64_t, 5>& sizes, double scale) {
-  return {heads_tensor(tensors[0]), heads_tensor(tensors[1]),
-          heads_tensor(tensors[2]), heads_tensor(tensors[3]),
-          heads_tensor(tensors[4]), pointer(lse),
-          heads_tensor(grads[0]),   heads_tensor(grads[1]),
-          heads_tensor(grads[2]),   DType(dtype),
-          attention_shape(sizes),   scale};
+                                             const AttentionShape& shape, double scale,
+                                             const AttentionOptions& options = {}) {
+  return {heads_tensor(tensors[0]),
+          heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),
+          heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]),
+          pointer(lse),
+          heads_tensor(grads[0]),
+          heads_tensor(grads[1]),
+          heads_tensor(grads[2]),
+          DType(dtype),
+          shape,
+          scale,
+          options};
 }
 
 // tensors: q, k, v, out; direction: dq, dk, dv.
 inline AttentionJvp attention_jvp_arguments(const std::array<pybind11::object, 4>& tensors, std::uintptr_t lse,
                                             const std::array<pybind11::object, 3>& direction,
                                             const pybind11::object& d_out, std::uintptr_t d_lse, int dtype,
-                                            const std::array<std::int64_t, 5>& sizes, double scale) {
+                                            const AttentionShape& shape, double scale,
+                                            const AttentionOptions& options = {}) {
   return {heads_tensor(tensors[0]),
           heads_tensor(tensors[1]),
           heads_tensor(tensors[2]),
@@ -54,8 +85,9 @@ inline AttentionJvp attention_jvp_arguments(const std::array<pybind11::object, 4
           heads_tensor(d_out),
           pointer(d_lse),
           DType(dtype),
-          attention_shape(sizes),
-          scale};
+          shape,
+          scale,
+          options};
 }
 
 // tensors: grad_out, q, k, v, out; direction: dq, dk, dv; grads: of grad_out, q, k, v.
@@ -63,16 +95,25 @@ inline AttentionDoubleBackward attention_double_backward_arguments(const std::ar
                                                                    std::uintptr_t lse,
                                                                    const std::array<pybind11::object, 3>& direction,
                                                                    const std::array<pybind11::object, 4>& grads,
-                                                                   int dtype, const std::array<std::int64_t, 5>& sizes,
-                                                                   double scale) {
-  return {heads_tensor(tensors[0]),   heads_tensor(tensors[1]),
-          heads_tensor(tensors[2]),   heads_tensor(tensors[3]),
-          heads_tensor(tensors[4]),   pointer(lse),
-          heads_tensor(direction[0]), heads_tensor(direction[1]),
-          heads_tensor(direction[2]), heads_tensor(grads[0]),
-          heads_tensor(grads[1]),     heads_tensor(grads[2]),
-          heads_tensor(grads[3]),     DType(dtype),
-          attention_shape(sizes),     scale};
+                                                                   int dtype, const AttentionShape& shape, double scale,
+                                                                   const AttentionOptions& options = {}) {
+  return {heads_tensor(tensors[0]),
+          heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),
+          heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]),
+          pointer(lse),
+          heads_tensor(direction[0]),
+          heads_tensor(direction[1]),
+          heads_tensor(direction[2]),
+          heads_tensor(grads[0]),
+          heads_tensor(grads[1]),
+          heads_tensor(grads[2]),
+          heads_tensor(grads[3]),
+          DType(dtype),
+          shape,
+          scale,
+          options};
 }
 
 // (address of the rows, how many, address of the index or 0, whether both are in the memory of a device).
@@ -170,6 +211,51 @@ inline GroupNormBackward group_norm_arguments(std::uintptr_t grad_y, std::uintpt
           pointer(grads[3]),
           pointer(grads[4]),
           pointer(grads[5])};
+}
+
+// The address of d_x, 0 where x does not change, and the changes of the five values as GroupNormValues takes values.
+inline GroupNormDirection group_norm_direction(std::uintptr_t d_x, const pybind11::tuple& d_values) {
+  const GroupNormValues d(d_values);
+  return {pointer(d_x), d.weight, d.bias, d.scale, d.shift, d.bias_in};
+}
+
+inline GroupNormJvp group_norm_jvp_arguments(std::uintptr_t x, std::uintptr_t d_y, std::uintptr_t statistics, int dtype,
+                                             const GroupNormShape& shape, int activation, const pybind11::tuple& values,
+                                             const GroupNormDirection& direction) {
+  const GroupNormValues v(values);
+  return {pointer(x),   pointer(d_y), static_cast<const double*>(pointer(statistics)),
+          DType(dtype), shape,        Activation(activation),
+          v.weight,     v.bias,       v.scale,
+          v.shift,      v.bias_in,    direction};
+}
+
+// grads: the addresses of the gradients of grad_y, of x and of the five values, 0 where one is not wanted.
+inline GroupNormDoubleBackward group_norm_double_backward_arguments(std::uintptr_t grad_y, std::uintptr_t x,
+                                                                    std::uintptr_t statistics, int dtype,
+                                                                    const GroupNormShape& shape, int activation,
+                                                                    const pybind11::tuple& values,
+                                                                    const GroupNormDirection& direction,
+                                                                    const std::array<std::uintptr_t, 7>& grads) {
+  const GroupNormValues v(values);
+  return {pointer(grad_y),
+          pointer(x),
+          static_cast<const double*>(pointer(statistics)),
+          DType(dtype),
+          shape,
+          Activation(activation),
+          v.weight,
+          v.bias,
+          v.scale,
+          v.shift,
+          v.bias_in,
+          direction,
+          pointer(grads[0]),
+          pointer(grads[1]),
+          pointer(grads[2]),
+          pointer(grads[3]),
+          pointer(grads[4]),
+          pointer(grads[5]),
+          pointer(grads[6])};
 }
 
 }  // namespace gencore

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gencore.backends.compiled import CompiledOps, attention_sizes, heads, sizes_of
-from gencore.backends.layout import kept_format
+from gencore.backends.compiled import (
+    ACTIVATION,
+    DTYPE,
+    CompiledOps,
+    attention_sizes,
+    channel_values,
+    group_norm_sizes,
+    heads,
+    sizes_of,
+)
+from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
 
 try:
     from gencore import _cpu
@@ -70,10 +80,13 @@ def multiply_adds_per_second(of_bfloat16: bool) -> float:
 
 class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
-        return key.contiguous() if key.is_cpu else key.cpu()
+        return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
     def _place(self, tensor: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
+
+    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
+        return key.data_ptr(), 0 if key.dim() == 1 else len(key), torch.get_num_threads()
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         empty = torch.empty_like(tensor)
@@ -158,6 +171,183 @@ class CpuOps(CompiledOps):
             _heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
         )  # fmt: skip
         return results
+
+    def group_norm_jvp(
+        self,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+    ) -> Tensor:
+        """``eps``: what the statistics hold already."""
+        memory_format = suggested_format(x)
+        x, d_x = in_format(memory_format, x, d_x)
+        statistics, d_y = statistics.contiguous(), self._empty_like(x)
+        held, values = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        self._module.group_norm_jvp(
+            x.data_ptr(), d_y.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
+            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values, *self._place(x),
+        )  # fmt: skip
+        del held, d_held
+        return d_y
+
+    def group_norm_double_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        wanted: list[bool],
+        eps: float,
+    ) -> tuple[Tensor | None, ...]:
+        """``eps``: what the statistics hold already."""
+        memory_format = suggested_format(x)
+        grad_y, x, d_x = in_format(memory_format, grad_y, x, d_x)
+        statistics = statistics.contiguous()
+        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
+        grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
+        held, values = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        self._module.group_norm_double_backward(
+            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
+            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values,
+            [0 if grad is None else grad.data_ptr() for grad in grads], *self._place(x),
+        )  # fmt: skip
+        del held, d_held
+        return tuple(grads)
+
+    def general_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """``settings``, here and below: mask, key_lengths, key, scale, causal, dropout."""
+        out = empty_with_channels(q, v.shape[3])
+        lse = _log_sums(q) if with_lse else None
+        held, given = self._given(q, k, v, *settings)
+        self._module.general_attention(
+            heads(q), heads(k), heads(v), heads(out), 0 if lse is None else lse.data_ptr(), *given,
+        )  # fmt: skip
+        del held
+        return out, lse
+
+    def general_attention_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        grads = self._gradients((q, k, v), wanted)
+        lse = lse.contiguous()
+        held, given = self._given(q, k, v, *settings)
+        self._module.general_attention_backward(
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(*grads), *given,
+        )  # fmt: skip
+        del held
+        return grads
+
+    def general_attention_jvp(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), _log_sums(q)
+        held, given = self._given(q, k, v, *settings)
+        self._module.general_attention_jvp(
+            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv), heads(d_out),
+            d_lse.data_ptr(), *given,
+        )  # fmt: skip
+        del held
+        return d_out, d_lse
+
+    def general_attention_double_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        *settings_and_wanted: Any,
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        grads = self._gradients((grad_out, q, k, v), wanted)
+        lse = lse.contiguous()
+        held, given = self._given(q, k, v, *settings)
+        self._module.general_attention_double_backward(
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv),
+            _heads_or_none(*grads), *given,
+        )  # fmt: skip
+        del held
+        return grads
+
+    def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
+
+    def _given(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        key: Tensor | None,
+        scale: float,
+        causal: bool,
+        dropout: float,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """Tensors for the caller to hold, and the last arguments of the kernels."""
+        dtype, sizes = attention_sizes(q, k)
+        key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        key = None if key is None else self._key(key, q)
+        read = None
+        if mask is not None:
+            # Along a dimension of one element, the same is read again.
+            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
+            read = mask.data_ptr(), *steps
+        options = (
+            read,
+            -1 if mask is None or mask.dtype is torch.bool else DTYPE[mask.dtype],
+            0 if key_lengths is None else key_lengths.data_ptr(), causal, dropout,
+            *((0, 0) if key is None else (key.data_ptr(), 0 if key.dim() == 1 else len(key))),
+        )  # fmt: skip
+        sizes = (*sizes, k.shape[1], v.shape[3])
+        return (key_lengths, key), (dtype, sizes, scale, options, *self._place(q))
+
+
+def _log_sums(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _heads_or_none(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
