@@ -33,16 +33,7 @@ from gencore.bench.suite import Task  # noqa: E402
 
 SETTINGS = run.Settings(rounds=11, budget=0.4, compile=False)
 # In the order in which they are worth the minutes of a GPU.
-ORDER = (
-    "attention",
-    "group_norm",
-    "diffusion_step",
-    "denoising_loss",
-    "reparameterize",
-    "add_noise",
-    "uniform",
-    "normal",
-)
+ORDER = suite.OPS[::-1]
 _CAPABILITY = 90
 
 FORWARD, BOTH = "forward", "forward and backward"
@@ -72,6 +63,7 @@ HEADLINE = (
     *_each("attention", (FORWARD,), ("2x8x4096by77x40-tokens",)),
     *_each("attention", ("images, forward",), ("2x8x4096x40-contiguous", "2x8x4096x40-channels_last")),
     *_each("attention", ("images, forward",), ("1x1x16384x512-contiguous",)),
+    *_each("attention", ("forward mode", "first and second derivative"), ("4x8x1024x80-heads",)),
     *_each(
         "group_norm",
         (FORWARD, BOTH),

@@ -119,7 +119,7 @@ def _refusal(name: Name, device: torch.device) -> str | None:
 
 @functools.cache
 def _choose_with(op: str, only: Name | None, device: torch.device) -> Name:
-    """The first backend that serves ``device`` and has a kernel of that name; where none has, the first that serves it."""
+    """The first backend that serves ``device`` and has a kernel of that name; if none has, the first that serves it."""
     chosen = _choose(only, device)
     names = NAMES if only is None else (only,)
     return next((name for name in names if _refusal(name, device) is None and hasattr(load(name), op)), chosen)

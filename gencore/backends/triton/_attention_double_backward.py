@@ -15,7 +15,7 @@ from gencore.backends.layout import readable, writable
 from gencore.backends.triton._attention import Cut, Tiles, cut, described, has_warpgroups
 from gencore.backends.triton._attention_backward import place, steps
 from gencore.backends.triton._attention_products import add_weighted, pair, products, store_both
-from gencore.backends.triton._attention_tangent import along, readable_or_none
+from gencore.backends.triton._attention_tangent import along, plan_of_queries, readable_or_none
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 
@@ -193,26 +193,16 @@ def second_queries_kernel(
 
 @functools.lru_cache(256)
 def plan_of_keys(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles, bool]:
-    """How a head of that size is cut for the gradients of keys and values, and whether they are made in one go."""
+    """How a head of that size is cut for the gradients of keys and values, and whether they are made in one go.
+
+    As in the first pass, with keys in the place of queries; in one go where registers have the sums of both.
+    """
     if dtype == torch.float64:
         return cut(size, 16, 64), Tiles(16, 32, 4, 1), False
     if dtype == torch.float32:
         return cut(size, 16, 128), Tiles(32, 64, 8, 1), False
-    if size > (256 if warpgroups else 128):
-        return cut(size, 64, 256), Tiles(32, 64, 8, 2), False
-    return cut(size, 0, 256), Tiles(32, 128 if size <= 128 else 64, 8, 2), size <= 64
-
-
-@functools.lru_cache(256)
-def plan_of_queries(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
-    """How a head of that size is cut for the gradients of queries."""
-    if dtype == torch.float64:
-        return cut(size, 16, 64), Tiles(32, 16, 4, 1)
-    if dtype == torch.float32:
-        return cut(size, 16, 128), Tiles(64, 32, 8, 1)
-    if size > (256 if warpgroups else 128):
-        return cut(size, 64, 256), Tiles(64, 32, 8, 2)
-    return cut(size, 0, 256), Tiles(128 if size <= 128 else 64, 64 if size <= 64 else 32, 8, 2)
+    work = cut(size, 64 if size > 128 else 0, 128)
+    return work, Tiles(32, 128 if warpgroups or size <= 64 else 64, 8, 2), size <= 64
 
 
 def attention_double_backward(

@@ -73,8 +73,8 @@ def products(
 ):  # fmt: skip
     """x y' and its change, dx y' + x dy', of X and Y tokens.
 
-    Their tiles have every channel, or else are CHUNKED, read again A channels at a time. ``SOME``: whether some of the Y
-    tokens may not exist.
+    Their tiles have every channel, or else they are CHUNKED: read here, A channels at a time. ``SOME``: whether some of
+    the Y tokens may not exist.
     """
     value = tl.zeros((X, Y), KIND)
     change = tl.zeros((X, Y), KIND)

@@ -22,9 +22,6 @@ from gencore.backends.triton._attention_products import add_weighted, both, pair
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 
-# How many of the first keys tell a query what its logits may change by alike.
-_FIRST = 16
-
 
 @triton.jit(
     do_not_specialize=[
@@ -41,7 +38,7 @@ def tangent_kernel(
     d_out_batch: tl.int64, d_out_head: tl.int64, d_out_step: tl.int64,
     queries: tl.int64, keys: tl.int64, heads: tl.int32, scale: tl.float64,
     PARTS: tl.constexpr, SIZE: tl.constexpr, CHUNKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    PA: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
+    PA: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
     QUERIES_UNIT: tl.constexpr, KEYS_UNIT: tl.constexpr, Q_LAYOUT: tl.constexpr, K_LAYOUT: tl.constexpr,
     V_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, DQ_LAYOUT: tl.constexpr, DK_LAYOUT: tl.constexpr,
     DV_LAYOUT: tl.constexpr, GRAD_OUT_LAYOUT: tl.constexpr, D_OUT_LAYOUT: tl.constexpr,
@@ -80,12 +77,12 @@ def tangent_kernel(
 
     # What all logits change by alike changes nothing, and is left out of sums: a large one would take their digits. The
     # first keys tell about how much that is.
-    few = pair(of_keys, 0, keys, 0, FIRST, A, B, SIZE, UNIT, KEYS, True)
+    few = pair(of_keys, 0, keys, 0, N, A, B, SIZE, UNIT, KEYS, True)
     _, changes = products(
-        of_queries, query_tiles, first_query, queries, of_keys, few, 0, keys, M, FIRST, CHUNKED, A, B, SIZE, UNIT,
-        QUERIES, KEYS, KIND, True,
+        of_queries, query_tiles, first_query, queries, of_keys, few, 0, keys, M, N, CHUNKED, A, B, SIZE, UNIT, QUERIES,
+        KEYS, KIND, True,
     )  # fmt: skip
-    shift = scales * tl.sum(changes, axis=1) / tl.minimum(keys, FIRST).to(KIND)
+    shift = scales * tl.sum(changes, axis=1) / tl.minimum(keys, N).to(KIND)
     mean = tl.zeros((M,), KIND)
     of_grad = tl.zeros((M,), KIND)
     squares = tl.zeros((M,), KIND)
@@ -137,15 +134,22 @@ def tangent_kernel(
 
 
 @functools.lru_cache(256)
-def plan(size: int, dtype: torch.dtype, warpgroups: bool, second: bool) -> tuple[Cut, Tiles]:
-    """How a head of that size is cut; ``second``: whether for the second derivative, which has more tiles."""
+def plan_of_queries(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, Tiles]:
+    """How a head of that size is cut where programs have queries: here, and for their gradients' gradients.
+
+    Of a tile of queries by keys there are up to four products at a time, so that tiles are shorter than in the
+    gradient. With warpgroups the queries come from shared memory for each tile of keys, and shorter ones would wait for
+    them: then it costs less that a thread lacks a few of its registers, 12 to 20 at 64 channels and 26 to 52 at 128,
+    and reads them again from the cache. Longer heads are read in chunks, and their products made again for each part.
+    """
     if dtype == torch.float64:
         return cut(size, 16, 64), Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
-        return cut(size, 16, 128), Tiles(64, 32, 8, 1)
-    if size > (256 if warpgroups else 128):
-        return cut(size, 64, 256), Tiles(64, 32, 8, 2)
-    return cut(size, 0, 256), Tiles(128 if size <= 128 else 64, 64 if size <= 64 else 32, 8, 2)
+        return cut(size, 16, 128), Tiles(64, 32 if size <= 64 else 16, 8, 1)
+    work = cut(size, 64 if size > 128 else 0, 128)
+    if warpgroups:
+        return work, Tiles(128, 64 if size <= 64 else 32, 8, 2)
+    return work, Tiles(128 if size <= 64 else 64, 32, 8, 2)
 
 
 def along(
@@ -172,11 +176,11 @@ def along(
     # What is not there is described as something that is.
     tensors = {"q": q, "k": k, "v": v, "out": out} | {name: q if x is None else x for name, x in given.items()}
     arguments, constants = described(tensors, queries=queries, keys=keys)
-    work, tiles = plan(size, q.dtype, has_warpgroups(q), second[1] is not None)
+    work, tiles = plan_of_queries(size, q.dtype, has_warpgroups(q))
     with device_of(q):
         tangent_kernel[(batch * heads * work.parts * triton.cdiv(queries, tiles.queries),)](
             q, k, v, out, *given.values(), lse, d_lse, *second, *arguments, heads, scale,
-            PARTS=work.parts, **work.constants, M=tiles.queries, N=tiles.keys, FIRST=_FIRST, **constants,
+            PARTS=work.parts, **work.constants, M=tiles.queries, N=tiles.keys, **constants,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -157,8 +157,9 @@ def general_queries_kernel(
         program = tl.num_programs(0) - 1 - program
     first_query, column, number, sample, head = place(program, queries, heads, M, PARTS, PA)
     of_queries = (q, sample * q_batch + head * q_head, q_step)
-    of_keys = (k, sample * k_batch + head // group * k_head, k_step)
-    of_values = (v, sample * v_batch + head // group * v_head, v_step)
+    shared = (head.to(tl.int32) // group).to(tl.int64)
+    of_keys = (k, sample * k_batch + shared * k_head, k_step)
+    of_values = (v, sample * v_batch + shared * v_head, v_step)
     of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step)
     of_mask = (mask, sample * mask_batch + head * mask_head, mask_query, mask_key)
     if DROPS:

@@ -53,8 +53,9 @@ def general_attention_kernel(
         program = tl.num_programs(0) - 1 - program
     first_query, column, number, sample, head = place(program, queries, heads, M, PARTS, V_PA)
     of_queries = (q, sample * q_batch + head * q_head, q_step)
-    of_keys = (k, sample * k_batch + head // group * k_head, k_step)
-    of_values = (v, sample * v_batch + head // group * v_head, v_step)
+    shared = (head.to(tl.int32) // group).to(tl.int64)
+    of_keys = (k, sample * k_batch + shared * k_head, k_step)
+    of_values = (v, sample * v_batch + shared * v_head, v_step)
     of_mask = (mask, sample * mask_batch + head * mask_head, mask_query, mask_key)
     if DROPS:
         words = words_of_rows(key, seed, stream, first_sample, sample, sample >= 0, PER_SAMPLE)
