@@ -1,7 +1,7 @@
 """Attention with masks, causal order, lengths, shared heads, other value sizes and dropout.
 
-As the kernel of attention: a program has some queries of a head and goes through its keys, tile by tile. Tiles that none
-of them sees are not read.
+As the kernel of attention: a program has some queries of a head and goes through its keys, tile by tile. Tiles that
+none of them sees are not read.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -61,8 +61,8 @@ def general_attention_kernel(
         words = words_of_rows(key, seed, stream, first_sample, sample, sample >= 0, PER_SAMPLE)
     # Those of a head that is read in chunks nobody uses.
     query_tiles = both(of_queries, first_query, queries, 0, M, A, B, SIZE, UNIT, Q_LAYOUT, True)
-    # The largest logit. It starts as a number, so that infinities are not subtracted from each other where all keys of a
-    # tile are hidden; beside any that follows it weighs nothing.
+    # The largest logit. It starts as a number, so that infinities are not subtracted from each other where all keys of
+    # a tile are hidden; beside any that follows it weighs nothing.
     LEAST: tl.constexpr = -1.7976931348623157e308 if q.dtype.element_ty == tl.float64 else -3.4028234663852886e38
     top = tl.full((M,), LEAST, KIND)
     total = tl.zeros((M,), KIND)

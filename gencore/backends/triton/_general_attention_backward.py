@@ -1,7 +1,7 @@
 """The gradients of attention with masks, causal order, lengths, shared heads, other value sizes and dropout.
 
-As those of attention: a program has some keys and goes through all queries that see them, of every head that shares them;
-another has some queries and goes through their keys.
+As those of attention: a program has some keys and goes through all queries that see them, of every head that shares
+them; another has some queries and goes through their keys.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -73,7 +73,7 @@ def general_keys_kernel(
     # The first of the queries that see a key, and the last.
     begin = first_key // M * M if CAUSAL else first_key * 0
     end = tl.where(first_key < there, queries, 0)
-    for member in range(0, group):
+    for member in range(group):
         head = shared * group + member
         of_queries = (q, sample * q_batch + head * q_head, q_step)
         of_grads = (grad_out, sample * grad_out_batch + head * grad_out_head, grad_out_step)
@@ -206,17 +206,20 @@ def general_queries_kernel(
 
 
 @functools.lru_cache(256)
-def plan_of_keys(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Plan, bool]:
-    """How heads of those sizes are cut for the gradients of keys and values, and whether they are made in one go."""
+def plan_of_keys(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool, busy: bool) -> tuple[Plan, bool]:
+    """How heads of those sizes are cut for the gradients of keys and values, and whether they are made in one go.
+
+    A mask or noise, which make it ``busy``, take the registers that a second tile in flight would.
+    """
     if dtype == torch.float64:
         return Plan(cut(size, 16, 64), cut(size_v, 16, 64), Tiles(16, 32, 4, 1)), False
     if dtype == torch.float32:
         return Plan(cut(size, 16, 128), cut(size_v, 16, 128), Tiles(32, 64, 8, 1)), False
-    wide, limit = max(size, size_v), 256 if warpgroups else 128
+    wide, limit, stages = max(size, size_v), 256 if warpgroups else 128, 1 if busy else 2
     of_head, of_value = (cut(x, 64 if x > limit else 0, 256) for x in (size, size_v))
     if wide > 128:
-        return Plan(of_head, of_value, Tiles(32, 64, 8, 2)), False
-    return Plan(of_head, of_value, Tiles(32, 128, 8, 2)), wide <= 64
+        return Plan(of_head, of_value, Tiles(32, 64, 8, stages)), False
+    return Plan(of_head, of_value, Tiles(32, 128, 8, stages)), wide <= 64
 
 
 @functools.lru_cache(256)
@@ -267,7 +270,7 @@ def general_attention_backward(
     with device_of(q):
         delta = None if grad_q is None and grad_k is None else delta_of(grad_out, out)
         if grad_k is not None or grad_v is not None:
-            plan, together = plan_of_keys(*sizes)
+            plan, together = plan_of_keys(*sizes, mask is not None or key is not None)
             programs = shared * triton.cdiv(keys, plan.tiles.keys)
             for of_k, of_v in [(grad_k, grad_v)] if together else [(grad_k, None), (None, grad_v)]:
                 if of_k is not None or of_v is not None:
