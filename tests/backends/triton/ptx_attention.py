@@ -38,8 +38,8 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
         ops.attention_jvp(x, x, x, x, lse, x, x, x, 0.1)
         ops.attention_double_backward(x, x, x, x, x, lse, x, x, x, 0.1, [True] * 4)
         lengths, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, 256, 256)
-        for settings in ((None, lengths, None, True, 0.0), (mask, None, None, False, 0.0), (None, None, KEY, False, 0.1)):
-            given = (*settings[:3], 0.1, *settings[3:])
+        causal = (None, lengths, None, 0.1, True, 0.0)
+        for given in (causal, (mask, None, None, 0.1, False, 0.0), (None, None, KEY, 0.1, False, 0.1)):
             out, lse = ops.general_attention(x, x[:, :1], x[:, :1], *given)
             ops.general_attention_backward(x, x, x[:, :1], x[:, :1], out, lse, *given, [True] * 3)
 
