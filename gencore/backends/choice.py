@@ -125,12 +125,22 @@ def kernel(op: str, tensor: Tensor) -> Callable[..., Any]:
             return getattr(cpu.ops, op)
         if dispatch.has_table(op):
             return dispatched(op, tensor.device)
-    return getattr(load(_choose(_named, tensor.device)), op)
+    name = _having(op, tensor.device)
+    return getattr(load(_choose(_named, tensor.device) if name is None else name), op)
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether the backend where ``tensor`` is has a kernel of its own for an op that others do without."""
-    return hasattr(load(_choose(_named, tensor.device)), op)
+    """Whether a backend that serves ``tensor`` has a kernel for an op that others do without."""
+    _choose(_named, tensor.device)
+    return _having(op, tensor.device) is not None
+
+
+def _having(op: str, device: torch.device) -> Name | None:
+    """The first backend that serves tensors on ``device`` and has a kernel for the op."""
+    for name in NAMES if _named is None else (_named,):
+        if _refusal(name, device) is None and hasattr(load(name), op):
+            return name
+    return None
 
 
 @functools.cache

@@ -3,6 +3,7 @@ variable TRITON_INTERPRET is 1 before this is imported. Importing this imports t
 
 The ops have the names that the library knows them by."""
 
+from gencore.backends.triton._group_norm_second import group_norm_double_backward, group_norm_jvp
 from gencore.backends.triton.add_noise import add_noise
 from gencore.backends.triton.attention import attention, attention_backward
 from gencore.backends.triton.denoising_loss import denoising_loss, denoising_loss_backward
@@ -26,6 +27,8 @@ __all__ = [
     "diffusion_step",
     "group_norm",
     "group_norm_backward",
+    "group_norm_double_backward",
+    "group_norm_jvp",
     "normal_",
     "reparameterize",
     "reparameterize_and_slope",
