@@ -167,6 +167,55 @@ def attention_double_backward(
     threads: int,
     /,
 ) -> None: ...
+def general_attention(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    out: tuple[int, ...],
+    lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    threads: int,
+    /,
+) -> None: ...
+def general_attention_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    threads: int,
+    /,
+) -> None: ...
+def general_attention_jvp(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    d_out: tuple[int, ...],
+    d_lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    threads: int,
+    /,
+) -> None: ...
+def general_attention_double_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    threads: int,
+    /,
+) -> None: ...
 def group_norm(
     x: int,
     y: int,

@@ -26,23 +26,54 @@ inline AttentionShape attention_shape(const std::array<std::int64_t, 5>& sizes) 
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
 
+// sizes: as above, then the heads of k and the channels of a value.
+inline AttentionShape attention_shape(const std::array<std::int64_t, 7>& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
+}
+
+// (mask as heads_tensor takes it, its dtype or -1 for a boolean one, address of the lengths or 0, causal, dropout,
+// address of the key, its rows).
+inline AttentionOptions attention_options(const pybind11::tuple& given) {
+  if (given.size() != 7) throw pybind11::value_error("options must be seven");
+  AttentionOptions options;
+  options.mask = heads_tensor(given[0]);
+  const int dtype = given[1].cast<int>();
+  options.mask_is_boolean = dtype < 0;
+  options.mask_dtype = DType(dtype < 0 ? 0 : dtype);
+  options.key_lengths = static_cast<const std::int64_t*>(pointer(given[2].cast<std::uintptr_t>()));
+  options.causal = given[3].cast<bool>();
+  options.dropout = given[4].cast<double>();
+  options.key = {static_cast<const std::int64_t*>(pointer(given[5].cast<std::uintptr_t>())),
+                 given[6].cast<std::int64_t>()};
+  return options;
+}
+
 // tensors: grad_out, q, k, v, out; grads: those of q, k and v, None where one is not wanted.
 inline AttentionBackward attention_arguments(const std::array<pybind11::object, 5>& tensors, std::uintptr_t lse,
                                              const std::array<pybind11::object, 3>& grads, int dtype,
-                                             const std::array<std::int64_t, 5>& sizes, double scale) {
-  return {heads_tensor(tensors[0]), heads_tensor(tensors[1]),
-          heads_tensor(tensors[2]), heads_tensor(tensors[3]),
-          heads_tensor(tensors[4]), pointer(lse),
-          heads_tensor(grads[0]),   heads_tensor(grads[1]),
-          heads_tensor(grads[2]),   DType(dtype),
-          attention_shape(sizes),   scale};
+                                             const AttentionShape& shape, double scale,
+                                             const AttentionOptions& options = {}) {
+  return {heads_tensor(tensors[0]),
+          heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),
+          heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]),
+          pointer(lse),
+          heads_tensor(grads[0]),
+          heads_tensor(grads[1]),
+          heads_tensor(grads[2]),
+          DType(dtype),
+          shape,
+          scale,
+          options};
 }
 
 // tensors: q, k, v, out; direction: dq, dk, dv.
 inline AttentionJvp attention_jvp_arguments(const std::array<pybind11::object, 4>& tensors, std::uintptr_t lse,
                                             const std::array<pybind11::object, 3>& direction,
                                             const pybind11::object& d_out, std::uintptr_t d_lse, int dtype,
-                                            const std::array<std::int64_t, 5>& sizes, double scale) {
+                                            const AttentionShape& shape, double scale,
+                                            const AttentionOptions& options = {}) {
   return {heads_tensor(tensors[0]),
           heads_tensor(tensors[1]),
           heads_tensor(tensors[2]),
@@ -54,8 +85,9 @@ inline AttentionJvp attention_jvp_arguments(const std::array<pybind11::object, 4
           heads_tensor(d_out),
           pointer(d_lse),
           DType(dtype),
-          attention_shape(sizes),
-          scale};
+          shape,
+          scale,
+          options};
 }
 
 // tensors: grad_out, q, k, v, out; direction: dq, dk, dv; grads: of grad_out, q, k, v.
@@ -63,16 +95,25 @@ inline AttentionDoubleBackward attention_double_backward_arguments(const std::ar
                                                                    std::uintptr_t lse,
                                                                    const std::array<pybind11::object, 3>& direction,
                                                                    const std::array<pybind11::object, 4>& grads,
-                                                                   int dtype, const std::array<std::int64_t, 5>& sizes,
-                                                                   double scale) {
-  return {heads_tensor(tensors[0]),   heads_tensor(tensors[1]),
-          heads_tensor(tensors[2]),   heads_tensor(tensors[3]),
-          heads_tensor(tensors[4]),   pointer(lse),
-          heads_tensor(direction[0]), heads_tensor(direction[1]),
-          heads_tensor(direction[2]), heads_tensor(grads[0]),
-          heads_tensor(grads[1]),     heads_tensor(grads[2]),
-          heads_tensor(grads[3]),     DType(dtype),
-          attention_shape(sizes),     scale};
+                                                                   int dtype, const AttentionShape& shape, double scale,
+                                                                   const AttentionOptions& options = {}) {
+  return {heads_tensor(tensors[0]),
+          heads_tensor(tensors[1]),
+          heads_tensor(tensors[2]),
+          heads_tensor(tensors[3]),
+          heads_tensor(tensors[4]),
+          pointer(lse),
+          heads_tensor(direction[0]),
+          heads_tensor(direction[1]),
+          heads_tensor(direction[2]),
+          heads_tensor(grads[0]),
+          heads_tensor(grads[1]),
+          heads_tensor(grads[2]),
+          heads_tensor(grads[3]),
+          DType(dtype),
+          shape,
+          scale,
+          options};
 }
 
 // (address of the rows, how many, address of the index or 0, whether both are in the memory of a device).

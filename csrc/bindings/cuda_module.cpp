@@ -252,7 +252,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& grads,
          int dtype, const std::array<std::int64_t, 5>& sizes, double scale, int device, std::uintptr_t stream,
          std::uintptr_t workspace) {
-        const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, sizes, scale);
+        const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, attention_shape(sizes), scale);
         run("attention_backward", args.dtype, args.shape, device,
             [&] { return cuda::attention_backward(args, pointer(workspace), stream_at(stream)); });
       },

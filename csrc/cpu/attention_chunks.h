@@ -5,12 +5,13 @@
 // order, whoever computed them: so the bits depend neither on threads nor on what else is in the batch.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_seen.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-// Who computes what: an item is some neighbouring chunks of the keys of one head.
+// Who computes what: an item is some neighbouring chunks of the keys of one head, that of all queries' heads which
+// share it.
 struct Chunks {
   std::int64_t tiles, tiles_per_chunk, chunks, chunks_per_item, items_per_head;
 
@@ -21,7 +22,7 @@ struct Chunks {
     tiles_per_chunk = std::max<std::int64_t>(1, std::max(least_tiles, divide_up(tiles, most_chunks)));
     chunks = std::max<std::int64_t>(1, divide_up(tiles, tiles_per_chunk));
     // One item per head needs no memory for parts; but there shall be some for every thread, and none too large.
-    const std::int64_t fair = divide_up(2 * threads, std::max<std::int64_t>(1, shape.batch * shape.heads));
+    const std::int64_t fair = divide_up(2 * threads, std::max<std::int64_t>(1, shape.batch * shape.key_heads));
     const std::int64_t fitting = divide_up(5 * shape.keys * shape.size * bytes, most_bytes);
     items_per_head = threads == 1 ? fitting : std::max(fair, fitting);
     items_per_head = std::max<std::int64_t>(1, std::min(items_per_head, chunks));
@@ -37,6 +38,7 @@ struct KeyGradients {
   const HeadsTensor &q, &k, &v;
   const AttentionShape& shape;
   double scale;
+  const AttentionOptions& options;
 };
 
 // A worker's way over the chunks of an item. `Derived` has begin_keys(tile, key) and begin_queries(query), which read
@@ -55,28 +57,29 @@ class OverKeys {
 
   void run(std::int64_t item) {
     Derived& derived = static_cast<Derived&>(*this);
-    const std::int64_t head = item / chunks_.items_per_head;
-    head_ = {head / grads_.shape.heads, head % grads_.shape.heads};
+    const AttentionShape& shape = grads_.shape;
+    const std::int64_t key_head = item / chunks_.items_per_head, shared = shape.heads / shape.key_heads;
+    key_head_ = {key_head / shape.key_heads, key_head % shape.key_heads};
+    all_keys_ = seen_.keys(key_head_.batch);
     const std::int64_t first_chunk = item % chunks_.items_per_head * chunks_.chunks_per_item;
     const std::int64_t last_chunk = std::min(chunks_.chunks, first_chunk + chunks_.chunks_per_item);
     const std::int64_t first = first_chunk * chunks_.tiles_per_chunk;
     const std::int64_t last = std::min(chunks_.tiles, last_chunk * chunks_.tiles_per_chunk);
     for (std::int64_t tile = first; tile < last; ++tile) {
-      derived.begin_keys(tile - first, tile * tile_keys);
+      if (keys_from(tile * tile_keys) > 0) derived.begin_keys(tile - first, tile * tile_keys);
       std::fill_n(grad_k_ + (tile - first) * tile_keys * row_, tile_keys * row_, A(0));
-      std::fill_n(grad_v_ + (tile - first) * tile_keys * row_, tile_keys * row_, A(0));
+      std::fill_n(grad_v_ + (tile - first) * tile_keys * value_row_, tile_keys * value_row_, A(0));
     }
-    for (std::int64_t of_queries = 0; of_queries < tiles_of_queries_; ++of_queries) {
-      const std::int64_t query = of_queries * tile_queries;
+    for (std::int64_t i = 0; i < shared * tiles_of_queries_; ++i) {
+      head_ = {key_head_.batch, key_head_.head * shared + i / tiles_of_queries_};
+      const std::int64_t of_queries = i % tiles_of_queries_, query = of_queries * tile_queries;
       derived.begin_queries(query);
       for (std::int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
         std::fill_n(part_, size_ * tile_queries, A(0));
         const std::int64_t begin = chunk * chunks_.tiles_per_chunk;
         const std::int64_t end = std::min(chunks_.tiles, begin + chunks_.tiles_per_chunk);
-        for (std::int64_t tile = begin; tile < end; ++tile) {
-          derived.add(tile - first, keys_from(tile * tile_keys), queries_from(query));
-        }
-        if (grads_.q.data != nullptr) finish_part(head, chunk, of_queries);
+        for (std::int64_t tile = begin; tile < end; ++tile) add_tile(derived, tile - first, tile * tile_keys, query);
+        if (grads_.q.data != nullptr) finish_part(chunk, of_queries);
       }
       if (grads_.q.data != nullptr && parts_ == nullptr) spread_grad_q(grads_, elements_, head_, of_queries, grad_q_);
     }
@@ -97,8 +100,10 @@ class OverKeys {
 
  protected:
   // Elements of A that are this class's.
-  static std::int64_t own_space(const AttentionShape& shape, const Chunks& chunks) {
-    return chunks.tiles_per_item() * tile_keys * 2 * row_of(shape) + 2 * tile_of_grad_q(shape);
+  static std::int64_t own_space(const KeyGradients& grads, const Chunks& chunks) {
+    const AttentionShape& shape = grads.shape;
+    return chunks.tiles_per_item() * tile_keys * (row_of(shape.size) + row_of(shape.value_size)) +
+           2 * tile_of_grad_q(shape) + Seen<P, A>::space(grads.options);
   }
 
   // `parts` has room for the gradients of all queries from each chunk; null if an item has all chunks of its head.
@@ -107,39 +112,47 @@ class OverKeys {
         elements_(elements),
         chunks_(chunks),
         size_(grads.shape.size),
-        row_(row_of(grads.shape)),
+        row_(row_of(size_)),
+        value_size_(grads.shape.value_size),
+        value_row_(row_of(value_size_)),
         tiles_of_queries_(divide_up(grads.shape.queries, tile_queries)),
+        seen_(grads.options, grads.shape, grads.scale, arrays),
+        exponential_(seen_.scale_left(grads.scale)),
         parts_(parts) {
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     grad_k_ = arrays.take(of_keys * row_);
-    grad_v_ = arrays.take(of_keys * row_);
+    grad_v_ = arrays.take(of_keys * value_row_);
     part_ = arrays.take(size_ * tile_queries);
     grad_q_ = arrays.take(size_ * tile_queries);
   }
 
-  static std::int64_t row_of(const AttentionShape& shape) { return round_up(shape.size, Arrays<A>::unit); }
+  static std::int64_t row_of(std::int64_t size) { return round_up(size, Arrays<A>::unit); }
 
-  std::int64_t keys_from(std::int64_t key) const { return std::min(tile_keys, grads_.shape.keys - key); }
+  // Those that the sample has: there may be none.
+  std::int64_t keys_from(std::int64_t key) const { return std::min(tile_keys, all_keys_ - key); }
   std::int64_t queries_from(std::int64_t query) const { return std::min(tile_queries, grads_.shape.queries - query); }
   // The first query of the head among all.
   std::int64_t first_query() const { return (head_.batch * grads_.shape.heads + head_.head) * grads_.shape.queries; }
 
-  // Channels in rows, tokens in lanes.
-  void columns(A* tile, std::int64_t step, const HeadsTensor& tensor, std::int64_t token, std::int64_t tokens) const {
-    elements_.read(tile, step, head_.at(tensor, token, elements_.size), size_, tokens, tensor.channel, tensor.token,
+  // Channels in rows, tokens in lanes, of a tile of keys or of one of queries.
+  void columns(A* tile, const HeadsTensor& tensor, const Head& head, std::int64_t token, std::int64_t tokens,
+               std::int64_t size) const {
+    static_assert(tile_keys == tile_queries);
+    elements_.read(tile, tile_keys, head.at(tensor, token, elements_.size), size, tokens, tensor.channel, tensor.token,
                    false);
   }
   // Tokens in rows, channels in lanes.
-  void rows(A* tile, const HeadsTensor& tensor, std::int64_t token, std::int64_t tokens) const {
-    elements_.read(tile, row_, head_.at(tensor, token, elements_.size), tokens, size_, tensor.token, tensor.channel,
-                   false);
+  void rows(A* tile, const HeadsTensor& tensor, const Head& head, std::int64_t token, std::int64_t tokens,
+            std::int64_t size) const {
+    elements_.read(tile, row_of(size), head.at(tensor, token, elements_.size), tokens, size, tensor.token,
+                   tensor.channel, false);
   }
 
   // Of each query of a tile the sum of the products of two tensors' channels.
   void find_delta(A* delta, const A* grad, const A* out, std::int64_t queries) const {
     for (std::int64_t lane = 0; lane < queries; lane += width) {
       F sum = P::set(0);
-      for (std::int64_t c = 0; c < size_; ++c) {
+      for (std::int64_t c = 0; c < value_size_; ++c) {
         sum = P::fma(P::load(grad + c * tile_queries + lane), P::load(out + c * tile_queries + lane), sum);
       }
       P::store(delta + lane, sum);
@@ -148,21 +161,43 @@ class OverKeys {
 
   // Calls body(i, c) for the places of a tile of keys by `vectors` of queries, with the products of their columns.
   template <int vectors, class Body>
-  void products(const A* of_keys, const A* of_queries, std::int64_t lane, std::int64_t keys, Body&& body) const {
+  void products(std::int64_t size, const A* of_keys, const A* of_queries, std::int64_t lane, std::int64_t keys,
+                Body&& body) const {
     for_row_blocks(keys, [&](std::int64_t key, auto rows) {
       F c[rows][vectors];
       clear(c);
-      multiply<Mode, rows, vectors, 1>(size_, of_keys + key, tile_keys, of_queries + lane, tile_queries, c);
+      multiply<Mode, rows, vectors, 1>(size, of_keys + key, tile_keys, of_queries + lane, tile_queries, c);
       for (int r = 0; r < rows; ++r) {
         for (int n = 0; n < vectors; ++n) body((key + r) * tile_queries + lane + n * width, n, c[r][n]);
       }
     });
   }
 
+  // The probabilities of a tile, but for what is dropped, from columns of keys and queries.
+  template <int vectors>
+  void find_probabilities(A* p, const A* k, const A* q, std::int64_t lane, std::int64_t keys,
+                          const F (&lse)[vectors]) const {
+    const Exponential<P> exponential = exponential_;
+    const A* const bias = seen_.bias();
+    const F factor = seen_.factor();
+    products<vectors>(size_, k, q, lane, keys, [&](std::int64_t i, int n, F score) {
+      if (bias != nullptr) score = P::fma(score, factor, P::load(bias + i));
+      P::store(p + i, exponential.normalized(score, lse[n]));
+    });
+  }
+
+  // What is left, after dropout, at a place of the tile.
+  F left(F x, std::int64_t i) const {
+    const A* const kept = seen_.kept();
+    return kept == nullptr ? x : P::mul(x, P::load(kept + i));
+  }
+
   // Adds to rows of keys: of a tile's weights, times rows of queries.
-  void add_by_queries(A* to, const A* weights, const A* of_queries, std::int64_t keys, std::int64_t queries) const {
-    for_panels<P>(size_, [&](std::int64_t channel, auto vectors) {
-      add_product<vectors, tile_queries>(to + channel, row_, keys, queries, weights, 1, of_queries + channel, row_);
+  void add_by_queries(A* to, const A* weights, const A* of_queries, std::int64_t keys, std::int64_t queries,
+                      std::int64_t size) const {
+    const std::int64_t row = row_of(size);
+    for_panels<P>(size, [&](std::int64_t channel, auto vectors) {
+      add_product<vectors, tile_queries>(to + channel, row, keys, queries, weights, 1, of_queries + channel, row);
     });
   }
 
@@ -176,11 +211,21 @@ class OverKeys {
   const KeyGradients& grads_;
   const Elements<A>& elements_;
   const Chunks& chunks_;
-  const std::int64_t size_, row_, tiles_of_queries_;
-  Head head_{};
+  const std::int64_t size_, row_, value_size_, value_row_, tiles_of_queries_;
+  Seen<P, A> seen_;
+  const Exponential<P> exponential_;
+  Head head_{}, key_head_{};
+  std::int64_t all_keys_ = 0;
   A *grad_k_, *grad_v_, *part_, *grad_q_;
 
  private:
+  void add_tile(Derived& derived, std::int64_t tile, std::int64_t key, std::int64_t query) {
+    const std::int64_t keys = keys_from(key), queries = queries_from(query);
+    if (keys <= 0 || seen_.skips(query, queries, key)) return;
+    seen_.prepare(head_, query, queries, key, keys);
+    derived.add(tile, keys, queries);
+  }
+
   template <int vectors, int a_row>
   static void add_product(A* to, std::int64_t step, std::int64_t row_count, std::int64_t depth, const A* a,
                           std::int64_t a_step, const A* b, std::int64_t b_step) {
@@ -203,8 +248,8 @@ class OverKeys {
   }
 
   // The first part of an item begins the sum, others are added to it, as AddParts does.
-  void finish_part(std::int64_t head, std::int64_t chunk, std::int64_t of_queries) {
-    const std::int64_t size = size_ * tile_queries;
+  void finish_part(std::int64_t chunk, std::int64_t of_queries) {
+    const std::int64_t size = size_ * tile_queries, head = head_.batch * grads_.shape.heads + head_.head;
     times(part_, size, grads_.scale);
     if (parts_ != nullptr) {
       std::copy_n(part_, size, parts_ + ((head * chunks_.chunks + chunk) * tiles_of_queries_ + of_queries) * size);
@@ -216,13 +261,14 @@ class OverKeys {
   }
 
   void finish_keys(std::int64_t tile, std::int64_t key) {
-    const std::int64_t of_rows = tile * tile_keys * row_;
-    times(grad_k_ + of_rows, tile_keys * row_, grads_.scale);
-    for (const auto& [to, from] : {std::pair{&grads_.k, grad_k_}, std::pair{&grads_.v, grad_v_}}) {
-      if (to->data == nullptr) continue;
-      elements_.write(from + of_rows, row_, head_.at(*to, key, elements_.size), keys_from(key), size_, to->token,
-                      to->channel);
-    }
+    times(grad_k_ + tile * tile_keys * row_, tile_keys * row_, grads_.scale);
+    if (grads_.k.data != nullptr) write_rows(grads_.k, grad_k_ + tile * tile_keys * row_, key, size_);
+    if (grads_.v.data != nullptr) write_rows(grads_.v, grad_v_ + tile * tile_keys * value_row_, key, value_size_);
+  }
+
+  void write_rows(const HeadsTensor& to, const A* rows, std::int64_t key, std::int64_t size) const {
+    elements_.write(rows, row_of(size), key_head_.at(to, key, elements_.size),
+                    std::min(tile_keys, grads_.shape.keys - key), size, to.token, to.channel);
   }
 
   A* const parts_;
@@ -250,12 +296,13 @@ template <class Worker, class A, class MakeWorker>
 Status over_keys(const KeyGradients& grads, const Elements<A>& elements, int threads, MakeWorker&& make_worker) {
   const AttentionShape& shape = grads.shape;
   const std::int64_t heads = shape.batch * shape.heads, tiles = divide_up(shape.queries, tile_queries);
+  const std::int64_t key_heads = shape.batch * shape.key_heads;
   const std::int64_t useful = useful_threads(shape, threads);
   const Chunks chunks(shape, useful, sizeof(A));
-  const std::int64_t items = heads * chunks.items_per_head;
+  const std::int64_t items = key_heads * chunks.items_per_head;
   const int team = static_cast<int>(std::min(useful, std::max<std::int64_t>(1, items)));
   const bool in_parts = chunks.items_per_head > 1 && grads.q.data != nullptr;
-  const Workspace<A> space(team, Worker::space(shape, chunks));
+  const Workspace<A> space(team, Worker::space(grads, chunks));
   const Workspace<A> parts(1, in_parts ? heads * chunks.chunks * tiles * Worker::tile_of_grad_q(shape) : 0);
   if (!space.ok() || !parts.ok()) return Status::out_of_memory;
   A* const of_chunks = in_parts ? parts.of_thread(0) : nullptr;

@@ -1,6 +1,7 @@
 // What attention's forward and backward pass share: the size of tiles, exponentials, who works on what.
 #pragma once
 
+#include <limits>
 #include <utility>
 
 #ifdef _OPENMP
@@ -9,6 +10,7 @@
 
 #include "gencore/attention.h"
 #include "panels.h"
+#include "tiles.h"
 #include "workspace.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
@@ -19,7 +21,6 @@ namespace {
 constexpr std::int64_t tile_queries = 64;
 constexpr std::int64_t tile_keys = 64;
 
-inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
 // Powers of e from logits that lack the scale; of 2, but for float64.
@@ -51,11 +52,14 @@ struct Exponential {
   }
 };
 
-// The logarithms of a tile of queries in the unit of exponentials, 0 where there is no query.
+// The logarithms of a tile of queries in the unit of exponentials, 0 where there is no query. Of a query that may
+// and does see no key it is large: its probabilities are 0.
 template <class P, class A>
-inline void read_lse(A* tile, const A* lse, std::int64_t queries) {
+inline void read_lse(A* tile, const A* lse, std::int64_t queries, bool may_see_none) {
+  constexpr double nothing = -std::numeric_limits<double>::infinity(), large = std::numeric_limits<A>::max() / 4;
   for (std::int64_t i = 0; i < tile_queries; ++i) {
-    tile[i] = i < queries ? static_cast<A>(static_cast<double>(lse[i]) * Exponential<P>::unit) : 0;
+    const double value = i < queries ? static_cast<double>(lse[i]) : 0;
+    tile[i] = static_cast<A>(may_see_none && value == nothing ? large : value * Exponential<P>::unit);
   }
 }
 
@@ -85,12 +89,17 @@ struct Head {
   }
 };
 
+// The head of k and v that a head of q goes to.
+inline Head head_of_keys(const AttentionShape& shape, const Head& head) {
+  return {head.batch, head.head / (shape.heads / shape.key_heads)};
+}
+
 // Threads that are worth waking.
 inline std::int64_t useful_threads(const AttentionShape& shape, int threads) {
   // Operations below which waking another costs more than it saves.
   constexpr double grain = 1 << 20;
   const double tokens = static_cast<double>(shape.batch * shape.heads * shape.queries);
-  const double work = 4 * tokens * static_cast<double>(shape.keys) * static_cast<double>(shape.size);
+  const double work = 2 * tokens * static_cast<double>(shape.keys) * static_cast<double>(shape.size + shape.value_size);
   return std::min<std::int64_t>(threads,
                                 std::max<std::int64_t>(1, static_cast<std::int64_t>(std::min(work / grain, 1e6))));
 }
@@ -101,7 +110,7 @@ struct Plan {
   int team;
 
   Plan(const AttentionShape& shape, int threads, std::int64_t bytes) {
-    const std::int64_t heads = shape.batch * shape.heads, bytes_per_query = 2 * shape.size * bytes;
+    const std::int64_t heads = shape.batch * shape.heads, bytes_per_query = (shape.size + shape.value_size) * bytes;
     const std::int64_t wanted = useful_threads(shape, threads);
     // Narrow tiles where there would not be one for everybody.
     queries_per_tile = tile_queries;

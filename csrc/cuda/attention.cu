@@ -185,7 +185,7 @@ std::int64_t attention_workspace(DType, const AttentionShape&) { return 0; }
 
 Error attention(const Attention& args, void*, Stream stream) {
   const AttentionShape& shape = args.shape;
-  if (!is_acceptable(shape)) return cudaErrorInvalidValue;
+  if (!is_acceptable(shape) || !is_plain(shape, args.options)) return cudaErrorInvalidValue;
   if (shape.batch * shape.heads * shape.queries == 0) return cudaSuccess;
   if (is_missing(args.q, shape.queries) || is_missing(args.k, shape.keys) || is_missing(args.v, shape.keys) ||
       is_missing(args.out, shape.queries)) {
@@ -212,7 +212,7 @@ std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& sha
 
 Error attention_backward(const AttentionBackward& args, void* workspace, Stream stream) {
   const AttentionShape& shape = args.shape;
-  if (!is_acceptable(shape)) return cudaErrorInvalidValue;
+  if (!is_acceptable(shape) || !is_plain(shape, args.options)) return cudaErrorInvalidValue;
   if (args.grad_q.data == nullptr && args.grad_k.data == nullptr && args.grad_v.data == nullptr) return cudaSuccess;
   const std::int64_t planes = shape.batch * shape.heads;
   if (planes * (shape.queries + shape.keys) == 0) return cudaSuccess;

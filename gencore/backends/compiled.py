@@ -16,8 +16,12 @@ from gencore.backends.layout import (
     suggested_format,
 )
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
 
 
 def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
@@ -88,7 +92,7 @@ class CompiledOps:
                 dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         batch, channels = dense.shape[0], _channels(dense, memory_format)
         kernel(
-            dense.data_ptr(), _DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
+            dense.data_ptr(), DTYPE[dense.dtype], batch, dense.numel() // batch if batch else 0, channels,
             *self._noise(key, out),
         )  # fmt: skip
         if dense is not out:
@@ -120,7 +124,7 @@ class CompiledOps:
         batch, kl_address = mu.shape[0], 0
         workspace: tuple[Tensor, ...] = ()
         sizes = (
-            _DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
+            DTYPE[mu.dtype], batch, 1 if num_samples is None else num_samples, mu.numel() // batch if batch else 0,
             channels,
         )  # fmt: skip
         if kl is not None:
@@ -128,7 +132,7 @@ class CompiledOps:
         self._module.reparameterize(
             mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if slope is None else slope.data_ptr(), kl_address,
             *sizes, *self._noise(key, mu),
-            *[memory.data_ptr() for memory in workspace],
+            *map(_address, workspace),
         )  # fmt: skip
         return z
 
@@ -168,7 +172,7 @@ class CompiledOps:
         self._module.reparameterize_backward(
             0 if grad_z is None else grad_z.data_ptr(), 0 if grad_kl is None else grad_kl.data_ptr(),
             0 if mu is None else mu.data_ptr(), logvar.data_ptr(), grad_mu.data_ptr() if with_grad_mu else 0,
-            grad_logvar.data_ptr(), _DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
+            grad_logvar.data_ptr(), DTYPE[logvar.dtype], batch, 1 if num_samples is None else num_samples,
             logvar.numel() // batch if batch else 0, channels, *self._noise(key, logvar),
         )  # fmt: skip
         return grad_mu, grad_logvar
@@ -212,7 +216,7 @@ class CompiledOps:
         self._module.denoising_loss(
             output.data_ptr(), x0.data_ptr(), 0 if noise is None else noise.data_ptr(), loss.data_ptr(), *sizes,
             output.shape != x0.shape, coefficients, *self._noise(key, x0),
-            *[memory.data_ptr() for memory in workspace], **kept,
+            *map(_address, workspace), **kept,
         )  # fmt: skip
         del held
         return loss
@@ -260,7 +264,8 @@ class CompiledOps:
         key, (held, coefficients) = self._key(key, x), self._coefficients(rows, None, x)
         if y is None:
             y = self._empty_like(x)
-        learned = [tensor is not None and tensor.shape != x.shape for tensor in tensors[:2]]
+        shape = x.shape
+        learned = [tensor is not None and tensor.shape != shape for tensor in tensors[:2]]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, *tensors, y, prediction)]
         self._module.diffusion_step(
             addresses, *sizes, *learned, coefficients, *self._noise(key, x),
@@ -290,7 +295,7 @@ class CompiledOps:
         workspace = self._workspace("attention", q, *sizes)
         self._module.attention(
             heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *sizes, scale,
-            *self._place(q), *[memory.data_ptr() for memory in workspace],
+            *self._place(q), *map(_address, workspace),
         )  # fmt: skip
         return out if into is out else out.copy_(into), lse
 
@@ -319,7 +324,7 @@ class CompiledOps:
         self._module.attention_backward(
             [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(),
             [None if grad is None else heads(grad) for grad in into], *sizes, scale,
-            *self._place(q), *[memory.data_ptr() for memory in workspace],
+            *self._place(q), *map(_address, workspace),
         )  # fmt: skip
         for result, written in zip(results, into, strict=True):
             if result is not None and written is not None and written is not result:
@@ -356,7 +361,7 @@ class CompiledOps:
         workspace = self._workspace("group_norm", x, *sizes)
         self._module.group_norm(
             x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, ACTIVATION[activation],
-            values, *self._place(x), *[memory.data_ptr() for memory in workspace],
+            values, *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
         if given is not None and given is not y:
@@ -392,7 +397,7 @@ class CompiledOps:
         self._module.group_norm_backward(
             grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, ACTIVATION[activation], values,
             [0 if grad is None else grad.data_ptr() for grad in grads],
-            *self._place(x), *(memory.data_ptr() for memory in workspace),
+            *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
         return tuple(grads)
@@ -401,7 +406,7 @@ class CompiledOps:
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
     batch = x.shape[0]
-    return _DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
+    return DTYPE[x.dtype], batch, x.numel() // batch if batch else 0, _channels(x, memory_format)
 
 
 def heads(tensor: Tensor) -> tuple[int, ...]:
@@ -411,7 +416,7 @@ def heads(tensor: Tensor) -> tuple[int, ...]:
 
 def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     """The dtype, and batch, heads, queries, keys, channels of a head."""
-    return _DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
+    return DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
 ACTIVATION = {None: 0, "silu": 1}
@@ -419,7 +424,7 @@ ACTIVATION = {None: 0, "silu": 1}
 
 def group_norm_sizes(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> tuple[Any, ...]:
     """Of a tensor in its format: dtype, shape, groups, whether channels are last."""
-    return _DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+    return DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
 
 
 def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -433,5 +438,5 @@ def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...
         if not value.is_contiguous() and value.stride(-1) != 1:
             value = value.contiguous()
         dense.append(value)
-        described.append((value.data_ptr(), _DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
+        described.append((value.data_ptr(), DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
     return dense, tuple(described)

@@ -90,17 +90,8 @@ def _definition_jvp(
     dv: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q_, k_, v_ = widened(q), widened(k), widened(v)
-    p = torch.softmax(scale * (q_ @ k_.transpose(-1, -2)), -1)
-    t = torch.zeros_like(p)
-    if dq is not None:
-        t = t + scale * (widened(dq) @ k_.transpose(-1, -2))
-    if dk is not None:
-        t = t + scale * (q_ @ widened(dk).transpose(-1, -2))
-    d_lse = (p * t).sum(-1)
-    d_out = (p * (t - d_lse.unsqueeze(-1))) @ v_
-    if dv is not None:
-        d_out = d_out + p @ widened(dv)
+    q_, k_, v_, dq_, dk_, dv_ = map(widened, (q, k, v, dq, dk, dv))
+    d_out, d_lse = reference.attention_jvp(q_, k_, v_, dq_, dk_, dv_, scale)
     return d_out.to(q.dtype), d_lse
 
 

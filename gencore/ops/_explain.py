@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gencore._ops import OPS
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
 from gencore.ops._attention import heads_of
+from gencore.ops._library import explaining, lacks_kernel
 
 # Of these only the channels must lie side by side.
 _PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")
+# With any strides.
+_AS_THEY_LIE = (("general_attention", "mask"), ("general_attention", "key_lengths"))
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Explanation:
     Attributes:
         op: its name.
         device: where its tensors are.
-        chosen: what would run it: a backend, or "cudnn" or "flash", PyTorch's own kernels for attention; None if none
-            can.
+        chosen: what would run it: a backend, or "cudnn" or "flash", PyTorch's own kernels for attention, or "PyTorch's
+            operations", where the backend has no kernel for such a call; None if nothing can.
         source: on a GPU, what the choice rests on: "measured on" which one and when, or "not measured". None elsewhere,
             and where a backend is named.
         reasons: for every other backend, why it would not run.
@@ -71,7 +75,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with _FirstOp():
+            with _FirstOp(), explaining():
                 op(*args, **kwargs)
         except _Found as found:
             return _explanation(found.op, found.arguments)
@@ -109,7 +113,11 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     source: str | None = None
     reasons: dict[str, str] = {}
     notes: list[str] = []
-    if arguments and chosen in ("cuda", "triton") and choice.named() is None:
+    first = next(iter(tensors.values()), None)
+    if first is not None and chosen is not None and lacks_kernel(op, first):
+        reasons = {chosen: "it has no kernel for it"}
+        chosen = "PyTorch's operations"
+    elif arguments and chosen in ("cuda", "triton") and choice.named() is None:
         chosen, source, reasons, notes = _by_table(op, arguments, device)
     for name in choice.NAMES:
         if name != chosen:
@@ -123,9 +131,9 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
         if argument == "key":
             if tensor.dim() == 2 and tensor.device != device:
                 notes.append(f"key has a row per sample on {tensor.device} and is copied to {device}")
-        elif argument in _PER_CHANNEL and tensor.stride(-1) == 1:
+        elif (argument in _PER_CHANNEL and tensor.stride(-1) == 1) or (op, argument) in _AS_THEY_LIE:
             continue
-        elif op == "attention":
+        elif op in ("attention", "general_attention"):
             if chosen in ("cuda", "triton") and not has_rows(tensor):
                 notes.append(
                     f"{argument} has neither its channels nor its tokens side by side, so it goes through a copy"
@@ -135,9 +143,15 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     return Explanation(op, str(device), chosen, source, reasons, tuple(notes))
 
 
-# The kernels that have another name than their op.
-_KERNELS = {"normal": "normal_", "uniform": "uniform_", "spatial_attention": "attention"}
-_GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
+# The kernels of functions, and those of the gradients of kernels.
+_KERNELS = {name: kernel for op in OPS for name, kernel in op.functions.items()}
+_GRADIENTS = {
+    kernel.name: gradient.name
+    for op in OPS
+    for gradient in op.kernels
+    for kernel in op.kernels
+    if kernel.direction == "forward" and gradient.direction == "backward"
+}
 
 
 def _by_table(
@@ -152,8 +166,8 @@ def _by_table(
     if source != "not measured":
         refused |= {name: f"the table has it after {runner}" for name in ("cuda", "triton") if name not in refused}
         refused = {name: reason for name, reason in refused.items() if name != runner}
-    gradient, notes = _GRADIENTS.get(kernel, f"{kernel}_backward"), []
-    if gradient in dispatch.KERNELS:
+    gradient, notes = _GRADIENTS.get(kernel), []
+    if gradient is not None:
         main = dispatch.KERNELS[kernel].main
         of_gradient = (None,) * dispatch.KERNELS[gradient].main + args[main:]
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)

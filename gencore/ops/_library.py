@@ -7,13 +7,15 @@ runs is decided at every call, by :mod:`gencore.backends.choice`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gencore._torch import (
+    compiled_as_constant,
     has_tangents,
     is_batched_gradient,
     is_fake,
@@ -130,15 +132,19 @@ class Op:
         assert self._into is not None
         return self._into(*args)
 
+    def defined(self, *args: Any) -> Any:
+        """The op in PyTorch's operations, as its definition has it."""
+        assert self._definition is not None
+        return self._definition(*args)
+
     def __call__(self, *args: Any) -> Any:
         if self._written and not torch.compiler.is_compiling():
-            negated = [place for place in self._written if args[place] is not None and args[place].is_neg()]
-            if negated:
-                whole = [torch.empty_like(arg) if place in negated else arg for place, arg in enumerate(args)]
-                results = self(*whole)
-                for place in negated:
-                    args[place].copy_(whole[place])
-                return results
+            for place in self._written:
+                if args[place] is not None and args[place].is_neg():
+                    other = torch.empty_like(args[place])
+                    results = self(*args[:place], other, *args[place + 1 :])
+                    args[place].copy_(other)
+                    return results
         if self.name in _optional and not has_kernel(self.name, args):
             return _optional[self.name][1](*args)
         if not is_unobserved():
@@ -193,6 +199,25 @@ _flops: dict[str, Callable[..., int]] = {}
 _layouts: dict[str, Layouts] = {}
 
 
+_is_explaining = False
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Within it every op is called that would be, whether or not a backend has it."""
+    global _is_explaining
+    before, _is_explaining = _is_explaining, True
+    try:
+        yield
+    finally:
+        _is_explaining = before
+
+
+def lacks_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether the definition of an op is what runs it where ``tensor`` is."""
+    return name in _optional and not choice.has_kernel(_optional[name][0], tensor)
+
+
 def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The kernel where the first tensor of ``args`` is; the key, which comes after, may be on the CPU."""
     if name in _composed:
@@ -203,11 +228,20 @@ def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     return choice.kernel(name, first)
 
 
+@compiled_as_constant
+def _is_served(kernel: str, device: torch.device) -> bool:
+    return choice.has_kernel(kernel, torch.empty(0, device=device))
+
+
 def has_kernel(name: str, args: Sequence[Any]) -> bool:
     """Whether the backend that serves the tensors has what an optional op runs; the compiler's have all."""
     first = next(arg for arg in args if isinstance(arg, Tensor))
     try:
-        return first.is_meta or is_fake(first) or choice.has_kernel(_optional[name][0], first)
+        if _is_explaining or first.is_meta or is_fake(first):
+            return True
+        if torch.compiler.is_compiling():
+            return _is_served(_optional[name][0], first.device)
+        return choice.has_kernel(_optional[name][0], first)
     except choice.NoBackend:
         return True
 

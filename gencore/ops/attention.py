@@ -12,15 +12,28 @@ from torch import Tensor
 from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
+from gencore.noise import Key
 from gencore.ops._attention import attend, attend_image, compute_image
-from gencore.ops._checks import FLOATING, autocast_dtype, check_tensor
+from gencore.ops._checks import FLOATING, autocast_dtype, check_elements, check_tensor, resolve_key
+from gencore.ops._general_attention import Settings, attend_generally
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key: Key | None = None,
+) -> Tensor:
     """Attention: out_i = sum_j p_ij v_j, where p_i = softmax over j of (scale q_i . k_j), in each sample and head.
 
     Nothing of the size T x S is ever allocated: the softmax is taken over tiles of keys, and the gradient makes its
@@ -29,58 +42,93 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
 
     Args:
         q: (B, heads, T, d), float32, bfloat16, float16 or float64; any head size d.
-        k, v: (B, heads, S, d), of q's dtype: of T tokens for self-attention, of as many as there are for
-            cross-attention.
+        k: (B, heads, S, d), of q's dtype: of T tokens for self-attention, of as many as there are for
+            cross-attention. It may have fewer heads, a divisor of q's: then as many neighbouring heads of q share one.
+        v: (B, heads, S, d_v), as k, with any head size d_v.
+        mask: broadcasts to (B, heads, T, S). Boolean: True where query i sees key j. Or of q's dtype or float32: it is
+            added to the logits, where -inf hides a key.
+        causal: whether query i sees the keys j <= i alone.
+        key_lengths: int64 (B,): sample b has the first key_lengths[b] keys alone; what follows them is never read.
+            Lengths above S count as S.
         scale: by which dot products are multiplied; 1 / sqrt(d) if left out.
+        dropout: the probability, 0 to 1, with which p_ij is dropped; the others are divided by 1 - dropout.
+        key: what is dropped depends on; by default one drawn from torch's generator. p_ij of head h is dropped where
+            :func:`uniform` of that key and of the shape (B, heads, T, S) is below ``dropout``. Not used without
+            dropout.
+
+        A query sees a key if all of mask, causal and key_lengths let it. One that sees none gets 0, and no gradient.
+
+        Three dimensions, (B, T, d), are one head. Otherwise a dimension that a tensor lacks in front, or that is 1,
+        broadcasts as in PyTorch.
 
         On the CPU any strides are read as they are; on GPUs those with channels or tokens side by side, such as views
-        of a projection (B, T, 3 heads d) or of an image (B, 3 heads d, H, W), and others through a copy.
+        of a projection (B, T, 3 heads d) or of an image (B, 3 heads d, H, W), and others through a copy. A mask is read
+        as it lies: nothing is repeated in memory for it, nor for heads that share keys.
 
-    Under autocast, arguments of float32 and of the half types go through its dtype, as in PyTorch.
+    Under autocast, q, k and v of float32 and of the half types go through its dtype, as in PyTorch.
 
     Returns:
-        (B, heads, T, d), of q's dtype, dense, its dimensions in memory in the order of q's. 0 without keys (S = 0).
+        (B, heads, T, d_v), of q's dtype, dense, its dimensions in memory in the order of q's. 0 without keys (S = 0).
 
     Dot products, maximum, exponentials and sums are in float32, in float64 for float64. On GPUs the probabilities of
     half types are rounded to the type before they weigh v. So they are in the forward pass in bfloat16 on processors
     with its dot product, which takes subnormal numbers for 0; elsewhere on CPUs everything is in float32. NaN and
-    infinities propagate as in PyTorch.
+    infinities propagate as in PyTorch; a key that a query does not see weighs 0, which times NaN is NaN, or is not
+    read at all.
 
-    The gradient is made for ``q``, ``k`` and ``v``; it may be differentiated again, and forward mode works. On the CPU
-    the second derivative and that in forward mode have kernels of their own, which allocate nothing of the size T x S
-    either; on GPUs, and beyond the second, PyTorch's operations compute them.
+    The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
+    mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
+    nothing of the size T x S either; on GPUs, and beyond the second, PyTorch's operations compute them. They also
+    compute everything where a gradient of ``mask`` is wanted, and on GPUs where there is a mask, causal, key_lengths,
+    dropout, shared heads or d_v other than d.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
-    Devices differ by rounding. On GPUs a table by type, head size and tokens chooses between the kernels of CUDA and of
-    Triton, and PyTorch's own for the forward pass; :func:`gencore.explain` says who runs a call, and
-    :func:`gencore.backend` names one.
+    Devices differ by rounding; what is dropped is the same on each. On GPUs a table by type, head size and tokens
+    chooses between the kernels of CUDA and of Triton, and PyTorch's own for the forward pass;
+    :func:`gencore.explain` says who runs a call, and :func:`gencore.backend` names one.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
 
     >>> q, k, v = torch.randn(3, 2, 4, 100, 40).unbind(0)
-    >>> want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    >>> torch.allclose(attention(q, k, v), want, atol=1e-5)
+    >>> want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> torch.allclose(attention(q, k, v, causal=True), want, atol=1e-5)
     True
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; in tiles: Milakov and Gimelshein, "Online
-    normalizer calculation for softmax" (2018), and Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1 and section 3.2.3; Ainslie et al., "GQA"
+    (2023), for shared heads; in tiles: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and
+    Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
-    tensors = (q, k, v)
-    wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
-    if wants_gradient is None:
-        if is_overridden(*tensors):
-            return hand_over(attention, tensors, *tensors, scale=scale)
-        tensors = tuple(_autocast(tensor) for tensor in tensors)
-        scale = _check(*tensors, scale)
-    elif scale is None:
-        scale = 1 / math.sqrt(q.shape[3])
-    if wants_gradient is False:
-        return choice.kernel("attention", q)(*tensors, scale, None, False)[0]
-    if wants_gradient:
-        return attend.with_gradient(*tensors, scale)[0]
-    return attend(*tensors, scale)[0]
+    if mask is key_lengths is None and not (causal or dropout):
+        tensors = (q, k, v)
+        wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
+        if wants_gradient is not None:
+            if scale is None:
+                scale = 1 / math.sqrt(q.shape[3])
+            if wants_gradient:
+                return attend.with_gradient(*tensors, scale)[0]
+            return choice.kernel("attention", q)(*tensors, scale, None, False)[0]
+    if is_overridden(q, k, v, mask, key_lengths, key):
+        options = {"mask": mask, "causal": causal, "key_lengths": key_lengths, "scale": scale, "dropout": dropout}
+        return hand_over(attention, (q, k, v, mask, key_lengths, key), q, k, v, **options, key=key)
+    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    q, k, v, one_head = _heads(q, k, v)
+    settings = Settings(
+        *_check_hiding(mask, key_lengths, q, k, one_head),
+        None,
+        _checked_scale(scale, q.shape[3]),
+        _check_flag("causal", causal),
+        _checked_dropout(dropout),
+    )
+    if settings.dropout > 0:
+        check_elements("the probabilities (heads, T, S)", q.shape[1] * q.shape[2] * k.shape[2])
+        settings = settings._replace(key=resolve_key(key, q))
+    if settings[:3] == (None, None, None) and not settings.causal and q.shape[1] == k.shape[1] and k.shape == v.shape:
+        out = attend(q, k, v, settings.scale)[0]
+    else:
+        out = attend_generally(q, k, v, settings)
+    return out.squeeze(1) if one_head else out
 
 
 def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
@@ -185,28 +233,102 @@ def _autocast(tensor: Any) -> Any:
     return tensor
 
 
-def _check(q: Any, k: Any, v: Any, scale: Any) -> float:
-    """Looks at every argument; returns the scale."""
-    check_tensor("q", q)
-    if q.dim() != 4:
-        raise ValueError(f"q must have the four dimensions (B, heads, tokens, d), got {q.dim()}")
-    if q.shape[3] < 1:
-        raise ValueError(f"q must have at least one channel in a head, got the shape {tuple(q.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
+def _heads(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The three, which are looked at, as (B, heads, tokens, channels), and whether they came without heads.
+
+    Views, whose first dimensions are broadcast, but that k and v may have fewer heads than q.
+    """
+    tensors = {"q": q, "k": k, "v": v}
+    for name, tensor in tensors.items():
         check_tensor(name, tensor)
-        if tensor.dim() != 4 or tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != q.shape[3]:
-            batch, heads, _, size = q.shape
+        if tensor.dim() not in (3, 4):
             raise ValueError(
-                f"{name} must have the shape ({batch}, {heads}, tokens, {size}), that of q but for the tokens, "
-                f"got {tuple(tensor.shape)}"
+                f"{name} must have the dimensions (B, heads, tokens, d), or (B, tokens, d), got {tensor.dim()} of them"
             )
+        if tensor.shape[-1] < 1:
+            raise ValueError(f"{name} must have at least one channel in a head, got the shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"v must have as many tokens as k, {k.shape[2]}, got {v.shape[2]}")
-    return _checked_scale(scale, q.shape[3])
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have the head size of q, {q.shape[-1]}, got {k.shape[-1]}")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"v must have as many tokens as k, {k.shape[-2]}, got {v.shape[-2]}")
+    one_head = q.dim() == k.dim() == v.dim() == 3
+    if not q.dim() == k.dim() == v.dim() == 4:
+        q, k, v = (x if x.dim() == 4 else x.unsqueeze(1 if one_head else 0) for x in (q, k, v))
+    if q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        return q, k, v, one_head
+    batch = _broadcast("the batch", (q.shape[0], k.shape[0], v.shape[0]))
+    shared = _broadcast("the heads of k and v", (k.shape[1], v.shape[1]))
+    heads = shared if q.shape[1] == 1 else q.shape[1]
+    if heads != shared and (shared == 0 or heads % shared):
+        raise ValueError(f"k must have as many heads as q, {heads}, or a divisor of them, got {shared}")
+    q, k, v = (
+        x.expand(batch, count, *x.shape[2:]) if x.shape[:2] != (batch, count) else x
+        for x, count in ((q, heads), (k, shared), (v, shared))
+    )
+    return q, k, v, one_head
+
+
+def _broadcast(what: str, sizes: tuple[int, ...]) -> int:
+    """What the sizes of a dimension, those of q, k and v or of the last two, are broadcast to."""
+    size = next((size for size in sizes if size != 1), 1)
+    if any(other not in (1, size) for other in sizes):
+        names = ("q", "k", "v")[-len(sizes) :]
+        got = ", ".join(f"{other} of {name}" for other, name in zip(sizes, names, strict=True))
+        raise ValueError(f"{what} must have one size, or 1 where it is to be broadcast, got {got}")
+    return size
+
+
+def _check_hiding(
+    mask: Any, key_lengths: Any, q: Tensor, k: Tensor, one_head: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask with four dimensions, and the lengths."""
+    shape = (*q.shape[:3], k.shape[2])
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
+        if mask.is_nested or mask.layout is not _STRIDED:
+            raise ValueError("mask must be a dense (strided) tensor")
+        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+            kinds = " or ".join(dict.fromkeys(str(dtype) for dtype in (torch.bool, q.dtype, torch.float32)))
+            raise TypeError(f"mask must be of {kinds}, got {mask.dtype}")
+        if mask.device != q.device:
+            raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}")
+        wanted = shape[:1] + shape[2:] if one_head else shape
+        if mask.dim() > len(wanted) or any(
+            size not in (1, other) for size, other in zip(mask.shape[::-1], wanted[::-1], strict=False)
+        ):
+            raise ValueError(f"mask must broadcast to {tuple(wanted)}, got the shape {tuple(mask.shape)}")
+        mask = mask.view((1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)) if mask.dim() < len(wanted) else mask
+        mask = mask.unsqueeze(1) if one_head else mask
+    if key_lengths is not None:
+        if not isinstance(key_lengths, Tensor):
+            raise TypeError(f"key_lengths must be an int64 tensor or None, got {type(key_lengths).__name__}")
+        if key_lengths.dtype != torch.int64:
+            raise TypeError(f"key_lengths must be of torch.int64, got {key_lengths.dtype}")
+        if key_lengths.shape != shape[:1]:
+            raise ValueError(f"key_lengths must have the shape ({shape[0]},), got {tuple(key_lengths.shape)}")
+        if key_lengths.device != q.device:
+            raise ValueError(f"key_lengths must be on the device of q, {q.device}, got {key_lengths.device}")
+    return mask, key_lengths
+
+
+def _check_flag(name: str, flag: Any) -> bool:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
+    return flag
+
+
+def _checked_dropout(dropout: Any) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
+    probability = float(dropout)
+    if not 0 <= probability <= 1:
+        raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
+    return probability
 
 
 def _checked_scale(scale: Any, size: int) -> float:

@@ -11,13 +11,11 @@ from torch import Tensor
 from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
-from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
+from gencore.ops._checks import Contract, autocast_dtype, check_out, check_tensor
 from gencore.ops._group_norm import VALUES, normalize
-from gencore.ops._library import PLAIN_TYPES, is_unobserved, widened
+from gencore.ops._library import widened
 
 Activation = Literal["silu"]
-
-_STRIDED = torch.strided
 
 
 def group_norm(
@@ -78,82 +76,27 @@ def group_norm(
     Image Synthesis" (2021), equation 5.
     """
     values: tuple[Tensor | None, ...] = (weight, bias, scale, shift, bias_in)
-    wants_gradient = _wants_gradient_if_everyday(x, num_groups, weight, bias, scale, shift, bias_in, activation, eps)
-    if out is None:
-        if wants_gradient is False:
-            return choice.kernel("group_norm", x)(
-                x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
-            )[0]
+    known = _CONTRACT.known(x, num_groups, eps, activation, weight, bias, scale, shift, bias_in)
+    if known is not None and out is None:
+        (num_groups, eps), wants_gradient = known
         if wants_gradient:
             return normalize.with_gradient(x, num_groups, *values, activation, eps)[0]
+        return choice.kernel("group_norm", x)(
+            x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
+        )[0]
     tensors = (x, *values, out)
-    if wants_gradient is None and is_overridden(*tensors):
+    if known is None and is_overridden(*tensors):
         options = {"scale": scale, "shift": shift, "activation": activation, "bias_in": bias_in, "out": out}
         return hand_over(group_norm, tensors, x, num_groups, weight, bias, eps, **options)
     if isinstance(x, Tensor) and x.dtype == torch.float32 and autocast_dtype(x.device) is not None:
         # An embedding is in half precision then, where x may have come from an op that is not.
         values = tuple(widened(value) for value in values)
-    if wants_gradient is None:
-        num_groups, eps = _check(x, num_groups, eps, activation, *values)
+    num_groups, eps = _CONTRACT(x, num_groups, eps, activation, *values) if known is None else known[0]
     if out is None:
         return normalize(x, num_groups, *values, activation, eps)[0]
     check_out(out, "x", x, dict(zip(VALUES, values, strict=True)))
     normalize.into(x, num_groups, *values, activation, eps, out)
     return out
-
-
-def _wants_gradient_if_everyday(
-    x: Any,
-    num_groups: Any,
-    weight: Any,
-    bias: Any,
-    scale: Any,
-    shift: Any,
-    bias_in: Any,
-    activation: Any,
-    eps: Any,
-) -> bool | None:
-    """Whether a gradient is wanted, if the kernel can be called as it is; two microseconds tell. Else None.
-
-    It can if nothing observes the call and the arguments are right, and plain tensors on the CPU or on one GPU. What is
-    not so is then looked at argument by argument, to be served or to be told what is wrong.
-    """
-    if not (
-        is_unobserved()
-        and type(x) in PLAIN_TYPES
-        and (dtype := x.dtype) in FLOATING
-        and x.layout is _STRIDED
-        and ((on_cpu := x.is_cpu) or x.is_cuda)
-        and not x.is_neg()
-        and type(num_groups) is int
-        and type(eps) is float
-        and eps >= 0
-        and (activation is None or activation == "silu")
-    ):
-        return None
-    try:
-        shape, wanted = x.shape, x.requires_grad
-        if not (len(shape) >= 2 and num_groups >= 1 and shape[1] % num_groups == 0):
-            return None
-        of_channels, of_samples = shape[1:2], shape[:2]
-        values: tuple[tuple[Any, Any], ...] = ((weight, of_channels), (bias, of_channels))
-        if not scale is shift is bias_in is None:
-            values = (*values, (scale, of_samples), (shift, of_samples), (bias_in, of_samples))
-        for value, its_shape in values:
-            if value is not None:
-                if not (
-                    type(value) in PLAIN_TYPES
-                    and (value.dtype is dtype or (value.dtype is torch.float32 and dtype is not torch.float64))
-                    and value.layout is _STRIDED
-                    and (value.is_cpu if on_cpu else value.is_cuda and value.get_device() == x.get_device())
-                    and not value.is_neg()
-                    and value.shape == its_shape
-                ):
-                    return None
-                wanted = wanted or value.requires_grad
-    except RuntimeError:  # A nested tensor has no shape.
-        return None
-    return wanted and torch.is_grad_enabled()
 
 
 def _check(
@@ -185,6 +128,9 @@ def _check(
     for name, value in (("scale", scale), ("shift", shift), ("bias_in", bias_in)):
         _check_value(name, value, x, (samples, channels), "N, C")
     return num_groups, eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
+
+
+_CONTRACT = Contract(_check)
 
 
 def check_activation(activation: Any) -> None:

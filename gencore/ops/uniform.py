@@ -7,10 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gencore._torch import is_wrapped
 from gencore.noise import Key
-from gencore.ops._fill import define_filling, fill
+from gencore.ops._fill import define_filling, empty_beside, fill
 
 _uniform_ = define_filling("uniform_")
+
+
+def uniforms_for(x: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
+    """What :func:`uniform` draws for a key's words, float32 where ``x`` is, mapped over where the key is."""
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if torch.compiler.is_compiling() or is_wrapped(key):
+        out = empty_beside(key, shape, out, torch.contiguous_format)
+    _uniform_(out, key)
+    return out
 
 
 def uniform(

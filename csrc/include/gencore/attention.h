@@ -16,18 +16,40 @@ struct HeadsTensor {
 // `queries` and `keys` are tokens; `size` is the channels of a head.
 struct AttentionShape {
   std::int64_t batch, heads, queries, keys, size;
+  // Heads of k and v, each for heads / key_heads neighbouring ones of q; channels of a value. 0: `heads`, `size`.
+  std::int64_t key_heads = 0, value_size = 0;
+};
+
+// Which queries see which keys, and which probabilities are dropped. A query that sees no key has the results 0 and
+// minus infinity, and no gradient.
+struct AttentionOptions {
+  // For all batch x heads x queries x keys, by strides that may be 0; null: every query sees every key. Bytes, 0 where
+  // a query does not see a key, or values of `mask_dtype` that are added to the logits.
+  HeadsTensor mask{};
+  bool mask_is_boolean = false;
+  DType mask_dtype = DType::float32;
+  // The keys that each sample has, more than there are count as all; null: all. The others are not read.
+  const std::int64_t* key_lengths = nullptr;
+  // Whether query i sees the keys up to i alone.
+  bool causal = false;
+  // p_ij of sample b and head h is replaced by 0 where the uniform noise of sample b, element (h queries + i) keys + j,
+  // is below `dropout`, and by p_ij / (1 - dropout) elsewhere: lse stays.
+  double dropout = 0;
+  NoiseKey key{};
 };
 
 // Per sample and head, with s_ij = scale * sum_c q_ic k_jc:
 //   lse_i = log(sum_j exp(s_ij))      p_ij = exp(s_ij - lse_i)      out_ic = sum_j p_ij v_jc
 // Without a key, out is 0 and lse minus infinity. `lse` is dense, batch x heads x queries, of float32 (float64 for
 // float64), and may be null. Nothing of the size queries x keys is allocated. out may not overlap the others.
+// The options change s and p, here and below, as AttentionOptions says; gradients of p are those of what replaces it.
 struct Attention {
   HeadsTensor q, k, v, out;
   void* lse;
   DType dtype;
   AttentionShape shape;
   double scale;
+  AttentionOptions options{};
 };
 
 // The gradients, from `out` and `lse` of the forward pass. With delta_i = sum_c grad_out_ic out_ic:
@@ -41,6 +63,7 @@ struct AttentionBackward {
   DType dtype;
   AttentionShape shape;
   double scale;
+  AttentionOptions options{};
 };
 
 // The derivative along dq, dk, dv, each of which may be null: it is then 0. With the change of the logits
@@ -56,6 +79,7 @@ struct AttentionJvp {
   DType dtype;
   AttentionShape shape;
   double scale;
+  AttentionOptions options{};
 };
 
 // The gradient of sum (dq grad_q' + dk grad_k' + dv grad_v'), grad_q', grad_k', grad_v' what AttentionBackward gives
@@ -73,17 +97,27 @@ struct AttentionDoubleBackward {
   DType dtype;
   AttentionShape shape;
   double scale;
+  AttentionOptions options{};
 };
 
 // Whether the sizes are valid and indices of a dense tensor of them fit.
 static inline bool is_valid(const AttentionShape& shape) {
   if (shape.batch < 0 || shape.heads < 0 || shape.queries < 0 || shape.keys < 0 || shape.size < 1) return false;
+  if (shape.key_heads < 0 || shape.value_size < 0) return false;
+  if (shape.key_heads > 0 && shape.heads % shape.key_heads != 0) return false;
+  const std::int64_t size = shape.size < shape.value_size ? shape.value_size : shape.size;
   std::int64_t planes, of_queries, of_keys, total;
   return !__builtin_mul_overflow(shape.batch, shape.heads, &planes) &&
          !__builtin_mul_overflow(planes, shape.queries, &of_queries) &&
-         !__builtin_mul_overflow(planes, shape.keys, &of_keys) &&
-         !__builtin_mul_overflow(of_queries, shape.size, &total) &&
-         !__builtin_mul_overflow(of_keys, shape.size, &total);
+         !__builtin_mul_overflow(planes, shape.keys, &of_keys) && !__builtin_mul_overflow(of_queries, size, &total) &&
+         !__builtin_mul_overflow(of_keys, size, &total);
+}
+
+// Whether a call has none of the options, and as many heads and channels everywhere.
+static inline bool is_plain(const AttentionShape& shape, const AttentionOptions& options) {
+  return (shape.key_heads == 0 || shape.key_heads == shape.heads) &&
+         (shape.value_size == 0 || shape.value_size == shape.size) && options.mask.data == nullptr &&
+         options.key_lengths == nullptr && !options.causal && options.dropout == 0;
 }
 
 }  // namespace gencore
@@ -102,7 +136,7 @@ Status attention_double_backward(const AttentionDoubleBackward& args, int thread
 namespace gencore::cuda {
 
 // Of each tensor the channels or the tokens lie side by side: one of the two strides is 1. `workspace` is device memory
-// of as many bytes as the function of that name says, which may be 0.
+// of as many bytes as the function of that name says, which may be 0. Calls with options are not served.
 std::int64_t attention_workspace(DType dtype, const AttentionShape& shape);
 Error attention(const Attention& args, void* workspace, Stream stream);
 std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& shape);

@@ -1,0 +1,243 @@
+"""Attention with masks, lengths, shared heads and dropout, and its derivatives, as ops of (B, heads, tokens, channels).
+
+The everyday calls, which have none of these, go to the ops in ``_attention.py``. Where a backend has no kernel for
+them, the definitions run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gencore._torch import has_tangents, is_transformed, is_wrapped
+from gencore.backends.layout import empty_with_channels
+from gencore.backends.reference import attention as reference
+from gencore.ops._library import Layout, define, pull_back, widened
+from gencore.ops.uniform import uniforms_for
+
+
+class Settings(NamedTuple):
+    """What a call has besides q, k and v, in the order of the ops' arguments.
+
+    ``mask``: four dimensions, each of one element or as large as that of (B, heads, T, S). ``key``: the words of a key,
+    where something is dropped.
+    """
+
+    mask: Tensor | None
+    key_lengths: Tensor | None
+    key: Tensor | None
+    scale: float
+    causal: bool
+    dropout: float
+
+
+_HEADS = "Tensor q, Tensor k, Tensor v"
+_RESULTS = "Tensor out, Tensor lse"
+_DIRECTION = "Tensor? dq, Tensor? dk, Tensor? dv"
+_SETTINGS = "Tensor? mask, Tensor? key_lengths, Tensor? key, float scale, bool causal, float dropout"
+_CONSTANTS = (None,) * len(Settings._fields)
+
+
+def _options(q: Tensor, k: Tensor, settings: Settings) -> reference.Options:
+    kept = None
+    if settings.key is not None:
+        u = uniforms_for(q, settings.key, (*q.shape[:3], k.shape[2]))
+        # Of all that are dropped, none would be left to be scaled.
+        kept = (u >= settings.dropout).to(q.dtype) * (0.0 if settings.dropout == 1 else 1 / (1 - settings.dropout))
+    return reference.Options(settings.mask, settings.key_lengths, settings.causal, kept)
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """The op in PyTorch's operations, in float32 for half types; ``settings`` are :class:`Settings`."""
+    given = Settings(*settings)
+    q_, k_, v_ = widened(q), widened(k), widened(v)
+    out, lse = reference.attention(q_, k_, v_, given.scale, _options(q_, k_, given))
+    return _in_layout_of(q, out.to(q.dtype)), lse
+
+
+def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
+    """A result with its dimensions in memory in the order of q's."""
+    if q.is_contiguous() or is_transformed():
+        return out
+    like = empty_with_channels(q, out.shape[3])
+    return out if out.stride() == like.stride() else like.copy_(out)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return empty_with_channels(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    """As if every query saw every key, as PyTorch counts its own attention."""
+    batch, heads, queries, size = q
+    return 2 * batch * heads * queries * k[2] * (size + v[3])
+
+
+def _layouts(names: Sequence[str], outputs: int) -> Any:
+    def by_samples(args: Any) -> list[Layout]:
+        shared = [*names, "key_lengths", "key"]
+        if args["mask"] is not None and args["mask"].shape[0] == args["q"].shape[0]:
+            shared.append("mask")
+        return [Layout(dict.fromkeys(shared, 0), (0,) * outputs)]
+
+    return by_samples
+
+
+def _definition_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    given = Settings(*settings)
+    q_, k_, v_, dq_, dk_, dv_ = map(widened, (q, k, v, dq, dk, dv))
+    d_out, d_lse = reference.attention_jvp(q_, k_, v_, dq_, dk_, dv_, given.scale, _options(q_, k_, given))
+    return _in_layout_of(q, d_out.to(q.dtype)), d_lse
+
+
+_jvp_op = define(
+    f"general_attention_jvp({_HEADS}, {_RESULTS}, {_DIRECTION}, {_SETTINGS}) -> (Tensor, Tensor)",
+    fake=lambda q, k, v, out, lse, *_: (empty_with_channels(q, v.shape[3]), torch.empty_like(lse)),
+    definition=_definition_jvp,
+    made_again=("out", "lse"),
+    optional="general_attention_jvp",
+    flops=lambda *shapes, **_: 5 * _flops(*shapes) // 2,
+    layouts=_layouts(("q", "k", "v", "out", "lse", "dq", "dk", "dv"), 2),
+)
+
+
+def _jvp(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: None) -> tuple[Tensor, None]:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    return _jvp_op(q, k, v, out, lse, dq, dk, dv, *tensors, *ctx.settings)[0], None
+
+
+def _definition_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+) -> tuple[Tensor | None, ...]:
+    *settings, wanted = settings_and_wanted
+    grads = pull_back(lambda q, k, v: _definition(q, k, v, *settings)[0], (q, k, v), grad_out)
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def _fake_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(tensor) if want else tensor.new_empty(0) for tensor, want in zip(tensors, wanted, strict=True)
+    )
+
+
+def _definition_double_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    *settings_and_wanted: Any,
+) -> tuple[Tensor | None, ...]:
+    *settings, wanted = settings_and_wanted
+
+    def gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        return _definition_backward(grad_out, q, k, v, out, lse, *settings, [True] * 3)
+
+    direction = tuple(torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+    grads = pull_back(gradients, (grad_out, q, k, v), direction)
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+_double_backward_op = define(
+    f"general_attention_double_backward(Tensor grad_out, {_HEADS}, {_RESULTS}, {_DIRECTION}, {_SETTINGS}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad_out, q, k, v, *others: _fake_gradients((grad_out, q, k, v), others[-1]),
+    definition=_definition_double_backward,
+    made_again=("out", "lse"),
+    optional="general_attention_double_backward",
+    flops=lambda grad_out, *shapes, **_: 17 * _flops(*shapes) // 2,
+    layouts=_layouts(("grad_out", "q", "k", "v", "out", "lse", "dq", "dk", "dv"), 4),
+)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, scale, causal, dropout, _ = inputs
+    ctx.settings = (scale, causal, dropout)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    others = (None, None, *_CONSTANTS, None)
+    if not any(wanted) or all(dx is None for dx in direction):
+        return (None,) * 4 + others
+    grad_out, q, k, v, out, lse, *tensors = ctx.saved_tensors
+    grads = _double_backward_op(grad_out, q, k, v, out, lse, *direction, *tensors, *ctx.settings, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *others
+
+
+_backward_op = define(
+    f"general_attention_backward(Tensor grad_out, {_HEADS}, {_RESULTS}, {_SETTINGS}, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=lambda grad_out, q, k, v, *others: _fake_gradients((q, k, v), others[-1]),
+    setup_context=_setup_backward,
+    backward=_double_backward,
+    definition=_definition_backward,
+    optional="general_attention_backward",
+    flops=lambda grad_out, *shapes, **_: 5 * _flops(*shapes) // 2,
+    layouts=_layouts(("grad_out", "q", "k", "v", "out", "lse"), 3),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, key_lengths, key, *settings = inputs
+    out, lse = output
+    ctx.settings = tuple(settings)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, mask, key_lengths, key)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return None, None, None, *_CONSTANTS
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *_CONSTANTS
+
+
+_attend = define(
+    f"general_attention({_HEADS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    jvp=_jvp,
+    definition=_definition,
+    optional="general_attention",
+    flops=_flops,
+    layouts=_layouts(("q", "k", "v"), 2),
+)
+
+
+def attend_generally(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    """The result. The ops have no derivative along the mask: where one is wanted, the definition has it."""
+    if settings.mask is not None and _has_derivative(settings.mask):
+        return _attend.defined(q, k, v, *settings)[0]
+    return _attend(q, k, v, *settings)[0]
+
+
+def _has_derivative(mask: Tensor) -> bool:
+    if not mask.is_floating_point():
+        return False
+    if mask.requires_grad and torch.is_grad_enabled():
+        return True
+    return is_transformed() and (is_wrapped(mask) or has_tangents((mask,)))

@@ -1,0 +1,479 @@
+"""Attention with masks, lengths, shared heads and dropout: values, gradients and derivatives, against float64."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import sys
+import types
+import unittest
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from kernels import BACKENDS, Kernels
+from support import same_bits
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from gencore import Key, explain, ops
+from gencore.backends import choice
+from gencore.bench import cases
+from gencore.noise import reference_uniform
+
+KEY = Key(7).stream(3).samples(5)
+
+
+class Use(NamedTuple):
+    """Shapes, (B, heads, T, d), (B, heads, S, d) and the size of a value, with what the call has besides.
+
+    ``mask``: its shape, "bool" or "float".
+    """
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    size_v: int
+    mask: tuple[tuple[int, ...], str] | None = None
+    causal: bool = False
+    key_lengths: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    scale: float | None = None
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (self.q, self.k, (*self.k[:-1], self.size_v))
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+    def options(self, device: str = "cpu") -> dict[str, Any]:
+        found: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "dropout": self.dropout, "key": KEY}
+        if self.mask is not None:
+            drawn = torch.randn(self.mask[0], generator=torch.Generator().manual_seed(1))
+            # Of a mask that differs from query to query, one sees none.
+            hidden = drawn > (0.5 if self.mask[0][-1] > 1 else 3)
+            if len(self.mask[0]) > 1 and self.mask[0][-2] > 1:
+                hidden[..., -1, :] = True
+            found["mask"] = ~hidden if self.mask[1] == "bool" else drawn.masked_fill(hidden, -math.inf)
+        if self.key_lengths is not None:
+            found["key_lengths"] = torch.tensor(self.key_lengths)
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}
+
+
+USES = {
+    "causal": Use((2, 3, 70, 20), (2, 3, 70, 20), 20, causal=True),
+    "causal, more keys": Use((1, 2, 9, 8), (1, 2, 140, 8), 8, causal=True),
+    "causal, more queries": Use((1, 2, 150, 8), (1, 2, 70, 8), 8, causal=True),
+    "lengths": Use((3, 2, 9, 8), (3, 2, 150, 8), 8, key_lengths=(0, 70, 150)),
+    "lengths beyond": Use((2, 1, 5, 8), (2, 1, 9, 8), 8, key_lengths=(1, 99)),
+    "mask of pairs": Use((2, 3, 20, 8), (2, 3, 70, 8), 8, mask=((20, 70), "bool")),
+    "mask of keys": Use((2, 3, 9, 8), (2, 3, 33, 8), 8, mask=((2, 1, 1, 33), "bool")),
+    "mask of everything": Use((2, 3, 9, 8), (2, 3, 70, 8), 8, mask=((2, 3, 9, 70), "float")),
+    "mask of heads": Use((2, 3, 9, 8), (2, 3, 33, 8), 8, mask=((3, 9, 1), "float")),
+    "shared heads": Use((2, 6, 9, 20), (2, 2, 70, 20), 20),
+    "one head for all": Use((2, 5, 70, 8), (2, 1, 33, 8), 8, scale=-0.7),
+    "longer values": Use((2, 2, 9, 8), (2, 2, 70, 8), 40),
+    "shorter values": Use((2, 2, 70, 40), (2, 2, 9, 40), 3),
+    "dropout": Use((2, 3, 9, 8), (2, 3, 71, 8), 8, dropout=0.3),
+    "dropout of all": Use((1, 2, 3, 8), (1, 2, 5, 8), 8, dropout=1.0),
+    "all together": Use(
+        (2, 4, 70, 20), (2, 2, 133, 20), 33, ((2, 1, 70, 133), "float"), True, (50, 133), dropout=0.25, scale=0.4
+    ),
+    "one query": Use((2, 4, 1, 20), (2, 2, 150, 20), 33, ((2, 1, 1, 150), "bool"), False, (90, 150), dropout=0.25),
+    "one head, three dimensions": Use((2, 9, 8), (2, 20, 8), 12, ((9, 20), "bool"), True, (3, 20), dropout=0.1),
+    "a dimension less": Use((3, 9, 8), (2, 3, 20, 8), 8, causal=True),
+}
+SMALL = ("lengths beyond", "mask of heads", "shared heads", "all together", "one head, three dimensions")
+each_use = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+each_backend = pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
+# Relative to the largest value: roundings of float64 twice, some tens of float32's, and those of half results, whose
+# gradients go on from a rounded result.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+
+
+def small(use: Use) -> Use:
+    """The same with few tokens, for differences of values."""
+    shrink = {70: 5, 71: 7, 133: 6, 140: 6, 150: 7, 20: 4, 33: 3, 40: 2, 9: 4, 90: 4, 50: 2}
+
+    def smaller(sizes: Any) -> Any:
+        return tuple(shrink.get(size, size) for size in sizes)
+
+    mask = None if use.mask is None else (smaller(use.mask[0]), use.mask[1])
+    lengths = None if use.key_lengths is None else smaller(use.key_lengths)
+    return use._replace(
+        q=smaller(use.q), k=smaller(use.k), size_v=smaller((use.size_v,))[0], mask=mask, key_lengths=lengths
+    )
+
+
+def defined(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key: Key = KEY,
+) -> Tensor:
+    """What the documentation says, in float64, over every pair of a query and a key."""
+    one_head = q.dim() == k.dim() == 3
+    if one_head:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        mask = mask if mask is None or mask.dim() < 3 else mask.unsqueeze(1)
+    q, k, v = (x.expand(max(len(q) if q.dim() == 4 else 1, len(k)), *x.shape[-3:]).double() for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (torch.stack([x[:, head // groups] for head in range(q.shape[1])], 1) for x in (k, v))
+    logits = (q.shape[-1] ** -0.5 if scale is None else scale) * torch.einsum("bhtd,bhsd->bhts", q, k)
+    bias = torch.zeros_like(logits).detach()
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+    for b, length in enumerate([] if key_lengths is None else key_lengths.tolist()):
+        bias[b, :, :, length:] = -math.inf
+    if causal:
+        bias = bias + torch.full(logits.shape[-2:], -math.inf).triu(1)
+    p = (logits + bias - (logits + bias).amax(-1, keepdim=True).clamp_min(-1e300).detach()).exp()
+    p = p / p.sum(-1, keepdim=True).clamp_min(1e-300)
+    if dropout:
+        u = torch.from_numpy(reference_uniform(tuple(p.shape), key))
+        p = torch.where(u >= dropout, p / (1 - dropout) if dropout < 1 else 0 * p, 0.0)
+    out = p @ v
+    return out.squeeze(1) if one_head else out
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    assert got.shape == want.shape, what
+    size = max(float(want.detach().abs().max()), 0.1) if want.numel() else 1.0
+    torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=0, atol=TOLERANCE[dtype] * size)
+
+
+def skip_what_is_slow(kernels: Kernels, use: Use) -> None:
+    if kernels.emulated and use not in [USES[name] for name in SMALL]:
+        pytest.skip("the emulator and Triton's interpreter are slow")
+
+
+@each_use
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_values_and_gradients(use, dtype, kernels):
+    skip_what_is_slow(kernels, use)
+    leaves = [x.requires_grad_() for x in use.tensors(dtype, kernels.device)]
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    want = defined(*exact, **use.options())
+    out = ops.attention(*leaves, **use.options(kernels.device))
+    assert out.dtype == dtype
+    close(out, want, dtype, "out")
+    g = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(out, leaves, g.to(kernels.device))
+    for name, got, of in zip("qkv", grads, torch.autograd.grad(want, exact, g.double()), strict=True):
+        close(got, of, dtype, f"the gradient of {name}")
+    # Without a gradient it may be another call.
+    assert same_bits(ops.attention(*(x.detach() for x in leaves), **use.options(kernels.device)), out.detach())
+
+
+@each_use
+def test_pytorch_agrees(use):
+    """Its own attention, in float64, where nothing is dropped."""
+    use = use._replace(dropout=0.0)
+    q, k, v = use.tensors(torch.float64)
+    options = use.options()
+    seen = torch.zeros(len(k), 1, q.shape[-2], k.shape[-2], dtype=torch.float64)
+    if q.dim() == k.dim() == 3:
+        seen = seen.squeeze(1)
+    if use.causal:
+        seen = seen + torch.full(seen.shape[-2:], -math.inf).triu(1)
+    for b, length in enumerate(use.key_lengths or ()):
+        seen[b, ..., length:] = -math.inf
+    mask = options.get("mask")
+    if mask is not None:
+        seen = seen + (torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask)
+    is_shared = q.dim() == k.dim() == 4 and q.shape[1] != k.shape[1]
+    want = F.scaled_dot_product_attention(q, k, v, seen, scale=use.scale, enable_gqa=is_shared)
+    close(ops.attention(q, k, v, **options), want, torch.float64)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], list[Any]]:
+    """PyTorch's own inputs for tests of its attention."""
+    if importlib.util.find_spec("expecttest") is None:
+        # Its tests need that package for texts that are expected, which its inputs do not.
+        stand_in = types.ModuleType("expecttest")
+        stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "expecttest", stand_in)
+    methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+    (entry,) = (op for op in methods.op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    return lambda dtype: [s for grad in (False, True) for s in entry.sample_inputs("cpu", dtype, requires_grad=grad)]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_pytorchs_own_samples(dtype, samples):
+    """All of them: values and gradients, against its attention in float64, or the definition where it drops some."""
+    given = samples(dtype)
+    assert len(given) >= 40
+    dropped = 0
+    for sample in given:
+        tensors = [sample.input, *sample.args]
+        dropout = sample.kwargs.get("dropout_p", 0.0)
+        mask, causal = sample.kwargs.get("attn_mask"), sample.kwargs.get("is_causal", False)
+        assert {*sample.kwargs} <= {"dropout_p", "attn_mask", "is_causal"}
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        wide = None if mask is None else mask.detach().double()
+        if dropout:
+            dropped += 1
+            q = exact[0].expand(len(exact[1]), *exact[0].shape) if exact[0].dim() < exact[1].dim() else exact[0]
+            want = defined(q, *exact[1:], mask=wide, causal=causal, dropout=dropout)
+        else:
+            want = F.scaled_dot_product_attention(*exact, attn_mask=wide, is_causal=causal)
+        out = ops.attention(*tensors, mask=mask, causal=causal, dropout=dropout, key=KEY)
+        close(out, want, dtype)
+        if tensors[0].requires_grad:
+            g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            grads = torch.autograd.grad(want, exact, g.double())
+            for got, of in zip(torch.autograd.grad(out, tensors, g), grads, strict=True):
+                close(got, of, dtype)
+    assert 0 < dropped < len(given)
+
+
+def test_few_queries_have_the_bits_of_many(kernels):
+    """Those of one query, or of some whose heads share keys, which another kernel takes on the CPU."""
+    if kernels.backend != "cpu":
+        pytest.skip("what runs few queries on GPUs is what runs many")
+    for dtype in cases.DTYPES:
+        for q_heads, size, size_v in ((2, 40, 40), (6, 64, 33), (2, 3, 16)):
+            generator = torch.Generator().manual_seed(size)
+            q, k, v = (
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((2, q_heads, 30, size), (2, 2, 150, size), (2, 2, 150, size_v))
+            )
+            v = v.transpose(2, 3).contiguous().transpose(2, 3) if size == 3 else v
+            mask = torch.randn(30, 150, generator=generator) > 0
+            mask[0] = False
+            lengths = torch.tensor([90, 150])
+            bias = torch.randn(2, 1, 1, 150, generator=generator)
+            for options in (
+                {},
+                {"mask": mask},
+                {"mask": bias, "scale": -0.3},
+                {"causal": True},
+                {"key_lengths": lengths, "scale": 0.0},
+            ):
+                whole = ops.attention(q, k, v, **options)
+                for few in (1, 3, 7):
+                    some = {**options, "mask": mask[:few]} if options.get("mask") is mask else options
+                    assert same_bits(ops.attention(q[:, :, :few], k, v, **some), whole[:, :, :few])
+            # The noise counts the pairs of all queries, so that what is dropped is compared with few alone.
+            dropped = ops.attention(q[:, :, :7], k, v, dropout=0.3, key=KEY)
+            close(dropped, defined(q[:, :, :7], k, v, dropout=0.3), dtype)
+
+
+@each_use
+@each_backend
+def test_derivatives(use, kernels):
+    """First and second, and in forward mode, against differences of values."""
+    use = small(use)
+    if kernels.emulated and use not in [small(USES[name]) for name in SMALL]:
+        pytest.skip("the emulator and Triton's interpreter are slow")
+    leaves = [x.requires_grad_() for x in use.tensors(torch.float64, kernels.device)]
+    function = functools.partial(ops.attention, **use.options(kernels.device))
+    assert gradcheck(function, leaves, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_mask_has_a_gradient(dtype, kernels):
+    use = USES["mask of everything"]._replace(dropout=0.2)
+    options = use.options(kernels.device)
+    mask = options.pop("mask").clamp_min(-30).to(dtype).requires_grad_()
+    tensors = use.tensors(dtype, kernels.device)
+    exact = mask.detach().cpu().double().requires_grad_()
+    want = defined(*(x.cpu() for x in tensors), mask=exact, **use._replace(mask=None).options())
+    out = ops.attention(*tensors, mask=mask, **options)
+    close(out, want, dtype)
+    close(torch.autograd.grad(out.sum(), mask)[0], torch.autograd.grad(want.sum(), exact)[0], dtype)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(mask.detach(), torch.ones_like(mask) * mask.detach())
+        tangent = forward_ad.unpack_dual(ops.attention(*tensors, mask=dual, **options)).tangent
+    leaf = mask.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.attention(*tensors, mask=leaf, **options), leaf, torch.ones_like(out))
+    close((grad * leaf.detach()).sum(), tangent.cpu().double().sum(), torch.float32)
+
+
+def test_a_query_that_sees_nothing_gets_nothing(kernels):
+    leaves = [x.requires_grad_() for x in USES["mask of pairs"].tensors(torch.float32, kernels.device)]
+    mask = torch.ones(20, 70, dtype=torch.bool, device=kernels.device)
+    mask[3] = False
+    for given in (mask, torch.zeros(20, 70, device=kernels.device).masked_fill(~mask, -math.inf)):
+        out = ops.attention(*leaves, mask=given)
+        assert bool((out[:, :, 3] == 0).all())
+        grads = torch.autograd.grad(out.sum() + out[:, :, 3].exp().sum(), leaves)
+        assert bool((grads[0][:, :, 3] == 0).all())
+        assert not any(bool(grad.isnan().any()) for grad in grads)
+
+
+def test_what_is_beyond_the_length_is_not_read(kernels):
+    use = USES["lengths"]
+    q, k, v = use.tensors(torch.float32, kernels.device)
+    options = use.options(kernels.device)
+    clean = ops.attention(q, k, v, **options)
+    for b, length in enumerate(use.key_lengths):
+        k[b, :, length:], v[b, :, length:] = math.nan, math.inf
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.attention(*leaves, **options)
+    assert same_bits(out.detach(), clean)
+    for grad in torch.autograd.grad(out.square().sum(), leaves):
+        assert bool(grad.isfinite().all())
+
+
+def test_what_is_dropped_is_that_of_the_key(kernels):
+    """Sample by sample, by the noise's definition, for each row of a key too."""
+    q = torch.zeros(3, 2, 4, 8, device=kernels.device)
+    v = torch.eye(8, device=kernels.device).expand(3, 2, 8, 8)
+    for key in (KEY, KEY.samples([4, 4, 9])):
+        kept = ops.attention(q, v, v, dropout=0.4, key=key) > 0
+        assert torch.equal(kept.cpu(), torch.from_numpy(reference_uniform((3, 2, 4, 8), key) >= 0.4))
+    part = ops.attention(q[1:], v[1:], v[1:], dropout=0.4, key=KEY.samples(6))
+    assert same_bits(part, ops.attention(q, v, v, dropout=0.4, key=KEY)[1:])
+    torch.manual_seed(0)
+    some = ops.attention(q, v, v, dropout=0.5)
+    assert not same_bits(some, ops.attention(q, v, v, dropout=0.5))
+
+
+@each_backend
+def test_options_without_effect_change_no_bits(kernels):
+    q, k, v = USES["shorter values"]._replace(size_v=40).tensors(torch.float32, kernels.device)
+    want = ops.attention(q, k, v)
+    close(
+        ops.attention(q, k, v, mask=torch.ones(1, dtype=torch.bool, device=kernels.device)),
+        want.double().cpu(),
+        torch.float32,
+    )
+    close(
+        ops.attention(q, k, v, key_lengths=torch.tensor([9, 9], device=kernels.device)),
+        want.double().cpu(),
+        torch.float32,
+    )
+    assert same_bits(ops.attention(q, k, v, key=KEY), want)
+    assert same_bits(ops.attention(q[:, 0], k[:, 0], v[:, 0]), want[:, 0])
+    assert same_bits(ops.attention(q, k[:1], v[:1])[0], want[0])
+
+
+@pytest.mark.parametrize("layout", ["tokens", "contiguous"])
+def test_layouts(layout, kernels):
+    """The dimensions of the result lie in memory as the query's do."""
+    q, k, v = USES["longer values"].tensors(torch.float32, kernels.device)
+    dims = (0, 2, 1, 3) if layout == "tokens" else (0, 1, 3, 2)
+    q, k, v = (x.permute(dims).contiguous().permute(dims) for x in (q, k, v))
+    out = ops.attention(q, k, v, causal=True)
+    assert out.permute(dims).is_contiguous()
+    close(out, defined(*(x.cpu() for x in (q, k, v)), causal=True), torch.float32)
+
+
+@each_backend
+def test_opcheck(kernels):
+    use = small(USES["all together"])
+    q, k, v = (x.requires_grad_() for x in use.tensors(torch.float32, kernels.device))
+    options = use.options(kernels.device)
+    settings = (options["mask"], options["key_lengths"], KEY.packed, 0.3, True, 0.25)
+    gencore = torch.ops.gencore
+    for some in (settings, (None, None, None, 0.3, False, 0.0)):
+        torch.library.opcheck(gencore.general_attention.default, (q, k, v, *some))
+        if not choice.has_kernel("general_attention_backward", q):
+            continue  # The check cannot look into transforms of torch.func, which definitions of gradients are.
+        heads = [x.detach() for x in (q, k, v)]
+        out, lse = gencore.general_attention(*heads, *some)
+        direction, g = [torch.randn_like(x) for x in heads], torch.randn_like(out)
+        torch.library.opcheck(gencore.general_attention_jvp.default, (*heads, out, lse, *direction, *some))
+        for wanted in ([True] * 3, [False, True, False]):
+            args = (g, *heads, out, lse, *some, wanted)
+            torch.library.opcheck(gencore.general_attention_backward.default, args)
+            args = (g, *heads, out, lse, None, *direction[1:], *some, [True, *wanted])
+            torch.library.opcheck(gencore.general_attention_double_backward.default, args)
+
+
+def test_compiles_whole():
+    use = USES["all together"]
+    leaves = [x.requires_grad_() for x in use.tensors(torch.float32)]
+    options = use.options()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, key: Key) -> Tensor:
+        return ops.attention(q, k, v, **{**options, "key": key}).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for key in (KEY, Key(8)):
+        value, eager = compiled(*leaves, key), function(*leaves, key)
+        assert torch.equal(value, eager)
+        for a, b in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(eager, leaves), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_transforms_of_torch_func():
+    use = small(USES["all together"])
+    q, k, v = use.tensors(torch.float64)
+    options = use.options()
+    function = functools.partial(ops.attention, **options)
+    tangents = use.tensors(torch.float64, seed=3)
+    _, tangent = torch.func.jvp(function, (q, k, v), tuple(tangents))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    g = torch.randn_like(tangent)
+    grads = torch.autograd.grad(function(*leaves), leaves, g)
+    along = sum((a * b).sum() for a, b in zip(grads, tangents, strict=True))
+    torch.testing.assert_close((tangent * g).sum(), along)
+    each = torch.func.vmap(function, in_dims=(0, None, None))(torch.stack([q, 2 * q]), k, v)
+    torch.testing.assert_close(each[1], function(2 * q, k, v))
+    del options["mask"]
+    masks = torch.randn(2, *q.shape[:1], 1, q.shape[2], k.shape[2], dtype=torch.float64)
+    of_masks = torch.func.vmap(torch.func.grad(lambda m: ops.attention(q, k, v, mask=m, **options).square().sum()))(
+        masks
+    )
+    leaf = masks[1].clone().requires_grad_()
+    want = torch.autograd.grad(ops.attention(q, k, v, mask=leaf, **options).square().sum(), leaf)[0]
+    torch.testing.assert_close(of_masks[1], want)
+
+
+def test_autocast():
+    q, k, v = USES["all together"].tensors(torch.float32)
+    options = USES["all together"].options()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attention(q, k, v, **options)
+    assert out.dtype == torch.bfloat16
+    assert same_bits(out, ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options))
+
+
+X, Y = torch.zeros(2, 6, 5, 4), torch.zeros(2, 3, 7, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"mask": [True]}, TypeError, "mask must be a tensor or None, got list"),
+        ({"mask": torch.ones(5, 7, dtype=torch.int64)}, TypeError, r"mask must be of torch.bool or torch.float32, got"),
+        ({"mask": torch.ones(5, 7).half()}, TypeError, r"mask must be of torch.bool or torch.float32, got"),
+        ({"mask": torch.ones(7, 5)}, ValueError, r"mask must broadcast to \(2, 6, 5, 7\), got the shape \(7, 5\)"),
+        ({"mask": torch.ones(1, 2, 6, 5, 7)}, ValueError, "mask must broadcast to"),
+        ({"mask": torch.ones(5, 7, device="meta")}, ValueError, "mask must be on the device of q, cpu, got meta"),
+        ({"causal": 1}, TypeError, "causal must be True or False, got int"),
+        ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be an int64 tensor or None, got list"),
+        ({"key_lengths": torch.ones(2)}, TypeError, "key_lengths must be of torch.int64, got torch.float32"),
+        ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have the shape \(2,\), got \(1,\)"),
+        ({"dropout": "a"}, TypeError, "dropout must be a number, got str"),
+        ({"dropout": 1.5}, ValueError, "dropout must be from 0 to 1, got 1.5"),
+        ({"dropout": -0.1}, ValueError, "dropout must be from 0 to 1, got -0.1"),
+        ({"dropout": math.nan}, ValueError, "dropout must be from 0 to 1, got nan"),
+        ({"dropout": 0.5, "key": 3}, TypeError, "key must be a gencore.Key or None, got int"),
+        ({"dropout": 0.5, "key": Key(0).samples([1])}, ValueError, "key must name 2 samples"),
+    ],
+)
+def test_says_what_is_wrong(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention(X, Y, Y, **kwargs)
+
+
+def test_explain():
+    told = str(explain(ops.attention, X, Y, Y))
+    assert told.startswith("general_attention on cpu: ")
+    with mock.patch.object(choice, "has_kernel", return_value=False):
+        told = str(explain(ops.attention, X, Y, Y, causal=True))
+    assert told.startswith("general_attention on cpu: PyTorch's operations")
