@@ -51,6 +51,22 @@ def test_cuda_comes_before_triton(monkeypatch):
     forget_backends()
 
 
+def test_a_kernel_that_the_first_backend_lacks_is_the_next_ones(monkeypatch):
+    having = {"cuda": SimpleNamespace(both="cuda's"), "triton": SimpleNamespace(both="triton's", only="triton's")}
+    monkeypatch.setattr(choice, "refusal", lambda name, device: "it is the CPU's" if name == "cpu" else None)
+    monkeypatch.setattr(choice, "load", having.__getitem__)
+    forget_backends()
+    tensor = SimpleNamespace(is_cpu=False, device=CUDA)
+    assert (choice.kernel("both", tensor), choice.kernel("only", tensor)) == ("cuda's", "triton's")
+    assert choice.has_kernel("only", tensor)
+    assert not choice.has_kernel("none", tensor)
+    with gencore.backend("cuda"):
+        assert not choice.has_kernel("only", tensor)
+        with pytest.raises(AttributeError):
+            choice.kernel("only", tensor)
+    forget_backends()
+
+
 def test_a_named_backend_that_cannot_serve_says_why(without_a_gpu):
     with (
         gencore.backend("triton"),
