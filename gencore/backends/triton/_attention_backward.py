@@ -37,7 +37,7 @@ _WIDEST = 256
 _QUERIES, _BYTES = 64, 128
 
 
-def _steps(*names: str) -> list[str]:
+def steps(*names: str) -> list[str]:
     return [f"{name}_{step}" for name in names for step in _STEPS]
 
 
@@ -55,7 +55,7 @@ def place(program, tokens, heads, T: tl.constexpr, PARTS: tl.constexpr, PART: tl
     return first, column, number.to(tl.int64), (number // heads).to(tl.int64), (number % heads).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=[*_steps("grad_out", "out"), "heads", "queries"])
+@triton.jit(do_not_specialize=[*steps("grad_out", "out"), "heads", "queries"])
 def delta_kernel(
     grad_out, out, delta, grad_out_batch: tl.int64, grad_out_head: tl.int64, grad_out_step: tl.int64,
     out_batch: tl.int64, out_head: tl.int64, out_step: tl.int64, queries: tl.int64, heads: tl.int32,
@@ -84,7 +84,7 @@ def delta_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*_steps("grad_out", "q", "k", "v", "grad_k", "grad_v"), "heads", "queries", "keys", "scale"]
+    do_not_specialize=[*steps("grad_out", "q", "k", "v", "grad_k", "grad_v"), "heads", "queries", "keys", "scale"]
 )
 def keys_kernel(
     grad_out, q, k, v, grad_k, grad_v, lse, delta,
@@ -200,7 +200,7 @@ def keys_kernel(
             store_tile(to, grad_v_step, first_key, keys, PA, of_v1, SIZE, UNIT, GRAD_V_LAYOUT, PA + PB > SIZE)
 
 
-@triton.jit(do_not_specialize=[*_steps("grad_out", "q", "k", "v", "grad_q"), "heads", "queries", "keys", "scale"])
+@triton.jit(do_not_specialize=[*steps("grad_out", "q", "k", "v", "grad_q"), "heads", "queries", "keys", "scale"])
 def queries_kernel(
     grad_out, q, k, v, grad_q, lse, delta,
     grad_out_batch: tl.int64, grad_out_head: tl.int64, grad_out_step: tl.int64,

@@ -20,11 +20,13 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
     if layout == "contiguous":
         x = x.transpose(2, 3)
     with contextlib.ExitStack() as stack:
-        for name in ("attention", "_attention_backward"):
+        for name in ("attention", "_attention_backward", "_attention_tangent", "_attention_double_backward"):
             module = sys.modules[f"gencore.backends.triton.{name}"]
             stack.enter_context(mock.patch.object(module, "has_warpgroups", return_value=warpgroups))
         out, lse = ops.attention(x, x, x, 0.1)
         ops.attention_backward(x, x, x, x, out, lse, 0.1, [True] * 3)
+        ops.attention_jvp(x, x, x, x, lse, x, x, x, 0.1)
+        ops.attention_double_backward(x, x, x, x, x, lse, x, x, x, 0.1, [True] * 4)
 
 
 def main(wanted: list[Any]) -> None:
