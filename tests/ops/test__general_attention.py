@@ -144,9 +144,9 @@ def defined(
     return out.squeeze(1) if one_head else out
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "") -> None:
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "", times: int = 1) -> None:
     assert got.shape == want.shape, what
-    size = max(float(want.detach().abs().max()), 0.1) if want.numel() else 1.0
+    size = times * max(float(want.detach().abs().max()), 0.1) if want.numel() else 1.0
     torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=0, atol=TOLERANCE[dtype] * size)
 
 
@@ -227,12 +227,13 @@ def test_pytorchs_own_samples(dtype, samples):
         else:
             want = F.scaled_dot_product_attention(*exact, attn_mask=wide, is_causal=causal)
         out = ops.attention(*tensors, mask=mask, causal=causal, dropout=dropout, key=KEY)
-        close(out, want, dtype)
+        # They reach 9, and so logits some hundreds: as many times as large are their roundings.
+        close(out, want, dtype, times=4)
         if tensors[0].requires_grad:
             g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             grads = torch.autograd.grad(want, exact, g.double())
             for got, of in zip(torch.autograd.grad(out, tensors, g), grads, strict=True):
-                close(got, of, dtype)
+                close(got, of, dtype, times=4)
     assert 0 < dropped < len(given)
 
 
