@@ -33,11 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark with the argument ``task`` runs for all that its module's BENCHMARKS are timed at on the device."""
+    """A benchmark with the argument ``task`` runs for all that the suite's are timed at on the device."""
     if "task" not in metafunc.fixturenames:
         return
     kind = metafunc.config.getoption("device")
-    tasks = [task for benchmark in metafunc.module.BENCHMARKS for task in suite.tasks_of(benchmark, kind)]
+    tasks = [task for benchmark in suite.benchmarks() for task in suite.tasks_of(benchmark, kind)]
     if metafunc.config.getoption("dry_run"):
         tasks = [dataclasses.replace(task, case=task.case.shrunk()) for task in tasks]
     # Two that are shrunk may be one.
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _name(task: suite.Task) -> str:
-    return f"{task.benchmark.slug}-{task.case}-{str(task.dtype).removeprefix('torch.')}"
+    return f"{task.benchmark.op}-{task.benchmark.slug}-{task.case}-{str(task.dtype).removeprefix('torch.')}"
 
 
 @pytest.fixture

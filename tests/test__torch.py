@@ -1,15 +1,70 @@
-"""What is done once a module is imported, by whom and however that is."""
+"""PyTorch's private names, each of which may be missing; and what is done once a module is imported."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 import zipfile
 
 import pytest
 
-from gencore._torch import when_imported
+from gencore._torch import PRIVATE, when_imported
+
+# In a process of its own for each name, gencore does not find it, while torch, which needs many of them, keeps it; then
+# ops are called in every way that does not need it.
+_WITHOUT = """
+import os, pkgutil, sys
+import torch
+
+def checked(name):
+    found = pkgutil.resolve_name
+
+    def resolve_name(asked):
+        if asked == "torch." + name:
+            raise AttributeError(asked)
+        return found(asked)
+
+    pkgutil.resolve_name = resolve_name
+    import gencore
+    from gencore import Key, _torch, ops
+    assert name in _torch._missing
+    lost = PRIVATE.index(name) >= PRIVATE.index("_C._functorch.peek_interpreter_stack")
+    assert _torch.is_unobserved() is not lost
+    mu = torch.zeros(2, 3, requires_grad=True)
+    z = ops.reparameterize(mu, torch.zeros(2, 3), Key(1))
+    assert torch.equal(z.detach(), ops.normal((2, 3), Key(1)))
+    z.sum().backward()
+    assert torch.equal(mu.grad, torch.ones(2, 3))
+    x = torch.arange(16.0).view(2, 4, 2, 1)
+    assert torch.equal(ops.group_norm(x, 2, out=x.clone()), ops.group_norm(x, 2))
+    q = torch.ones(1, 1, 2, 3, requires_grad=True)
+    (of_q,) = torch.autograd.grad(ops.attention(q, q, q).sum(), q, create_graph=True)
+    assert torch.allclose(of_q, torch.ones_like(q)) and of_q.requires_grad
+    assert torch.equal(torch.utils.data.default_collate([torch.zeros(1)]), torch.zeros(1, 1))
+    assert "cpu" in str(gencore.explain(ops.normal, (2, 3), Key(1)))
+    with _torch.without_modes():
+        assert _torch.has_values(_torch.lifted(x)) and not _torch.is_fake(x) and _torch.unwrapped((x,)) == (x,)
+
+PRIVATE = sys.argv[1:]
+for name in PRIVATE:
+    child = os.fork()
+    if not child:
+        try:
+            checked(name)
+            os._exit(0)
+        except BaseException:
+            print(name, file=sys.stderr)
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+def test_every_private_name_may_be_missing():
+    done = subprocess.run([sys.executable, "-c", _WITHOUT, *PRIVATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(params=["folder", "zip"])

@@ -33,7 +33,7 @@ LEVELS = (
     ("_cpu", "_cuda"),
     ("spec", "pictures"),
     ("schedule", "noise", "config", "files", "progress", "text", "processes"),
-    ("arguments", "_torch"),
+    ("arguments", "_ops", "_torch"),
 )
 # What is used by a few only, however low it lies.
 USERS = {
@@ -60,10 +60,10 @@ OP_ROOMS = {
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
     "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
-    "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
+    "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
-    "benchmarks": ("test_{}.py", {"training", "unet"}),
+    "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),
 }
 
 
@@ -143,6 +143,26 @@ def include_faults(root: Path) -> list[str]:
     return found
 
 
+def private_faults(root: Path) -> list[str]:
+    """Uses of PyTorch's private names, but by the one module that has them all."""
+    found = []
+    for path in sorted((root / "gencore").rglob("*.py")):
+        if path == root / "gencore" / "_torch.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                if re.match(r"torch(\.\w+)*?\._[a-zA-Z]", name):
+                    found.append(f"{path.relative_to(root)}:{node.lineno}: {name} belongs to gencore/_torch.py")
+    return found
+
+
 def stem_faults(root: Path) -> list[str]:
     stems = {}
     for folder, (pattern, others) in OP_ROOMS.items():
@@ -155,6 +175,7 @@ def stem_faults(root: Path) -> list[str]:
         stems[folder] = {name for name in names - others if not name.startswith("_")}
     listed = re.search(r"set\(gencore_ops ([^)]*)\)", (root / "CMakeLists.txt").read_text())
     stems["CMakeLists.txt, gencore_ops"] = set(listed[1].split()) if listed else set()
+    stems["gencore/_ops.py"] = set(re.findall(r"\bOp\(\s*\"(\w+)\"", (root / "gencore" / "_ops.py").read_text()))
     every = set().union(*stems.values())
     return [
         f"{folder}: no {', '.join(sorted(every - names))}, which other rooms have"
@@ -165,6 +186,29 @@ def stem_faults(root: Path) -> list[str]:
 
 def test_every_use_is_downward():
     assert faults(ROOT) == []
+
+
+def test_private_names_of_pytorch_stand_in_one_file():
+    assert private_faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\nx = torch._C._len_torch_dispatch_stack()",
+        "import torch._dynamo",
+        "from torch import _guards",
+        "def f():\n    from torch._inductor import utils",
+        "from torch.overrides import _get_current_function_mode_stack",
+        "op = torch.ops.aten._scaled_dot_product_flash_attention.default",
+    ],
+)
+def test_a_private_name_is_found(tmp_path, code):
+    (tmp_path / "gencore").mkdir()
+    (tmp_path / "gencore" / "a.py").write_text(code)
+    assert private_faults(tmp_path)
+    (tmp_path / "gencore" / "a.py").write_text("import torch\nx = torch.__version__, torch.nn.functional.silu")
+    assert private_faults(tmp_path) == []
 
 
 def test_every_exception_is_needed():
@@ -255,12 +299,13 @@ def test_a_missing_stem_is_found(tmp_path):
         for op in ("one", "two"):
             (tmp_path / folder / pattern.format(op)).touch()
     (tmp_path / "CMakeLists.txt").write_text("set(gencore_ops one two)")
+    (tmp_path / "gencore" / "_ops.py").write_text('OPS = (Op("one", {}), Op(\n    "two", {}))')
     assert stem_faults(tmp_path) == []
-    (tmp_path / "benchmarks" / "test_two.py").unlink()
+    (tmp_path / "gencore" / "bench" / "suite" / "two.py").unlink()
     (tmp_path / "csrc" / "cpu" / "three.cpp").touch()
     found = stem_faults(tmp_path)
-    assert len(found) == len(OP_ROOMS)  # all but csrc/cpu, and CMakeLists.txt
-    assert "benchmarks: no three, two, which other rooms have" in found
+    assert len(found) == len(OP_ROOMS) + 1  # all but csrc/cpu, and CMakeLists.txt and _ops.py
+    assert "gencore/bench/suite: no three, two, which other rooms have" in found
     assert "gencore/ops: no three, which other rooms have" in found
 
 
@@ -278,7 +323,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
         "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule", "progress",
-        "arguments", "_torch",
+        "arguments", "_ops", "_torch",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"gencore", "torch", "numpy"}

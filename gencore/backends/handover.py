@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore._torch import own_kernel
+
 _HALF = (torch.bfloat16, torch.float16)
 # They read 16 bytes of a half type at a time.
 _UNIT = 8
+_KERNELS: dict[str, Any] = {
+    "cudnn": own_kernel("_scaled_dot_product_cudnn_attention"),
+    "flash": own_kernel("_scaled_dot_product_flash_attention"),
+}
 
 
 def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    out, lse, *_ = op(q, k, v, None, with_lse, 0.0, False, False, scale=scale)
+    out, lse, *_ = _KERNELS["cudnn"](q, k, v, None, with_lse, 0.0, False, False, scale=scale)
     return out, lse
 
 
 def _by_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    op = torch.ops.aten._scaled_dot_product_flash_attention.default
-    out, lse, *_ = op(q, k, v, 0.0, False, False, scale=scale)
+    out, lse, *_ = _KERNELS["flash"](q, k, v, 0.0, False, False, scale=scale)
     return out, lse
 
 
@@ -108,6 +112,8 @@ def _call(runner: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
 
 def _is_allowed(runner: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """PyTorch's own word: its switches, the GPU, the head size."""
+    if _KERNELS[runner] is None:
+        return False
     params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
     return _ALLOWS[runner](params, False)
 

@@ -314,6 +314,11 @@ TRAINING = (
     NetworkCase("ddpm-cifar10", 128, 32, "the same with the paper's batches", _GPU, ("ddpm-cifar10",)),
 )
 
+MEANFLOW = (
+    NetworkCase("unet", 16, 32, "a U-Net with attention on images like those of CIFAR-10", _BOTH),
+    NetworkCase("transformer", 16, 32, "a small diffusion transformer on the same, of 256 tokens", _BOTH),
+)
+
 SAMPLING = (
     NetworkCase("ddpm-mnist", 8, 28, "images of the size of MNIST's, by the plugin's U-Net", _CPU),
     NetworkCase("ddpm-cifar10", 8, 32, "images of google/ddpm-cifar10-32", _GPU, ("ddpm-cifar10",)),

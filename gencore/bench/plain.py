@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gencore import ops
+from gencore._ops import OPS
 from gencore.noise import Key
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
@@ -66,8 +67,15 @@ def uniform(
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format).uniform_()
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, key: Key | None = None, *, num_samples: int | None = None) -> Tensor:
-    """:func:`gencore.ops.reparameterize`."""
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    key: Key | None = None,
+    *,
+    num_samples: int | None = None,
+    save_noise: bool = True,
+) -> Tensor:
+    """:func:`gencore.ops.reparameterize`, whose noise autograd always keeps here."""
     if num_samples is None:
         eps = torch.randn_like(mu)
     else:
@@ -398,22 +406,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
     return pixels.unflatten(2, qkv.shape[2:])
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        normal,
-        uniform,
-        reparameterize,
-        reparameterize_kl,
-        add_noise,
-        denoising_loss,
-        variational_bound,
-        diffusion_step,
-        group_norm,
-        attention,
-        spatial_attention,
-    )
-}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for op in OPS for name in op.functions}
 
 
 # Of the ops that there is a plain function for.

@@ -9,12 +9,13 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from gencore._torch import fresh_compiler_cache
 from gencore.bench import limits, machine, replay
 from gencore.bench.limits import Work
 from gencore.bench.measure import Timing, interleave, median_interval, quiet_profiler
@@ -207,7 +208,7 @@ class _Runner:
         """The first call, in which what is compiled compiles, and what can be said of a candidate without timing it."""
         try:
             if is_compiled(name):
-                with _empty_caches():
+                with fresh_compiler_cache():
                     begin = time.perf_counter()
                     result = call()
                     self._wait()
@@ -285,16 +286,6 @@ def peak_bytes(call: Call, device: str) -> int:
         held += event.nbytes()
         highest = max(highest, held)
     return highest
-
-
-@contextlib.contextmanager
-def _empty_caches() -> Iterator[None]:
-    from torch._inductor import utils
-
-    # Its name before torch 2.9 and after.
-    fresh: Any = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache
-    with fresh():
-        yield
 
 
 def _warm_up_the_compiler() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
+from gencore._ops import OPS
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
 from gencore.ops._attention import heads_of
@@ -89,11 +90,11 @@ class _Found(Exception):
         self.op, self.arguments = op, arguments
 
 
-class _FirstOp(TorchDispatchMode):
+class _FirstOp(TorchFunctionMode):
     """Ends the first call of one of our ops before it begins."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "gencore":
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", None) == "gencore":
             names = (argument.name for argument in func._schema.arguments)
             raise _Found(func._schema.name.partition("::")[2].rstrip("_"), dict(zip(names, args, strict=False)))
         return func(*args, **(kwargs or {}))
@@ -142,9 +143,15 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     return Explanation(op, str(device), chosen, source, reasons, tuple(notes))
 
 
-# The kernels that have another name than their op.
-_KERNELS = {"normal": "normal_", "uniform": "uniform_", "spatial_attention": "attention"}
-_GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
+# The kernels of functions, and those of the gradients of kernels.
+_KERNELS = {name: kernel for op in OPS for name, kernel in op.functions.items()}
+_GRADIENTS = {
+    kernel.name: gradient.name
+    for op in OPS
+    for gradient in op.kernels
+    for kernel in op.kernels
+    if kernel.direction == "forward" and gradient.direction == "backward"
+}
 
 
 def _by_table(
@@ -159,8 +166,8 @@ def _by_table(
     if source != "not measured":
         refused |= {name: f"the table has it after {runner}" for name in ("cuda", "triton") if name not in refused}
         refused = {name: reason for name, reason in refused.items() if name != runner}
-    gradient, notes = _GRADIENTS.get(kernel, f"{kernel}_backward"), []
-    if gradient in dispatch.KERNELS:
+    gradient, notes = _GRADIENTS.get(kernel), []
+    if gradient is not None:
         main = dispatch.KERNELS[kernel].main
         of_gradient = (None,) * dispatch.KERNELS[gradient].main + args[main:]
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)

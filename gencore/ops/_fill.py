@@ -101,13 +101,7 @@ def _filled(
     if given is None and (torch.compiler.is_compiling() or is_wrapped(packed)):
         # Under vmap each key has a tensor of its own, which the compiler does not tell.
         out = empty_beside(packed, shape, out, memory_format)
-    if not torch.compiler.is_compiling() and out.is_neg():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve for an op without result.
-        dense = torch.empty(shape, dtype=out.dtype, device=out.device)
-        op(dense, packed)
-        out.copy_(dense)
-    else:
-        op(out, packed)
+    op(out, packed)
     return out
 
 

@@ -14,42 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gencore._torch import compiled_as_constant, is_batched_gradient, is_fake, is_wrapped, when_imported
+from gencore._torch import (
+    compiled_as_constant,
+    has_tangents,
+    is_batched_gradient,
+    is_fake,
+    is_forward_mode,
+    is_transformed,
+    is_wrapped,
+    quick_apply,
+    transforms,
+    unwrapped,
+    when_imported,
+)
+from gencore._torch import is_unobserved as is_unobserved
 from gencore.backends import choice
 
 _library = torch.library.Library("gencore", "DEF")
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-
-_is_compiling = torch.compiler.is_compiling
-try:
-    _dispatch_modes = torch._C._len_torch_dispatch_stack
-    _function_modes = torch._C._len_torch_function_stack
-    _transforms = torch._C._functorch.peek_interpreter_stack
-    _tracing_state = torch._C._get_tracing_state
-    _forward_ad, _profiler = torch.autograd.forward_ad, torch.autograd.profiler
-    _FORWARD, _REVERSE = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
-    _forward_ad._current_level, _profiler._is_profiler_enabled, torch._C._functorch.get_interpreter_stack  # noqa: B018
-    _CAN_TELL = True
-except AttributeError:  # Private names, which another PyTorch may not have: every call then takes the dispatcher.
-    _CAN_TELL = False
-
-
-def is_unobserved() -> bool:
-    """Whether nothing stands between a call on plain tensors and its kernel: then the kernel is called directly.
-
-    The dispatcher costs two microseconds, as much as a small kernel. It is needed by whatever looks at ops or changes
-    what they mean: the compiler, modes (fake tensors, tracing, counters), vmap and other transforms, forward-mode
-    differentiation, the profiler.
-    """
-    return _CAN_TELL and not (
-        _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _forward_ad._current_level >= 0
-        or _profiler._is_profiler_enabled
-        or _tracing_state() is not None
-    )
 
 
 class Layout(NamedTuple):
@@ -66,6 +48,22 @@ class Layout(NamedTuple):
 Layouts = Callable[[Mapping[str, Any]], Sequence[Layout]]
 
 
+class Out(NamedTuple):
+    """How results of an op are written to tensors that are given: by the op ``<name>_out``.
+
+    Attributes:
+        memory_format: the format of the results, for the first argument.
+        names: of those tensors, each for a result, in their order; one that ends in ``?`` may be left out.
+        options: further arguments of the kernel, which come after the tensors to write to.
+        others: whether the op gives the results that are not written.
+    """
+
+    memory_format: Callable[[Tensor], torch.memory_format]
+    names: Sequence[str] = ("out",)
+    options: Sequence[Any] = ()
+    others: bool = False
+
+
 class Op:
     """A ``torch.library`` op, and the ways to it. Calling it takes the cheapest one that is right for the arguments.
 
@@ -75,6 +73,9 @@ class Op:
       definition, in PyTorch's operations, whose derivatives of any order are known.
     - Another transform of ``torch.func``, which tensors do not show: a Function that they know.
     - Everything else (the compiler, modes, subclasses, views with a negative bit): the library op.
+
+    What it writes to may be any tensor: autograd is told of it, and where the sign is a bit of the tensor, which the
+    dispatcher cannot resolve in what an op writes to, it goes through another one.
     """
 
     def __init__(
@@ -86,9 +87,12 @@ class Op:
         definition: Callable[..., Any] | None,
         jvp: Callable[..., Any] | None,
         keeping: Callable[..., Any] | None = None,
+        into: Op | None = None,
     ):
         self.name = name
         self.library = library
+        self._into = into
+        self._written = _written.get(name, ())
         self._definition = definition
         self._has_jvp = jvp is not None
         self._transformed: Any = None
@@ -121,8 +125,12 @@ class Op:
         Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
         Transformed.setup_context = staticmethod(setup)  # type: ignore[method-assign]
         self._transformed = Transformed
-        # Function.apply looks for transforms first, which are known not to be there: three microseconds.
-        self.with_gradient = super(torch.autograd.Function, Eager).apply if _CAN_TELL else Eager.apply
+        self.with_gradient = quick_apply(Eager)
+
+    def into(self, *args: Any) -> Any:
+        """The op with the tensors to write to as its last arguments; see :class:`Out`."""
+        assert self._into is not None
+        return self._into(*args)
 
     def defined(self, *args: Any) -> Any:
         """The op in PyTorch's operations, as its definition has it."""
@@ -130,13 +138,20 @@ class Op:
         return self._definition(*args)
 
     def __call__(self, *args: Any) -> Any:
+        if self._written and not torch.compiler.is_compiling():
+            for place in self._written:
+                if args[place] is not None and args[place].is_neg():
+                    other = torch.empty_like(args[place])
+                    results = self(*args[:place], other, *args[place + 1 :])
+                    args[place].copy_(other)
+                    return results
         if self.name in _optional and not has_kernel(self.name, args):
             return _optional[self.name][1](*args)
         if not is_unobserved():
             if is_transformed():
                 if self._definition is not None and needs_definition(args, self._has_jvp):
                     return self._definition(*args)
-                if self._transformed is not None and not _is_compiling():
+                if self._transformed is not None and not torch.compiler.is_compiling():
                     return self._transformed.apply(*args)
             return self.library(*args)
         wanted = False
@@ -152,9 +167,18 @@ class Op:
         return run_kernel(self.name, args)
 
 
+def _run(name: str, args: Sequence[Any]) -> Any:
+    outputs = kernel_for(name, args)(*args)
+    for place in _written.get(name, ()):
+        if args[place] is not None:
+            # Autograd must know that what it may have saved was written over.
+            torch.autograd.graph.increment_version(args[place])
+    return outputs
+
+
 def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
     try:
-        return kernel_for(name, args)(*args)
+        return _run(name, args)
     except RuntimeError:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         # Tensors without memory, which nothing but their use tells from others: several gradients in one ...
@@ -163,11 +187,12 @@ def run_kernel(name: str, args: tuple[Any, ...]) -> Any:
         # ... and what a transform of torch.func that is over leaves around the tensors that left it.
         if not any(map(is_wrapped, tensors)):
             raise
-        alive = torch._functorch.utils.unwrap_dead_wrappers(args)
-        return kernel_for(name, alive)(*alive)
+        return _run(name, unwrapped(args))
 
 
 _composed: dict[str, Callable[..., Any]] = {}
+# The places of the arguments that ops write to.
+_written: dict[str, tuple[int, ...]] = {}
 # Ops that not every backend can run: the kernel that they take, and their definitions.
 _optional: dict[str, tuple[str, Callable[..., Any]]] = {}
 _flops: dict[str, Callable[..., int]] = {}
@@ -214,7 +239,7 @@ def has_kernel(name: str, args: Sequence[Any]) -> bool:
     try:
         if _is_explaining or first.is_meta or is_fake(first):
             return True
-        if _is_compiling():
+        if torch.compiler.is_compiling():
             return _is_served(_optional[name][0], first.device)
         return choice.has_kernel(_optional[name][0], first)
     except choice.NoBackend:
@@ -253,61 +278,21 @@ def _saving_for_forward(setup_context: Callable[..., None]) -> Callable[..., Non
     return setup
 
 
-@compiled_as_constant
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
-    return _CAN_TELL and (_transforms() is not None or _forward_ad._current_level >= 0)
-
-
 def widened(value: Any) -> Any:
     """A tensor of a half type in float32, as definitions compute it; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-@compiled_as_constant
-def is_forward_mode() -> bool:
-    """Whether derivatives are being computed forwards: by ``torch.func.jvp`` or ``torch.autograd.forward_ad``.
-
-    The compiler is told at the place that it looks at, where a guard at the beginning of a function would be wrong.
-    """
-    return _CAN_TELL and _forward_ad._current_level >= 0
-
-
-@compiled_as_constant
-def transforms() -> tuple[int, int, int]:
-    """How many transforms of ``torch.func`` are under way: in forward mode, in reverse mode, and others."""
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    forward, reverse = kinds.count(_FORWARD), kinds.count(_REVERSE)
-    return forward, reverse, len(kinds) - forward - reverse
-
-
 def needs_definition(args: Sequence[Any], has_jvp: bool) -> bool:
     """Whether a transform needs the operations that an op is made of."""
     forward, reverse, others = transforms()
-    if _is_compiling():
+    if torch.compiler.is_compiling():
         # The compiler cannot look into a Function that a transform is to see; mapping needs none.
         return is_forward_mode() or reverse > 0
     # Derivatives of derivatives forwards, and tangents of autograd's that are mapped over, a rule would get wrong.
     if forward > 1 or (forward == 0 and is_forward_mode() and reverse + others > 0):
         return True
     return not has_jvp and has_tangents(args)
-
-
-def has_tangents(args: Sequence[Any]) -> bool:
-    """Whether derivatives of an argument are computed forwards, as far as can be told.
-
-    The rule of an op's ``jvp`` is given tensors without tangents while forward mode is on. Only the tangents of the
-    innermost transform are seen, and not those of tensors that are mapped over.
-    """
-    if not is_forward_mode():
-        return False
-    levels = torch._C._functorch.get_interpreter_stack()
-    if levels and levels[-1].key() != _FORWARD:
-        return True
-    try:
-        return any(_forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor))
-    except RuntimeError:
-        return True
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> tuple[Tensor, ...]:
@@ -377,6 +362,7 @@ def define(
     jvp: Callable[..., Any] | None = None,
     optional: str | None = None,
     keeping: Callable[..., Any] | None = None,
+    out: Out | None = None,
 ) -> Op:
     """Registers an op.
 
@@ -401,8 +387,13 @@ def define(
         optional: the kernel that it takes, where not every backend has it: the definition is then run.
         keeping: ``(ctx, *args)``, what runs instead of the kernel where nothing observes the call and a gradient is
             wanted: it may keep on ``ctx``, for ``backward``, what costs no more memory than the gradient.
+        out: how its results may be written to tensors that are given: :meth:`Op.into` then does that.
     """
-    name = signature.split("(", 1)[0]
+    name, _, arguments_and_returns = signature.partition("(")
+    arguments = arguments_and_returns.partition(") -> ")[0].split(", ")
+    written = tuple(place for place, argument in enumerate(arguments) if "!" in argument)
+    if written:
+        _written[name] = written
     if composed is not None:
         _composed[name] = composed
     if definition is not None:
@@ -413,7 +404,7 @@ def define(
     _library.define(signature, tags=(torch.Tag.needs_exact_strides,))
 
     def dispatched(*args: Any) -> Any:
-        outputs = kernel_for(name, args)(*args)
+        outputs = _run(name, args)
         if isinstance(outputs, tuple):
             # None is a gradient that is not wanted; the dispatcher wants a tensor in its place.
             first = next(arg for arg in args if isinstance(arg, Tensor))
@@ -424,8 +415,8 @@ def define(
         _library.impl(name, dispatched, device)
     torch.library.register_fake(f"gencore::{name}", fake, lib=_library)
     if backward is None and definition is not None:
-        arguments = [argument.name for argument in getattr(torch.ops.gencore, name).default._schema.arguments]
-        setup_context, backward = by_definition(definition, [arguments.index(given) for given in made_again])
+        names = [argument.partition("=")[0].rpartition(" ")[2] for argument in arguments]
+        setup_context, backward = by_definition(definition, [names.index(given) for given in made_again])
     if backward is not None:
         setup = setup_context or _nothing
         torch.library.register_autograd(f"gencore::{name}", backward, setup_context=setup, lib=_library)
@@ -435,7 +426,54 @@ def define(
         _flops[name] = flops
     if layouts is not None:
         _layouts[name] = layouts
-    return Op(name, getattr(torch.ops.gencore, name).default, setup_context, backward, definition, jvp, keeping)
+    into = None if out is None else _define_into(signature, out, fake, layouts)
+    library = getattr(torch.ops.gencore, name).default
+    return Op(name, library, setup_context, backward, definition, jvp, keeping, into)
+
+
+def _define_into(signature: str, out: Out, fake: Callable[..., Any], layouts: Layouts | None) -> Op:
+    """Registers the op that writes results of another one to tensors that are given."""
+    head, _, returns = signature.partition(") -> ")
+    name, given = head.partition("(")[0], len(out.names)
+    tensors = [
+        f"Tensor({letter}!){'?' * name.endswith('?')} {name.rstrip('?')}"
+        for letter, name in zip("abc", out.names, strict=False)
+    ]
+    others = returns.strip("()").split(", ")[given:] if out.others else []
+
+    def compute(x: Tensor, *args: Any) -> Any:
+        wanted = args[-given:]
+        x = x.contiguous(memory_format=out.memory_format(x))
+        made = [one if one is None or one.stride() == x.stride() else torch.empty_like(x) for one in wanted]
+        results = choice.kernel(name, x)(x, *args[:-given], *made, *out.options)
+        for one, other in zip(wanted, made, strict=True):
+            if other is not one:
+                one.copy_(other)
+        if not others:
+            return None
+        results = tuple(x.new_empty(0) if result is None else result for result in results[given:])
+        return results if len(others) > 1 else results[0]
+
+    def fake_others(*args: Any) -> Any:
+        if not others:
+            return None
+        results = fake(*args[:-given])[given:]
+        return results if len(others) > 1 else results[0]
+
+    def layouts_into(args: Mapping[str, Any]) -> list[Layout]:
+        assert layouts is not None
+        names = [name.rstrip("?") for name in out.names]
+        return [
+            Layout({**way.inputs, **dict.fromkeys(names, way.outputs[0])}, way.outputs[given:])  # type: ignore[dict-item]
+            for way in layouts(args)
+        ]
+
+    return define(
+        f"{name}_out({', '.join([head.partition('(')[2], *tensors])}) -> ({', '.join(others)})",
+        fake=fake_others,
+        composed=compute,
+        layouts=None if layouts is None else layouts_into,
+    )
 
 
 def _register_flops() -> None:

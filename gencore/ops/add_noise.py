@@ -12,9 +12,9 @@ from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import add_noise as reference
 from gencore.noise import Key
-from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
-from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of
-from gencore.ops._library import Layout, define, widened
+from gencore.ops._checks import Contract, check_elements_of, check_out, check_tensor, known_key, resolve_key
+from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of
+from gencore.ops._library import Layout, Out, define, widened
 from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
 
@@ -41,7 +41,7 @@ def _backward(ctx: Any, grad_x_t: Tensor | None, _: Any) -> tuple[Tensor | None,
 
 
 def _layouts(args: Any) -> list[Layout]:
-    return [Layout({"x0": 0, "t": 0, "key": 0, "out": 0}, (0, 0))]
+    return [Layout({"x0": 0, "t": 0, "key": 0}, (0, 0))]
 
 
 def _definition(
@@ -52,37 +52,24 @@ def _definition(
     return x_t, noise.to(x0.dtype) if with_noise else None
 
 
-_ARGUMENTS = "Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise"
 _add_noise = define(
-    f"add_noise({_ARGUMENTS}) -> (Tensor, Tensor)",
+    "add_noise(Tensor x0, Tensor table, Tensor? t, Tensor key, bool with_noise) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     layouts=_layouts,
     definition=_definition,
+    out=Out(kept_format, others=True),
 )
 
 
-def _compute_into(x0: Tensor, *args: Any) -> Tensor:
-    """The kernel with a tensor to write to, its last argument."""
-    *rest, out = args
-    x0 = x0.contiguous(memory_format=kept_format(x0))
-    x_t = out if out.stride() == x0.stride() else torch.empty_like(x0)
-    _, noise = choice.kernel("add_noise", x0)(x0, *rest, x_t)
-    if x_t is out:
-        # Autograd must know that what it may have saved was written over.
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(x_t)
-    return x0.new_empty(0) if noise is None else noise
+def _check(x0: Any, t: Any) -> None:
+    check_tensor("x0", x0)
+    check_steps(t, x0)
+    check_elements_of("x0", x0)
 
 
-_add_noise_out = define(
-    f"add_noise_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor",
-    fake=lambda *args: _fake(*args[:-1])[1],
-    composed=_compute_into,
-    layouts=lambda args: [layout._replace(outputs=(0,)) for layout in _layouts(args)],
-)
+_CONTRACT = Contract(_check)
 
 
 @overload
@@ -146,36 +133,25 @@ def add_noise(
 
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 4.
     """
-    if (
-        out is None
-        and not return_noise
-        and type(t) is Tensor
-        and type(schedule) is Schedule
-        and (packed := everyday_key(x0, x0, key)) is not None
-        and t.dtype is torch.int64
-        and t.shape == x0.shape[:1]
-        and (t.is_cpu if x0.is_cpu else t.is_cuda and t.get_device() == x0.get_device())
-    ):
-        return choice.kernel("add_noise", x0)(x0, schedule.add_noise_table(x0.device), t, packed, False)[0]
-    if is_overridden(x0, t, schedule, key, out):
-        options = {"return_noise": return_noise, "out": out}
-        return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
-    check_tensor("x0", x0)
-    check_schedule(schedule)
+    known = _CONTRACT.known(x0, t) if type(schedule) is Schedule else None
+    if known is None:
+        if is_overridden(x0, t, schedule, key, out):
+            options = {"return_noise": return_noise, "out": out}
+            return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
+        _CONTRACT(x0, t)
+        check_schedule(schedule)
     # One row on the CPU is an argument of a launch.
     place = x0.device if isinstance(t, Tensor) else torch.device("cpu")
-    rows, index = rows_at(t, schedule.add_noise_table(place), x0)
-    check_elements_of("x0", x0)
+    rows, index = rows_at(t, schedule.add_noise_table(place))
+    if known is not None and out is None and (packed := known_key(key, x0)) is not None:
+        run = _add_noise.with_gradient if known[1] else choice.kernel("add_noise", x0)
+        x_t, noise = run(x0, rows, index, packed, bool(return_noise))
+        return (x_t, noise) if return_noise else x_t
     if out is not None:
         check_out(out, "x0", x0)
     packed = resolve_key(key, x0)
     if out is None:
         x_t, noise = _add_noise(x0, rows, index, packed, return_noise)
-    elif not torch.compiler.is_compiling() and out.is_neg():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve where an op writes.
-        made, noise = _add_noise(x0, rows, index, packed, return_noise)
-        x_t = out.copy_(made)
     else:
-        noise = _add_noise_out(x0, rows, index, packed, return_noise, out)
-        x_t = out
+        x_t, noise = out, _add_noise.into(x0, rows, index, packed, return_noise, out)
     return (x_t, noise) if return_noise else x_t

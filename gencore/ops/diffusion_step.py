@@ -16,15 +16,16 @@ from gencore.backends.layout import kept_format
 from gencore.backends.reference import diffusion_step as reference
 from gencore.noise import Key
 from gencore.ops._checks import (
+    Contract,
     check_elements_of,
     check_out,
     check_same,
     check_tensor,
-    everyday_key,
+    known_key,
     resolve_key,
 )
 from gencore.ops._coefficients import along_samples, widened
-from gencore.ops._library import Layout, define
+from gencore.ops._library import Layout, Out, define
 from gencore.ops._library import widened as wide
 from gencore.ops.denoising_loss import check_prediction
 from gencore.ops.normal import fill_with_normals, normals_for
@@ -137,47 +138,15 @@ def _definition(x: Tensor, *args: Any) -> Tensor:
     return y.to(x.dtype)
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, Tensor? mask, "
-    "Tensor rows, Tensor key"
-)
-
-
-def _layouts(args: Any) -> list[Layout]:
-    return [Layout(dict.fromkeys(args, 0), (0,))]
-
-
 _diffusion_step = define(
-    f"diffusion_step({_ARGUMENTS}) -> Tensor",
+    "diffusion_step(Tensor x, Tensor? output, Tensor? second, Tensor? history0, Tensor? history1, Tensor? known, "
+    "Tensor? mask, Tensor rows, Tensor key) -> Tensor",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    layouts=_layouts,
+    layouts=lambda args: [Layout(dict.fromkeys(args, 0), (0,))],
     definition=_definition,
-)
-
-
-def _compute_into(x: Tensor, *args: Any) -> None:
-    """The kernel with tensors to write to, its last two arguments: the next x and, or None, the prediction."""
-    *rest, out, prediction = args
-    x = x.contiguous(memory_format=kept_format(x))
-    written = [given if given is None or given.stride() == x.stride() else torch.empty_like(x) for given in args[-2:]]
-    choice.kernel("diffusion_step", x)(x, *rest, *written)
-    for given, made in zip((out, prediction), written, strict=True):
-        if given is None:
-            continue
-        if made is given:
-            # Autograd must know that what it may have saved was written over.
-            torch.autograd.graph.increment_version(given)
-        else:
-            given.copy_(made)
-
-
-_diffusion_step_out = define(
-    f"diffusion_step_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? prediction) -> ()",
-    fake=lambda *_: None,
-    composed=_compute_into,
-    layouts=_layouts,
+    out=Out(kept_format, ("out", "prediction?")),
 )
 
 
@@ -252,26 +221,21 @@ def diffusion_step(
     al., "DPM-Solver++" (2022), Algorithm 2; Karras et al. (2022), Algorithm 2, are all of this form.
     """
     if (
-        second is None
-        and known is None
-        and mask is None
-        and threshold is None
+        threshold is None
         and prediction is None
         and out is None
-        and type(history) is tuple
-        and not history
         and guidance_rescale == 0
-        and type(coefficients) is Tensor
-        and coefficients.dtype is torch.float64
-        and coefficients.is_cpu
-        and coefficients.shape == _ONE_ROW
-        and not coefficients.requires_grad
-        and (packed := everyday_key(x, output, key)) is not None
+        and type(history) is tuple
+        and (found := _CONTRACT.known(x, output, coefficients, second, known, mask, *history)) is not None
+        and not found[1]
+        and (packed := known_key(key, x)) is not None
     ):
-        rows = coefficients.unsqueeze(0)
-        return choice.kernel("diffusion_step", x)(x, output, None, None, None, None, None, rows, packed)
-    earlier = history if isinstance(history, (tuple, list)) else (history,)
-    relevant = (x, output, coefficients, key, second, *earlier, known, mask, prediction, out)
+        rows = coefficients if coefficients.dim() == 2 else coefficients.unsqueeze(0)
+        history0, history1 = (*history, None, None)[:2]
+        mask = mask if mask is None else mask.expand(x.shape)
+        return choice.kernel("diffusion_step", x)(x, output, second, history0, history1, known, mask, rows, packed)
+    several = history if isinstance(history, (tuple, list)) else (history,)
+    relevant = (x, output, coefficients, key, second, *several, known, mask, prediction, out)
     if is_overridden(*relevant):
         options: dict[str, Any] = {
             "second": second, "history": history, "known": known, "mask": mask, "guidance_rescale": guidance_rescale,
@@ -279,7 +243,11 @@ def diffusion_step(
         }  # fmt: skip
         return hand_over(diffusion_step, relevant, x, output, coefficients, key, **options)
     output, second = (widened(tensor, x) for tensor in (output, second))
-    mask, history0, history1 = _check(x, output, coefficients, second, history, known, mask)
+    if isinstance(history, Tensor) or not isinstance(history, Sequence):
+        raise TypeError(f"history must be a sequence of tensors, got {type(history).__name__}")
+    _CONTRACT(x, output, coefficients, second, known, mask, *history)
+    history0, history1 = (*history, None, None)[:2]
+    mask = mask if mask is None else mask.expand(x.shape)
     rows = lifted(coefficients)
     rows = rows if rows.dim() == 2 else rows.unsqueeze(0)
     phi = _check_number("guidance_rescale", guidance_rescale)
@@ -299,21 +267,12 @@ def diffusion_step(
     if out is None:
         out = torch.empty_like(x, memory_format=kept_format(x))
     check_out(out, "x", x, {**names, "prediction": prediction})
-    written = [out, prediction]
-    if not torch.compiler.is_compiling():
-        # The sign of such a view is a bit of the tensor, which the dispatcher cannot resolve where an op writes.
-        written = [torch.empty_like(t) if t is not None and t.is_neg() else t for t in written]
-    _diffusion_step_out(*tensors, rows, resolve_key(key, x), *written)
-    for given, made in zip((out, prediction), written, strict=True):
-        if given is not None and made is not None and made is not given:
-            given.copy_(made)
+    _diffusion_step.into(*tensors, rows, resolve_key(key, x), out, prediction)
     return out
 
 
-def _check(
-    x: Any, output: Any, coefficients: Any, second: Any, history: Any, known: Any, mask: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Looks at every tensor; returns the mask in x's shape, and the two of the history."""
+def _check(x: Any, output: Any, coefficients: Any, second: Any, known: Any, mask: Any, *history: Any) -> None:
+    """Looks at every tensor."""
     check_tensor("x", x)
     check_elements_of("x", x)
     if output is not None:
@@ -323,8 +282,6 @@ def _check(
             raise ValueError("output must be given with second, got None")
         check_prediction("second", second, "x", x)
     _check_coefficients(coefficients, x)
-    if isinstance(history, Tensor) or not isinstance(history, Sequence):
-        raise TypeError(f"history must be a sequence of tensors, got {type(history).__name__}")
     if len(history) > 2:
         raise ValueError(f"history must hold at most two tensors, got {len(history)}")
     for i, earlier in enumerate(history):
@@ -334,11 +291,13 @@ def _check(
         raise ValueError(f"{missing} must be given with {there}, got None")
     if known is not None:
         check_same("known", known, "x", x)
-        mask = _checked_mask(mask, x)
-    return mask, history[0] if len(history) > 0 else None, history[1] if len(history) > 1 else None
+        _check_mask(mask, x)
 
 
-def _checked_mask(mask: Any, x: Tensor) -> Tensor:
+_CONTRACT = Contract(_check)
+
+
+def _check_mask(mask: Any, x: Tensor) -> None:
     check_tensor("mask", mask)
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("mask must not require a gradient: it has none")
@@ -349,7 +308,6 @@ def _checked_mask(mask: Any, x: Tensor) -> Tensor:
             f"mask must have a shape that broadcasts to that of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
         ) from None
     check_same("mask", whole, "x", x)
-    return whole
 
 
 def _check_coefficients(coefficients: Any, x: Tensor) -> None:

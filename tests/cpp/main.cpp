@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
     logvar[i] = static_cast<float>(i % 5) - 2;
   }
   status = gencore::cpu::reparameterize(
-      {mu.data(), logvar.data(), z.data(), kl.data(), gencore::DType::float32, shape, key}, threads);
+      {mu.data(), logvar.data(), z.data(), nullptr, kl.data(), gencore::DType::float32, shape, key}, threads);
   if (status != gencore::Status::ok) return 1;
 
   // The noise as one group per sample, normalized, with SiLU behind.

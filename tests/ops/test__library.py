@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gencore import Key, diffusion, ops
+from gencore._ops import OPS
 
 SCHEDULE = diffusion.linear(10)
 T = torch.tensor([3, 7])
@@ -34,9 +35,51 @@ DIFFERENTIABLE = {
 }
 
 
+# Of a tensor (2, 3, 4) and others like it to write to, every op that can.
+WRITING = {
+    "normal": lambda x, out: ops.normal(x.shape, Key(0), out=out),
+    "uniform": lambda x, out: ops.uniform(x.shape, Key(0), out=out),
+    "group_norm": lambda x, out: ops.group_norm(x, 3, x[0, :, 0], scale=x[:, :, 1], out=out),
+    "add_noise": lambda x, out: ops.add_noise(x, T, SCHEDULE, Key(0), out=out),
+    "diffusion_step": lambda x, out: ops.diffusion_step(x, x, ROWS, Key(0), out=out),
+    "diffusion_step, prediction": lambda x, out: (ops.diffusion_step(x, x, ROWS, Key(0), prediction=out), out)[1],
+}
+
+
+def test_every_function_is_tried():
+    functions = {name for op in OPS for name in op.functions}
+    assert functions <= DIFFERENTIABLE.keys() | WRITING.keys()
+    assert functions <= set(ops.__all__)
+
+
 @pytest.fixture(params=DIFFERENTIABLE)
 def differentiable(request):
     return DIFFERENTIABLE[request.param]
+
+
+@pytest.mark.parametrize("way", ["eager", "library"])
+@pytest.mark.parametrize("name", WRITING)
+def test_what_is_written_to_is_any_tensor_and_autograd_is_told(name, way):
+    x, write = torch.randn(2, 3, 4), WRITING[name]
+    want = write(x, torch.empty_like(x))
+    outs = {
+        "dense": torch.empty(2, 3, 4),
+        "strided": torch.empty(2, 4, 3).transpose(1, 2),
+        "negative": torch.zeros(2, 3, 4, dtype=torch.complex64).conj().imag,
+    }
+    for kind, out in outs.items():
+        version, memory = out._version, out.data_ptr()
+        with FlopCounterMode(display=False) if way == "library" else torch.enable_grad():
+            result = write(x, out)
+        assert result is out
+        assert out.data_ptr() == memory
+        assert out._version > version
+        assert torch.equal(out, want), kind
+    weight = torch.ones(2, 3, 4, requires_grad=True)
+    product = weight * outs["dense"]
+    write(x, outs["dense"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 @pytest.mark.parametrize("way", ["eager", "library"])

@@ -44,5 +44,3 @@ def fill(out: Tensor, key: Tensor, uniform: bool) -> None:
             )  # fmt: skip
         if dense is not out:
             out.copy_(dense)
-    # Autograd must know that what it may have saved was written over.
-    torch.autograd.graph.increment_version(out)

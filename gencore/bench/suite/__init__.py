@@ -1,7 +1,7 @@
 """What is timed: one module per op, named as the op is everywhere, and those of whole networks and steps.
 
 Each has a tuple ``BENCHMARKS``. ``gencore bench`` runs them and writes a report; pytest-benchmark runs the same in
-``benchmarks/``.
+``benchmarks/test_ops.py``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gencore import _ops
 from gencore.bench import cases
 from gencore.bench.suite.base import AnyCase, Benchmark
 
-OPS = (
-    "normal",
-    "uniform",
-    "reparameterize",
-    "add_noise",
-    "diffusion_step",
-    "denoising_loss",
-    "group_norm",
-    "attention",
-)
+OPS = tuple(op.stem for op in _ops.OPS)
 NETWORKS = ("unet",)
 END_TO_END = ("training",)
 

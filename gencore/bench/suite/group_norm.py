@@ -16,6 +16,7 @@ from gencore import ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import Case
 from gencore.bench.limits import Work
+from gencore.bench.suite import _derivatives
 from gencore.bench.suite.base import (
     TOLERANCES,
     Benchmark,
@@ -202,4 +203,5 @@ BENCHMARKS = (
         fits=lambda case: len(case.shape) == 4,
         wanted=lambda case, dtype: case.shape in ((4, 320, 64, 64), (1, 320, 8, 8)),
     ),
+    *_derivatives.GROUP_NORM,
 )

@@ -181,7 +181,7 @@ def pair(case: NetworkCase, device: str) -> Pair:
     with torch.device(device):
         ours, peer, inputs = _MAKERS[case.name](diffusers, case)
     if peer is None:
-        _fill_zeros(ours)
+        fill_zeros(ours)
         return Pair(ours.eval(), ours, None, inputs)
     accelerated = _accelerated(peer)
     if ours is None:
@@ -240,7 +240,7 @@ def _accelerated(model: Module) -> Module:
 
 
 @torch.no_grad()
-def _fill_zeros(model: Module) -> None:
+def fill_zeros(model: Module) -> None:
     """Makes weights that begin as zero small ones, so that there is something to compare."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():

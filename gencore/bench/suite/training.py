@@ -22,7 +22,7 @@ from gencore import Key, diffusion, ops, plugins
 from gencore.bench import cases, peers
 from gencore.bench.cases import NetworkCase
 from gencore.bench.limits import Work
-from gencore.bench.suite import networks
+from gencore.bench.suite import _meanflow, networks
 from gencore.bench.suite.base import HALF, Benchmark, Call, Comparison, largest_error
 from gencore.bench.suite.diffusion_step import DDIM, SCHEDULE, STEPS
 from gencore.integrations.diffusers import accelerate
@@ -205,5 +205,6 @@ BENCHMARKS = (
         )
         for name in ("vae", "ddpm")
     ),
+    Benchmark("training", "MeanFlow step", _meanflow.training_step, cases.MEANFLOW, _DTYPES, section="end to end"),
     Benchmark("training", "sampling in 50 steps", sampling, cases.SAMPLING, _SAMPLING_DTYPES, section="end to end"),
 )

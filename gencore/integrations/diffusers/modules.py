@@ -22,20 +22,9 @@ from torch.overrides import has_torch_function
 
 from gencore import nn as ours
 from gencore import ops
-from gencore.integrations.diffusers.originals import is_differentiated_forward, original
+from gencore._torch import function_modes, has_global_hook, is_differentiated_forward
+from gencore.integrations.diffusers.originals import original
 from gencore.integrations.diffusers.parts import ALREADY, Left, Part, Replacement
-
-try:
-    from torch.nn.modules.module import _has_any_global_hook
-    from torch.overrides import _get_current_function_mode_stack
-except ImportError:  # Private names, which another PyTorch may not have: every call is then diffusers' own.
-
-    def _has_any_global_hook() -> Any:
-        return True
-
-    def _get_current_function_mode_stack() -> Any:
-        return []
-
 
 # What our kernels stand in for. Whoever puts something else in these places means it to run.
 _GROUP_NORM, _GROUP_NORM_FORWARD = original(F, "group_norm"), original(nn.GroupNorm, "forward")
@@ -180,7 +169,7 @@ def _group_norm(norm: Any, x: Tensor, **options: Any) -> Tensor:
 
 def _is_served(x: Tensor) -> bool:
     """Whether x is on a device with kernels, and nobody but PyTorch watches what its functions are given."""
-    modes = _get_current_function_mode_stack()
+    modes = function_modes()
     if not modes and has_torch_function((x,)):
         return False
     for mode in modes:
@@ -308,7 +297,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _are_projections_seen(attention: Any) -> bool:
     return (
-        bool(_has_any_global_hook())
+        bool(has_global_hook())
         or _has_hooks(attention.to_q)
         or _has_hooks(attention.to_k)
         or _has_hooks(attention.to_v)
@@ -337,7 +326,7 @@ def _drop_bound_forward(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _are_calls_seen(*kinds: type[nn.Module]) -> bool:
     """Whether somebody sees each call of modules of these classes."""
-    if _has_any_global_hook():
+    if has_global_hook():
         return True
     for kind in kinds:
         call = kind.__call__

@@ -6,8 +6,6 @@ import sys
 import types
 from typing import Any
 
-from torch.autograd import forward_ad
-
 
 def original(owner: Any, name: str, qualified: str | None = None) -> Any:
     """The function ``name`` of a module or class, if it is the one defined there; None if it was replaced.
@@ -27,10 +25,3 @@ def original(owner: Any, name: str, qualified: str | None = None) -> Any:
             getattr(function, "__globals__", None) is vars(home) and getattr(function, "__qualname__", "") == qualified
         )
     return function if is_own else None
-
-
-def is_differentiated_forward() -> bool:
-    """Whether a derivative is taken in forward mode, which our kernels do not have."""
-    # A private name, which another PyTorch may not have.
-    level: int = getattr(forward_ad, "_current_level", -1)
-    return level >= 0

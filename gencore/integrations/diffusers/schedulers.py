@@ -17,7 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from gencore import ops
-from gencore.integrations.diffusers.originals import is_differentiated_forward, original
+from gencore._torch import is_differentiated_forward
+from gencore.integrations.diffusers.originals import original
 from gencore.integrations.diffusers.parts import ALREADY, Left, Part, Replacement
 from gencore.noise import Key
 
