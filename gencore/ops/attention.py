@@ -78,9 +78,9 @@ def attention(
 
     The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
     mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
-    nothing of the size T x S either; on GPUs, and beyond the second, PyTorch's operations compute them. They also
-    compute everything where a gradient of ``mask`` is wanted, and on GPUs where there is a mask, causal, key_lengths,
-    dropout, shared heads or d_v other than d.
+    nothing of the size T x S either; so has Triton, but for calls with a mask, causal, key_lengths, dropout, shared
+    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. They also compute
+    everything where a gradient of ``mask`` is wanted, and on GPUs without Triton what has one of those options.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").

@@ -459,19 +459,22 @@ def test_opcheck(kernels):
     options = use.options(kernels.device)
     settings = (options["mask"], options["key_lengths"], KEY.packed, 0.3, True, 0.25)
     gencore = torch.ops.gencore
+
+    def check(name: str, *args: Any) -> None:
+        # The check cannot look into transforms of torch.func, which definitions of gradients are.
+        if "backward" not in name or choice.has_kernel(name, q):
+            torch.library.opcheck(getattr(gencore, name).default, args)
+
     for some in (settings, (None, None, None, 0.3, False, 0.0)):
-        torch.library.opcheck(gencore.general_attention.default, (q, k, v, *some))
-        if not choice.has_kernel("general_attention_backward", q):
-            continue  # The check cannot look into transforms of torch.func, which definitions of gradients are.
+        check("general_attention", q, k, v, *some)
         heads = [x.detach() for x in (q, k, v)]
         out, lse = gencore.general_attention(*heads, *some)
         direction, g = [torch.randn_like(x) for x in heads], torch.randn_like(out)
-        torch.library.opcheck(gencore.general_attention_jvp.default, (*heads, out, lse, *direction, *some))
+        check("general_attention_jvp", *heads, out, lse, *direction, *some)
         for wanted in ([True] * 3, [False, True, False]):
-            args = (g, *heads, out, lse, *some, wanted)
-            torch.library.opcheck(gencore.general_attention_backward.default, args)
-            args = (g, *heads, out, lse, None, *direction[1:], *some, [True, *wanted])
-            torch.library.opcheck(gencore.general_attention_double_backward.default, args)
+            check("general_attention_backward", g, *heads, out, lse, *some, wanted)
+            others = (None, *direction[1:], *some, [True, *wanted])
+            check("general_attention_double_backward", g, *heads, out, lse, *others)
 
 
 def test_compiles_whole():
