@@ -30,7 +30,8 @@ from gencore.files import write_atomically
 RESULTS = Path(__file__).parent / "results"
 # The candidates of a benchmark that can run an op.
 RUNNERS = {"ours, CUDA": "cuda", "ours, Triton": "triton", "ours, cuDNN": "cudnn", "ours, flash": "flash"}
-# Each op's benchmark of its forward pass, and that of its gradient, alone or with the forward pass.
+# Each op's benchmark of its forward pass, and that of its gradient, alone or with the forward pass. The table of
+# attention with options has expectations alone.
 BENCHMARKS: Mapping[str, tuple[str, str | None]] = {
     "normal": ("forward into a given tensor", None),
     "uniform": ("forward into a given tensor", None),

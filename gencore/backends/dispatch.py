@@ -51,6 +51,8 @@ KERNELS = {
     "group_norm_backward": Kernel("group_norm", "backward", 1),
     "attention": Kernel("attention", "forward"),
     "attention_backward": Kernel("attention", "backward", 1),
+    "general_attention": Kernel("general_attention", "forward"),
+    "general_attention_backward": Kernel("general_attention", "backward", 1),
 }
 
 # Words must be equal, numbers near: how many octaves apart counts.
@@ -190,7 +192,7 @@ def features_of(kernel: str, args: Sequence[Any]) -> dict[str, str | int]:
     """What the tables go by of a call of a kernel with these arguments."""
     op, _, main = KERNELS[kernel]
     tensor: Tensor = args[main]
-    if op == "attention":
+    if op in ("attention", "general_attention"):
         return attention_features(tensor.shape[3], tensor.shape[2], args[main + 1].shape[2])
     if op == "group_norm":
         return group_norm_features(tensor.shape, layout_of(tensor))
