@@ -114,6 +114,15 @@ def attended(size: int, queries: int = 130, keys: int | None = None, heads: int 
     return run
 
 
+def attended_in_part(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+    """With every option at once."""
+    q, k, v = draw(2, 4, 70, 20), draw(2, 2, 133, 20), draw(2, 2, 133, 33)
+    mask = draw(2, 1, 70, 133).detach()
+    lengths = torch.tensor([50, 133], device=q.device)
+    seen = {"mask": mask.masked_fill(mask > 0.5, float("-inf")), "key_lengths": lengths, "causal": True}
+    return gradients(ops.attention(q, k, v, **seen, dropout=0.25, key=Key(5)), q, k, v)
+
+
 def looked_at(size: int, memory_format: torch.memory_format):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         qkv = draw(1, 3 * 2 * size, 10, 13, memory_format=memory_format)
@@ -162,6 +171,7 @@ LAUNCHES = (
     Launch("attention, 77 keys", attended(40, 40, 77), F16, _HALF),
     Launch("attention, float32", attended(40, 70), F32, _SUMS),
     Launch("attention, float64", attended(20, 33), F64, 1e-12),
+    Launch("attention, options", attended_in_part, F32, _SUMS),
     Launch("spatial_attention", looked_at(40, torch.contiguous_format), BF16, _HALF),
     Launch("spatial_attention, channels_last", looked_at(64, CL), BF16, _HALF),
 )

@@ -129,10 +129,8 @@ class Sight {
   }
 
   __device__ __forceinline__ void begin_head(std::int64_t plane) {
-    const std::int64_t sample = plane / sees_.heads, head = plane - sample * sees_.heads;
-    mask_ = sample * sees_.mask.batch + head * sees_.mask.head;
-    noise_head_ = head * queries_ * all_keys_;
-    if (sees_.drops) noise_.begin_either(sees_.noise, sample);
+    sample_ = plane / sees_.heads;
+    head_ = plane - sample_ * sees_.heads;
   }
   __device__ __forceinline__ std::int64_t keys() const { return keys_; }
   __device__ __forceinline__ std::int64_t begin() const {
@@ -209,7 +207,8 @@ class Sight {
     return of_keys ? first_ + row_ + i : at_ + column_ + j;
   }
   __device__ __forceinline__ std::int64_t place(int i, int j) const {
-    return mask_ + query(i, j) * sees_.mask.token + key(i, j) * sees_.mask.channel;
+    const HeadsTensor& mask = sees_.mask;
+    return sample_ * mask.batch + head_ * mask.head + query(i, j) * mask.token + key(i, j) * mask.channel;
   }
 
   template <class Body>
@@ -235,15 +234,17 @@ class Sight {
   // A thread's keys follow one another, and so do the elements of the noise.
   __device__ __forceinline__ void drop() {
     constexpr unsigned all = (1u << micro) - 1;
+    RowNoise<true> noise;
+    noise.begin_either(sees_.noise, sample_);
     kept_ = 0;
 #pragma unroll 1
     for (int n = 0; n < micro; ++n) {
-      const std::int64_t element = noise_head_ + query(n, n) * all_keys_ + key(0, 0);
+      const std::int64_t element = (head_ * queries_ + query(n, n)) * all_keys_ + key(0, 0);
       const auto skipped = static_cast<int>(element & 3);
       unsigned kept = 0;
 #pragma unroll 1
       for (int at = 0; at < skipped + micro; at += 4) {
-        const PhiloxBlock block = noise_.block(static_cast<std::uint32_t>((element >> 2) + at / 4));
+        const PhiloxBlock block = noise.block(static_cast<std::uint32_t>((element >> 2) + at / 4));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           kept |= static_cast<unsigned>(unit_uniform<Lane>(block.word[i]) >= sees_.dropped_below) << (at + i);
@@ -262,8 +263,7 @@ class Sight {
   const Sees& sees_;
   const int row_, column_;
   const std::int64_t first_, queries_, all_keys_;
-  std::int64_t keys_, at_ = 0, mask_ = 0, noise_head_ = 0;
-  RowNoise<true> noise_{};
+  std::int64_t keys_, at_ = 0, sample_ = 0, head_ = 0;
   // Bit i * micro + j is that of [i][j].
   unsigned seen_ = 0, kept_ = 0;
 };

@@ -210,7 +210,7 @@ __device__ __forceinline__ float natural_log(float x) { return ::logf(x); }
 __device__ __forceinline__ double natural_log(double x) { return ::log(x); }
 
 template <class Tiles, class Sees>
-__global__ void __launch_bounds__(simt_threads)
+__global__ void __launch_bounds__(simt_threads, Sees::is_plain ? 1 : 2)
     attention_simt_kernel(const __grid_constant__ SimtForward<typename Tiles::Element, Sees> args) {
   using F = typename Tiles::F;
   using P = typename Tiles::P;
