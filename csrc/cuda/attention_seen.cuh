@@ -90,12 +90,10 @@ class Sight<Tiles, of_keys, EveryKey> {
     at_ = at;
     return false;
   }
-  __device__ __forceinline__ void make_logits(F (&x)[micro][micro], F scale) const {
+  // Of the products of an own token.
+  __device__ __forceinline__ void make_logits(F (&x)[micro], int, F scale) const {
 #pragma unroll
-    for (int i = 0; i < micro; ++i) {
-#pragma unroll
-      for (int j = 0; j < micro; ++j) x[i][j] *= scale;
-    }
+    for (int j = 0; j < micro; ++j) x[j] *= scale;
   }
   // Where `of_all`, of own tokens that do not exist too.
   template <bool of_all>
@@ -166,20 +164,14 @@ class Sight {
     if (sees_.drops) drop();
     return false;
   }
-  __device__ __forceinline__ void make_logits(F (&x)[micro][micro], F scale) const {
+  __device__ __forceinline__ void make_logits(F (&x)[micro], int i, F scale) const {
 #pragma unroll
-    for (int i = 0; i < micro; ++i) {
-#pragma unroll
-      for (int j = 0; j < micro; ++j) x[i][j] *= scale;
-    }
+    for (int j = 0; j < micro; ++j) x[j] *= scale;
     if (sees_.mask.data == nullptr || sees_.mask_is_boolean) return;
     with_mask([&](auto* mask) {
 #pragma unroll
-      for (int i = 0; i < micro; ++i) {
-#pragma unroll
-        for (int j = 0; j < micro; ++j) {
-          if (has(seen_, i, j)) x[i][j] += bias(mask[place(i, j)]);
-        }
+      for (int j = 0; j < micro; ++j) {
+        if (has(seen_, i, j)) x[j] += bias(mask[place(i, j)]);
       }
     });
   }

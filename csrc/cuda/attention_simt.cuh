@@ -210,7 +210,7 @@ __device__ __forceinline__ float natural_log(float x) { return ::logf(x); }
 __device__ __forceinline__ double natural_log(double x) { return ::log(x); }
 
 template <class Tiles, class Sees>
-__global__ void __launch_bounds__(simt_threads, Sees::is_plain ? 1 : 2)
+__global__ void __launch_bounds__(simt_threads)
     attention_simt_kernel(const __grid_constant__ SimtForward<typename Tiles::Element, Sees> args) {
   using F = typename Tiles::F;
   using P = typename Tiles::P;
@@ -239,9 +239,9 @@ __global__ void __launch_bounds__(simt_threads, Sees::is_plain ? 1 : 2)
       if (sight.skips(at)) continue;
       F x[micro][micro];
       make_dot_products<Tiles>(x, shared, args.q, q, first, args.queries, args.k, k, at, sight.keys(), size);
-      sight.make_logits(x, args.scale);
 #pragma unroll
       for (int i = 0; i < micro; ++i) {
+        sight.make_logits(x[i], i, args.scale);
         F most = maximum[i];
 #pragma unroll
         for (int j = 0; j < micro; ++j) {
@@ -324,9 +324,9 @@ __global__ void __launch_bounds__(simt_threads, 1)
         make_dot_products<Tiles>(x, shared, own, own_plane, first, own_tokens, other, plane, at, tokens, size);
         make_dot_products<Tiles>(grad, shared, own_other, own_other_plane, first, own_tokens, other_other, other_plane,
                                  at, tokens, value_size);
-        sight.make_logits(x, args.scale);
 #pragma unroll
         for (int i = 0; i < micro; ++i) {
+          sight.make_logits(x[i], i, args.scale);
 #pragma unroll
           for (int j = 0; j < micro; ++j) {
             const bool exists = sight.template sees<false>(i, j);
