@@ -16,7 +16,8 @@ from gencore.backends.handover import RUNNERS as PYTORCH
 HOPPER = (9, 0)
 TABLES = sorted(dispatch.FOLDER.glob("*.json"))
 FEATURES = {
-    **dict.fromkeys(("attention", "general_attention"), {"size", "tokens"}),
+    "attention": {"size", "tokens"},
+    "general_attention": {"size", "tokens"},
     "group_norm": {"layout", "channels", "pixels"},
 }
 EACH = Measured("NVIDIA H200", "2026-12-24", "abc", "2.11.0", "3.6.0")
