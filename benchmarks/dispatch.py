@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gencore._ops import OPS
 from gencore.backends import dispatch
 from gencore.backends.dispatch import Direction, Entry, Measured, Row
 from gencore.bench import suite
@@ -30,18 +31,8 @@ from gencore.files import write_atomically
 RESULTS = Path(__file__).parent / "results"
 # The candidates of a benchmark that can run an op.
 RUNNERS = {"ours, CUDA": "cuda", "ours, Triton": "triton", "ours, cuDNN": "cudnn", "ours, flash": "flash"}
-# Each op's benchmark of its forward pass, and that of its gradient, alone or with the forward pass. The table of
-# attention with options has expectations alone.
-BENCHMARKS: Mapping[str, tuple[str, str | None]] = {
-    "normal": ("forward into a given tensor", None),
-    "uniform": ("forward into a given tensor", None),
-    "reparameterize": ("forward", "backward"),
-    "add_noise": ("forward", None),
-    "denoising_loss": ("forward", "forward and backward"),
-    "diffusion_step": ("DDPM step", None),
-    "group_norm": ("forward", "forward and backward"),
-    "attention": ("forward", "forward and backward"),
-}
+# Each op's benchmark of its forward pass, and that of its gradient, alone or with the forward pass.
+BENCHMARKS = {op.stem: op.timed for op in OPS}
 _AHEAD = 0.95
 
 

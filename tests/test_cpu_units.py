@@ -45,7 +45,8 @@ ATTENTION = """
 int main(int argc, char** argv) {
   using namespace gencore::cpu::scalar;
   const gencore::AttentionShape shape{std::atoll(argv[1]), std::atoll(argv[2]), std::atoll(argv[3]),
-                                      std::atoll(argv[4]), std::atoll(argv[5])};
+                                      std::atoll(argv[4]), std::atoll(argv[5]), std::atoll(argv[2]),
+                                      std::atoll(argv[5])};
   for (int i = 6; i < argc; ++i) {
     const Plan plan(shape, std::atoi(argv[i]), sizeof(float));
     std::printf("%d %lld %lld %lld\\n", plan.team, static_cast<long long>(plan.items),

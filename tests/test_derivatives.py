@@ -225,36 +225,6 @@ def test_every_type(name, dtype):
     torch.testing.assert_close(first(tangent).double(), first(want), rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 5), (2, 6, 3, 4), (1, 6, 2, 3, 2)], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_formula_of_group_norm_is_what_the_definition_gives(shape, channels_last, activation):
-    """It serves where nothing is differentiated again; some of the values may be missing."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if channels_last and len(shape) not in formats:
-        pytest.skip("there is no such format")
-    generator = torch.Generator().manual_seed(0)
-    sizes = (shape, shape[1:2], shape[1:2], shape[:2], shape[:2], shape[:2])
-    for there in ((1, 1, 1, 1, 1, 1), (1, 0, 0, 0, 0, 0), (1, 1, 0, 0, 1, 0), (1, 0, 1, 1, 0, 1)):
-        x, weight, bias, scale, shift, bias_in = leaves = [
-            torch.randn(size, generator=generator, dtype=F64).requires_grad_() if has else None
-            for size, has in zip(sizes, there, strict=True)
-        ]
-        if channels_last:
-            x = x.detach().contiguous(memory_format=formats[len(shape)]).requires_grad_()
-            leaves[0] = x
-        more = {"scale": scale, "shift": shift, "bias_in": bias_in, "activation": activation}
-        given = [leaf for leaf in leaves if leaf is not None]
-        g, direction = (torch.randn(shape, generator=generator, dtype=F64).requires_grad_() for _ in range(2))
-        (grad,) = torch.autograd.grad(ops.group_norm(x, 2, weight, bias, 0.1, **more), x, g, create_graph=True)
-        got = torch.autograd.grad(grad, [g, *given], direction, retain_graph=True, allow_unused=True)
-        want = torch.autograd.grad(grad, [g, *given], direction, create_graph=True, allow_unused=True)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9)
-        if channels_last:
-            assert all(grad.is_contiguous(memory_format=formats[len(shape)]) for grad in got[:2])
-
-
 def test_results_are_freed_at_once():
     """A result that its own graph kept would wait for the garbage collector."""
     x = torch.randn(1, 12, 4, 4, requires_grad=True)

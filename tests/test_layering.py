@@ -33,7 +33,7 @@ LEVELS = (
     ("_cpu", "_cuda"),
     ("spec", "pictures"),
     ("schedule", "noise", "config", "files", "progress", "text", "processes"),
-    ("arguments", "_torch"),
+    ("arguments", "_ops", "_torch"),
 )
 # What is used by a few only, however low it lies.
 USERS = {
@@ -60,7 +60,7 @@ OP_ROOMS = {
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
     "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
-    "csrc/cpu": ("{}.cpp", {"dispatch", "limits", "pages"}),
+    "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": ("{}.cu", {"attention_bfloat16", "attention_float16", "error"}),
     "tests/ops": ("test_{}.py", set()),
     "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),
@@ -175,6 +175,7 @@ def stem_faults(root: Path) -> list[str]:
         stems[folder] = {name for name in names - others if not name.startswith("_")}
     listed = re.search(r"set\(gencore_ops ([^)]*)\)", (root / "CMakeLists.txt").read_text())
     stems["CMakeLists.txt, gencore_ops"] = set(listed[1].split()) if listed else set()
+    stems["gencore/_ops.py"] = set(re.findall(r"\bOp\(\s*\"(\w+)\"", (root / "gencore" / "_ops.py").read_text()))
     every = set().union(*stems.values())
     return [
         f"{folder}: no {', '.join(sorted(every - names))}, which other rooms have"
@@ -298,11 +299,12 @@ def test_a_missing_stem_is_found(tmp_path):
         for op in ("one", "two"):
             (tmp_path / folder / pattern.format(op)).touch()
     (tmp_path / "CMakeLists.txt").write_text("set(gencore_ops one two)")
+    (tmp_path / "gencore" / "_ops.py").write_text('OPS = (Op("one", {}), Op(\n    "two", {}))')
     assert stem_faults(tmp_path) == []
     (tmp_path / "gencore" / "bench" / "suite" / "two.py").unlink()
     (tmp_path / "csrc" / "cpu" / "three.cpp").touch()
     found = stem_faults(tmp_path)
-    assert len(found) == len(OP_ROOMS)  # all but csrc/cpu, and CMakeLists.txt
+    assert len(found) == len(OP_ROOMS) + 1  # all but csrc/cpu, and CMakeLists.txt and _ops.py
     assert "gencore/bench/suite: no three, two, which other rooms have" in found
     assert "gencore/ops: no three, which other rooms have" in found
 
@@ -321,7 +323,7 @@ print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()
     assert not cuda_initialized
     assert {room(name) for name in imported if name.split(".")[0] == "gencore"} <= {
         "gencore", "info", "nn", "diffusion", "ops", "backends", "_cpu", "noise", "schedule", "progress",
-        "arguments", "_torch",
+        "arguments", "_ops", "_torch",
     }  # fmt: skip
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"gencore", "torch", "numpy"}

@@ -33,16 +33,7 @@ from gencore.bench.suite import Task  # noqa: E402
 
 SETTINGS = run.Settings(rounds=11, budget=0.4, compile=False)
 # In the order in which they are worth the minutes of a GPU.
-ORDER = (
-    "attention",
-    "group_norm",
-    "diffusion_step",
-    "denoising_loss",
-    "reparameterize",
-    "add_noise",
-    "uniform",
-    "normal",
-)
+ORDER = suite.OPS[::-1]
 _CAPABILITY = 90
 
 FORWARD, BOTH = "forward", "forward and backward"

@@ -213,4 +213,49 @@ inline GroupNormBackward group_norm_arguments(std::uintptr_t grad_y, std::uintpt
           pointer(grads[5])};
 }
 
+// The address of d_x, 0 where x does not change, and the changes of the five values as GroupNormValues takes values.
+inline GroupNormDirection group_norm_direction(std::uintptr_t d_x, const pybind11::tuple& d_values) {
+  const GroupNormValues d(d_values);
+  return {pointer(d_x), d.weight, d.bias, d.scale, d.shift, d.bias_in};
+}
+
+inline GroupNormJvp group_norm_jvp_arguments(std::uintptr_t x, std::uintptr_t d_y, std::uintptr_t statistics, int dtype,
+                                             const GroupNormShape& shape, int activation, const pybind11::tuple& values,
+                                             const GroupNormDirection& direction) {
+  const GroupNormValues v(values);
+  return {pointer(x),   pointer(d_y), static_cast<const double*>(pointer(statistics)),
+          DType(dtype), shape,        Activation(activation),
+          v.weight,     v.bias,       v.scale,
+          v.shift,      v.bias_in,    direction};
+}
+
+// grads: the addresses of the gradients of grad_y, of x and of the five values, 0 where one is not wanted.
+inline GroupNormDoubleBackward group_norm_double_backward_arguments(std::uintptr_t grad_y, std::uintptr_t x,
+                                                                    std::uintptr_t statistics, int dtype,
+                                                                    const GroupNormShape& shape, int activation,
+                                                                    const pybind11::tuple& values,
+                                                                    const GroupNormDirection& direction,
+                                                                    const std::array<std::uintptr_t, 7>& grads) {
+  const GroupNormValues v(values);
+  return {pointer(grad_y),
+          pointer(x),
+          static_cast<const double*>(pointer(statistics)),
+          DType(dtype),
+          shape,
+          Activation(activation),
+          v.weight,
+          v.bias,
+          v.scale,
+          v.shift,
+          v.bias_in,
+          direction,
+          pointer(grads[0]),
+          pointer(grads[1]),
+          pointer(grads[2]),
+          pointer(grads[3]),
+          pointer(grads[4]),
+          pointer(grads[5]),
+          pointer(grads[6])};
+}
+
 }  // namespace gencore

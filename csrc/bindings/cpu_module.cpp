@@ -301,4 +301,21 @@ PYBIND11_MODULE(_cpu, m) {
         grad_y, x, statistics, dtype, group_norm_shape(shape, groups, channels_last), activation, values, grads);
     run("group_norm_backward", [&] { return cpu::group_norm_backward(args, threads); });
   });
+  m.def("group_norm_jvp", [](std::uintptr_t x, std::uintptr_t d_y, std::uintptr_t statistics, int dtype,
+                             const py::tuple& shape, std::int64_t groups, bool channels_last, int activation,
+                             const py::tuple& values, std::uintptr_t d_x, const py::tuple& d_values, int threads) {
+    const GroupNormJvp args =
+        group_norm_jvp_arguments(x, d_y, statistics, dtype, group_norm_shape(shape, groups, channels_last), activation,
+                                 values, group_norm_direction(d_x, d_values));
+    run("group_norm_jvp", [&] { return cpu::group_norm_jvp(args, threads); });
+  });
+  m.def("group_norm_double_backward",
+        [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t statistics, int dtype, const py::tuple& shape,
+           std::int64_t groups, bool channels_last, int activation, const py::tuple& values, std::uintptr_t d_x,
+           const py::tuple& d_values, const std::array<std::uintptr_t, 7>& grads, int threads) {
+          const GroupNormDoubleBackward args = group_norm_double_backward_arguments(
+              grad_y, x, statistics, dtype, group_norm_shape(shape, groups, channels_last), activation, values,
+              group_norm_direction(d_x, d_values), grads);
+          run("group_norm_double_backward", [&] { return cpu::group_norm_double_backward(args, threads); });
+        });
 }

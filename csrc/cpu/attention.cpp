@@ -4,19 +4,19 @@
 
 #include "attention_backward.h"
 #include "attention_double_backward.h"
-#include "attention_forward.h"
+#include "attention_few.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
 
 #if GENCORE_SIMD_NUMBER == 3
 Status attention(const Attention& args, int threads) {
-  return forward<Pairs>(args, Elements<float>{sizeof(bfloat16), gather_pairs, spread<bfloat16>}, threads);
+  return attend<Pairs>(args, Elements<float>{sizeof(bfloat16), gather_pairs, spread<bfloat16>}, threads);
 }
 #else
 Status attention(const Attention& args, int threads) {
   return with_type_of_level(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return forward<Plain<Arithmetic<T>, Accumulator<T>>>(args, elements_of<T>, threads);
+    return attend<Plain<Arithmetic<T>, Accumulator<T>>>(args, elements_of<T>, threads);
   });
 }
 

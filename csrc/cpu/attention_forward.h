@@ -9,6 +9,12 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
+// The logarithm of a softmax's denominator, from the sum relative to the largest score.
+template <class A>
+inline A log_of_sum(double scale, A most, A sum) {
+  return static_cast<A>(scale * static_cast<double>(most) + std::log(static_cast<double>(sum)));
+}
+
 template <class Mode>
 class Forward {
   using P = typename Mode::P;
@@ -90,10 +96,7 @@ class Forward {
     elements_.read(q_ + tile * words(size_) * tile_queries, tile_queries, at(args_.q, query), size_,
                    queries_from(query), args_.q.channel, args_.q.token, args_.scale < 0);
     std::fill_n(out_ + tile * value_size_ * tile_queries, value_size_ * tile_queries, A(0));
-    // Finite, so that a logit of minus infinity, of infinite inputs, has the probability 0, and so are differences to
-    // it. Masks may add the least number there is.
-    const A least = -std::numeric_limits<A>::max();
-    std::fill_n(most_ + tile * tile_queries, tile_queries, seen_.may_see_none() ? least : least / 4);
+    std::fill_n(most_ + tile * tile_queries, tile_queries, seen_.least());
     std::fill_n(sum_ + tile * tile_queries, tile_queries, A(0));
   }
 
@@ -205,14 +208,9 @@ class Forward {
     A* const out = out_ + tile * value_size_ * tile_queries;
     A* const most = most_ + tile * tile_queries;
     A* const sum = sum_ + tile * tile_queries;
-    A* divisor = sum;
-    if (seen_.may_see_none()) {
-      divisor = scores_;
-      for (std::int64_t i = 0; i < tile_queries; ++i) {
-        divisor[i] = sum[i] == 0 ? std::numeric_limits<A>::infinity() : sum[i];
-      }
-    }
     if (args_.shape.keys > 0) {
+      A* const divisor = scores_;  // What was there is no longer needed.
+      for (std::int64_t i = 0; i < tile_queries; ++i) divisor[i] = seen_.divisor(sum[i]);
       for (std::int64_t lane = 0; lane < queries; lane += width) {
         const F inverse = P::div(P::set(1), P::load(divisor + lane));
         for (std::int64_t c = 0; c < value_size_; ++c) {
@@ -226,7 +224,7 @@ class Forward {
     A* const lse =
         static_cast<A*>(args_.lse) + (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query;
     for (std::int64_t i = 0; i < queries; ++i) {
-      lse[i] = static_cast<A>(scale_ * static_cast<double>(most[i]) + std::log(static_cast<double>(sum[i])));
+      lse[i] = log_of_sum(scale_, most[i], sum[i]);
     }
   }
 

@@ -51,6 +51,14 @@ class Seen {
 
   // Whether some queries may see no key.
   bool may_see_none() const { return hides(options_) || options_.key_lengths != nullptr; }
+  // What the maximum begins with: finite, so that a logit of minus infinity, of infinite inputs, has the probability 0,
+  // and so are differences to it. Masks may add the least number there is.
+  A least() const {
+    constexpr A number = -std::numeric_limits<A>::max();
+    return may_see_none() ? number : number / 4;
+  }
+  // What the sum of a query's weighed values is divided by, from that of the weights.
+  A divisor(A sum) const { return sum == 0 && may_see_none() ? std::numeric_limits<A>::infinity() : sum; }
   // What scores are multiplied by to be logits, once they have gone through factor() and bias.
   double scale_left(double scale) const { return scaled_ ? 1 : scale; }
   F factor() const { return factor_; }

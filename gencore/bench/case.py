@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class AttentionCase:
         layout: "heads", dense tensors (B, heads, tokens, size); "tokens", views of what a linear layer leaves, (B,
             tokens, 3, heads, size), or of two such where there are other keys than queries; "contiguous" or
             "channels_last", an image (B, 3 heads size, H, W) in that format.
+        key_heads: of k and v, where heads of queries share them.
+        hidden: what hides keys from queries: "causal", or "mask", a boolean one of pairs of tokens.
         timed: the kinds of device that benchmarks time it on.
         presets: the workloads it is part of, of :data:`gencore.bench.cases.PRESETS`.
     """
@@ -79,6 +81,8 @@ class AttentionCase:
     size: int
     why: str
     layout: str = "heads"
+    key_heads: int | None = None
+    hidden: Literal["causal", "mask"] | None = None
     timed: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
 
@@ -118,7 +122,7 @@ class AttentionCase:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         of_queries = (self.batch, self.heads, self.queries, self.size)
-        of_keys = (self.batch, self.heads, self.keys, self.size)
+        of_keys = (self.batch, self.key_heads or self.heads, self.keys, self.size)
         if self.layout == "heads":
             return [normal(*of_queries), normal(*of_keys), normal(*of_keys)]
         if self.layout != "tokens":
@@ -136,6 +140,7 @@ class AttentionCase:
             self,
             batch=min(self.batch, 1),
             heads=min(self.heads, 2),
+            key_heads=None if self.key_heads is None else 1,
             queries=min(self.queries, 8),
             keys=min(self.keys, 8),
             size=min(self.size, 64),
@@ -143,7 +148,9 @@ class AttentionCase:
 
     def __str__(self) -> str:
         tokens = f"{self.queries}" if self.queries == self.keys else f"{self.queries}by{self.keys}"
-        return f"{self.batch}x{self.heads}x{tokens}x{self.size}-{self.layout}"
+        heads = f"{self.heads}" if self.key_heads is None else f"{self.heads}by{self.key_heads}"
+        hidden = "" if self.hidden is None else f"-{self.hidden}"
+        return f"{self.batch}x{heads}x{tokens}x{self.size}-{self.layout}{hidden}"
 
 
 @dataclass(frozen=True)

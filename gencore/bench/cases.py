@@ -202,6 +202,13 @@ def _attention_of(preset: str) -> Iterable[AttentionCase]:
             yield AttentionCase(batch, heads, tokens, keys, size, why, layout="tokens", presets=(preset,))
 
 
+GENERAL_ATTENTION = (
+    AttentionCase(4, 8, 1024, 1024, 64, "a transformer over the tokens of an image", hidden="causal", timed=_BOTH),
+    AttentionCase(4, 8, 1024, 1024, 64, "a window of tokens", hidden="mask", timed=_BOTH),
+    AttentionCase(4, 8, 1024, 1024, 64, "heads that share keys", key_heads=2, timed=_BOTH),
+    AttentionCase(4, 8, 1, 8192, 64, "the next token", timed=_BOTH),
+    AttentionCase(4, 8, 1, 8192, 64, "the next token, heads that share keys", key_heads=2, timed=_BOTH),
+)
 ATTENTION = _merged(
     (
         AttentionCase(0, 2, 5, 5, 8, "empty batch"),

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gencore import ops
+from gencore._ops import OPS
 from gencore.noise import Key
 from gencore.schedule import Parameterization, Schedule, Variance, Weighting
 
@@ -405,22 +406,7 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
     return pixels.unflatten(2, qkv.shape[2:])
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        normal,
-        uniform,
-        reparameterize,
-        reparameterize_kl,
-        add_noise,
-        denoising_loss,
-        variational_bound,
-        diffusion_step,
-        group_norm,
-        attention,
-        spatial_attention,
-    )
-}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for op in OPS for name in op.functions}
 
 
 # Of the ops that there is a plain function for.

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from gencore import ops
+from gencore._ops import op_of
 from gencore.bench import plain
 from gencore.bench.machine import commit, describe, versions
 from gencore.bench.measure import interleave, median_interval, quiet_profiler
@@ -53,15 +54,6 @@ _SAMPLING_STEPS = 10
 _SESSIONS, _EVENTS, _MOST_CALLS = 5, 20_000, 20
 # What stands in a profile for a step, its data, and each call of an op.
 STEP, _DATA, _OP = "gencore.step", "gencore.data", "gencore.op "
-_OPS_OF = {
-    "attention": ATTENTION,
-    "spatial_attention": ATTENTION,
-    "attention_backward": ATTENTION,
-    "spatial_attention_backward": ATTENTION,
-    "group_norm": NORM,
-    "group_norm_out": NORM,
-    "group_norm_backward": NORM,
-}
 # aten's names without "aten::", the "_" of what works in place, and "_backward".
 _ATEN = {
     PRODUCT: "linear matmul mm bmm addmm _addmm_activation baddbmm addbmm mv addmv dot einsum mkldnn_linear",
@@ -288,13 +280,19 @@ def _family(event: Any, creators: dict[tuple[int, int], str | None]) -> str | No
     if name == _DATA:
         return PYTHON
     if name.startswith(_OP):
-        return _OPS_OF.get(name.removeprefix(_OP), NOISE)
+        return _family_of(name.removeprefix(_OP))
     if _is_of_backward(name):
         made_by = creators.get((event.fwd_thread, event.sequence_nr))
         return made_by or _of_node(name)
     if name.startswith("gencore::"):
-        return _OPS_OF.get(name.removeprefix("gencore::"), NOISE)
+        return _family_of(name.removeprefix("gencore::"))
     return _of_aten(name.removeprefix("aten::")) if name.startswith("aten::") else None
+
+
+def _family_of(name: str) -> str:
+    """Of one of our ops."""
+    op = op_of(name)
+    return NOISE if op is None else op.family
 
 
 def _is_of_backward(name: str) -> bool:
@@ -304,7 +302,7 @@ def _is_of_backward(name: str) -> bool:
 def _of_node(name: str) -> str | None:
     """The family of a node of the graph by its name, such as ConvolutionBackward0."""
     if match := re.search(r"_gencore_(\w+?)_default", name):
-        return _OPS_OF.get(match[1], NOISE)
+        return _family_of(match[1])
     stem = re.sub(r"Backward\d*$", "", name.rsplit(" ", 1)[-1])
     return _of_aten(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).lower())
 

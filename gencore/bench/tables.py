@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gencore._ops import OPS
 from gencore.bench.case import AttentionCase, Case
 
 _WHY = "a case of the user's own"
@@ -17,16 +18,7 @@ _FORMATS = ("contiguous", "channels_last", *_VIDEO)
 _OF_ATTENTION = ("heads", "tokens", "contiguous", "channels_last")
 _SIZES = ("batch", "heads", "queries", "keys", "size")
 # The keys that cases of an op may have besides its shape and layout.
-_MORE: Mapping[str, tuple[str, ...]] = {
-    "normal": (),
-    "uniform": (),
-    "reparameterize": ("draws",),
-    "add_noise": (),
-    "diffusion_step": (),
-    "denoising_loss": (),
-    "group_norm": ("groups",),
-    "attention": (),
-}
+_MORE = {op.stem: tuple(op.keys) for op in OPS}
 
 
 class CasesError(ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,37 +16,87 @@ from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FLOATING = frozenset(FLOATING)
 _STRIDED = torch.strided
 _NONE: Mapping[str, Tensor | None] = MappingProxyType({})
 
 
-def everyday_key(a: Any, b: Any, key: Any, with_gradient: bool = False) -> Tensor | None:
-    """The key's words if the kernel can be called as it is: what nearly every call is, found out in a microsecond.
+class Contract:
+    """What an op asks of its arguments, and what calls that were found right before need not be asked again.
 
-    That is: nothing observes the call; ``a`` and ``b`` are plain tensors on the CPU or on one GPU, of one floating
-    dtype and shape, without a gradient unless they may have one; the key, if there is one, serves the whole batch. None
-    for everything else, which is then looked at argument by argument, to be served or to be told what is wrong.
+    ``check(*args)`` raises where an argument is wrong. What it answers depends on the forms of arguments alone: types,
+    shapes, dtypes, layouts and devices of tensors, and other arguments themselves.
     """
-    if (
-        is_unobserved()
-        and type(a) in PLAIN_TYPES
-        and type(b) in PLAIN_TYPES
-        and (dtype := a.dtype) is b.dtype
-        and dtype in _FLOATING
-        and a.layout is b.layout is _STRIDED
-        and not (a.is_nested or b.is_nested)
-        and a.shape == b.shape
-        and ((a.is_cpu and b.is_cpu) or (a.is_cuda and b.is_cuda and a.get_device() == b.get_device()))
-        and a.dim()
-        and not (a.is_neg() or b.is_neg())
-        and (with_gradient or not ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled()))
-    ):
-        if key is None:
-            refuse_capture(a)
-            return Key.from_generator().packed
-        if type(key) is Key and key.packed.is_cpu and key.packed.dim() == 1:
-            return key.packed
+
+    def __init__(self, check: Callable[..., Any]):
+        self._check = check
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """What the check answers, or raises."""
+        answer = self._check(*args)
+        forms: list[Any] = []
+        self.known(*args, unknown=forms)
+        if forms and all(not isinstance(arg, Tensor) or _has_kernel(arg) for arg in args):
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[forms[0]] = answer
+        return answer
+
+    def known(self, *args: Any, unknown: list[Any] | None = None) -> tuple[Any, bool] | None:
+        """The answer, and whether a gradient is wanted, if the kernel can be called as it is: nearly always.
+
+        That is: nothing observes the call, tensors are plain ones on the CPU or on one GPU, and arguments of such forms
+        passed the check before; a microsecond or two tell. None for everything else, which is then looked at argument
+        by argument, to be served or to be told what is wrong. ``unknown`` is given the form of such arguments.
+        """
+        if not is_unobserved():
+            return None
+        form: list[Any] = []
+        requires_grad = False
+        try:
+            for arg in args:
+                if arg is None:
+                    form.append(None)
+                elif (kind := type(arg)) is Tensor or kind is _Parameter:
+                    if arg.is_neg():
+                        return None
+                    form += (arg.dtype, arg.shape, arg.layout)
+                    if not arg.is_cpu:
+                        form.append(arg.device)
+                    if arg.requires_grad:
+                        requires_grad = True
+                elif kind in _VALUES:
+                    form += (kind, arg)
+                else:
+                    return None
+        except RuntimeError:  # A nested tensor has no shape.
+            return None
+        answer = self._known.get(key := tuple(form), _UNKNOWN)
+        if answer is _UNKNOWN:
+            if unknown is not None:
+                unknown.append(key)
+            return None
+        return answer, requires_grad and torch.is_grad_enabled()
+
+
+_UNKNOWN = object()
+# Forms that a contract remembers.
+_MOST = 4096
+_VALUES = frozenset((int, float, str, bool))
+_Parameter = torch.nn.Parameter
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return (tensor.is_cpu or tensor.is_cuda) and tensor.layout is torch.strided
+
+
+def known_key(key: Any, tensor: Tensor) -> Tensor | None:
+    """The words of a key that serves a batch as it is, as nearly every one does; None for other keys."""
+    if key is None:
+        refuse_capture(tensor)
+        return Key.from_generator().packed
+    if type(key) is Key and (packed := key.packed).is_cpu and packed.dim() == 1:
+        return packed
     return None
 
 
@@ -180,15 +230,24 @@ def check_out(
     may_be_x: bool = True,
 ) -> None:
     """``out`` must be like ``x``, which is called ``name``: ``x`` itself, or apart from it and ``others`` in memory."""
-    check_same(own_name, out, name, x)
+    if not _is_like(out, x):
+        check_same(own_name, out, name, x)
     tensors = {name: x, **others}
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *tensors.values())):
-        raise ValueError(
-            f"{own_name} must be left out where a gradient is wanted: what it would need may be written over"
-        )
-    if not (is_unobserved() and all(t is None or type(t) in PLAIN_TYPES for t in (out, *tensors.values()))):
+    with_grad, is_plain = torch.is_grad_enabled(), True
+    for tensor in (out, *tensors.values()):
+        if tensor is not None:
+            if with_grad and tensor.requires_grad:
+                raise ValueError(
+                    f"{own_name} must be left out where a gradient is wanted: what it would need may be written over"
+                )
+            is_plain = is_plain and type(tensor) in PLAIN_TYPES
+    if not (is_plain and is_unobserved()):
         return
-    if out.numel() and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
+    if (
+        0 in out.stride()
+        and out.numel()
+        and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True))
+    ):
         raise ValueError(f"{own_name} must not have several elements in one place, as an expanded tensor has")
     if out.is_meta:  # It has no memory.
         return
@@ -199,6 +258,18 @@ def check_out(
                 continue
             itself = f"be {name} itself or " if may_be_x else ""
             raise ValueError(f"{own_name} must {itself}lie apart from {other_name} in memory; they may overlap")
+
+
+def _is_like(a: Any, b: Tensor) -> bool:
+    """Whether :func:`check_same` finds a plain tensor to be like ``b``, which was checked: a microsecond tells."""
+    return (
+        type(a) in PLAIN_TYPES
+        and a.dtype is b.dtype
+        and a.layout is _STRIDED
+        and not a.is_nested
+        and a.device == b.device
+        and a.shape == b.shape
+    )
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

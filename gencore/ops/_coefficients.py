@@ -20,22 +20,28 @@ def check_schedule(schedule: Any) -> None:
         )
 
 
-def rows_at(t: Any, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The table, and which of its rows each sample of ``x`` takes; the row alone if ``t`` is one int for all samples.
+def check_steps(t: Any, x: Tensor) -> None:
+    """``t`` must be a step for each sample of ``x``, or one for all of them; :func:`rows_at` looks how far it goes."""
+    if not isinstance(t, Tensor):
+        integer("t", t, what="an int or a tensor of int64 or int32")
+        return
+    if t.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"t must be an int or a tensor of int64 or int32, got one of {t.dtype}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must be one step per sample, of shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"t must be on the device of the samples, {x.device}, got {t.device}")
+
+
+def rows_at(t: Any, table: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The table, and which of its rows each sample takes; the row alone if ``t`` is one int for all samples.
 
     Whether the values of a tensor ``t`` are in the table is found out by the kernel: on a GPU, looking at them here
     would wait for it.
     """
-    steps = table.shape[0]
     if isinstance(t, Tensor):
-        if t.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"t must be an int or a tensor of int64 or int32, got one of {t.dtype}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must be one step per sample, of shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"t must be on the device of the samples, {x.device}, got {t.device}")
-        return table, t.to(torch.int64)
-    t = integer("t", t, what="an int or a tensor of int64 or int32")
+        return table, t if t.dtype is torch.int64 else t.to(torch.int64)
+    steps, t = table.shape[0], integer("t", t)
     if not 0 <= t < steps:
         raise ValueError(f"t must be in [0, {steps}), the steps of the schedule, got {t}")
     return table[t : t + 1], None

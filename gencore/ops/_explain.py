@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gencore._ops import OPS
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
 from gencore.ops._attention import heads_of
@@ -142,9 +143,15 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     return Explanation(op, str(device), chosen, source, reasons, tuple(notes))
 
 
-# The kernels that have another name than their op.
-_KERNELS = {"normal": "normal_", "uniform": "uniform_", "spatial_attention": "attention"}
-_GRADIENTS = {"reparameterize_kl": "reparameterize_backward"}
+# The kernels of functions, and those of the gradients of kernels.
+_KERNELS = {name: kernel for op in OPS for name, kernel in op.functions.items()}
+_GRADIENTS = {
+    kernel.name: gradient.name
+    for op in OPS
+    for gradient in op.kernels
+    for kernel in op.kernels
+    if kernel.direction == "forward" and gradient.direction == "backward" and kernel.table == gradient.table
+}
 
 
 def _by_table(
@@ -159,8 +166,8 @@ def _by_table(
     if source != "not measured":
         refused |= {name: f"the table has it after {runner}" for name in ("cuda", "triton") if name not in refused}
         refused = {name: reason for name, reason in refused.items() if name != runner}
-    gradient, notes = _GRADIENTS.get(kernel, f"{kernel}_backward"), []
-    if gradient in dispatch.KERNELS:
+    gradient, notes = _GRADIENTS.get(kernel), []
+    if gradient is not None:
         main = dispatch.KERNELS[kernel].main
         of_gradient = (None,) * dispatch.KERNELS[gradient].main + args[main:]
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)

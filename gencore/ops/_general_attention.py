@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gencore._torch import is_wrapped
+from gencore._torch import has_tangents, is_transformed, is_wrapped
 from gencore.backends.layout import empty_with_channels
 from gencore.backends.reference import attention as reference
-from gencore.ops._library import Layout, define, has_tangents, is_transformed, pull_back, widened
+from gencore.ops._library import Layout, define, pull_back, widened
 from gencore.ops.uniform import uniforms_for
 
 

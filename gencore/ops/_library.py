@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gencore._torch import (
+    compiled_as_constant,
     has_tangents,
     is_batched_gradient,
     is_fake,
@@ -138,13 +139,12 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if self._written and not torch.compiler.is_compiling():
-            negated = [place for place in self._written if args[place] is not None and args[place].is_neg()]
-            if negated:
-                whole = [torch.empty_like(arg) if place in negated else arg for place, arg in enumerate(args)]
-                results = self(*whole)
-                for place in negated:
-                    args[place].copy_(whole[place])
-                return results
+            for place in self._written:
+                if args[place] is not None and args[place].is_neg():
+                    other = torch.empty_like(args[place])
+                    results = self(*args[:place], other, *args[place + 1 :])
+                    args[place].copy_(other)
+                    return results
         if self.name in _optional and not has_kernel(self.name, args):
             return _optional[self.name][1](*args)
         if not is_unobserved():
@@ -228,11 +228,20 @@ def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     return choice.kernel(name, first)
 
 
+@compiled_as_constant
+def _is_served(kernel: str, device: torch.device) -> bool:
+    return choice.has_kernel(kernel, torch.empty(0, device=device))
+
+
 def has_kernel(name: str, args: Sequence[Any]) -> bool:
     """Whether the backend that serves the tensors has what an optional op runs; the compiler's have all."""
     first = next(arg for arg in args if isinstance(arg, Tensor))
     try:
-        return _is_explaining or first.is_meta or is_fake(first) or choice.has_kernel(_optional[name][0], first)
+        if _is_explaining or first.is_meta or is_fake(first):
+            return True
+        if torch.compiler.is_compiling():
+            return _is_served(_optional[name][0], first.device)
+        return choice.has_kernel(_optional[name][0], first)
     except choice.NoBackend:
         return True
 

@@ -12,8 +12,8 @@ from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import add_noise as reference
 from gencore.noise import Key
-from gencore.ops._checks import check_elements_of, check_out, check_tensor, everyday_key, resolve_key
-from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of
+from gencore.ops._checks import Contract, check_elements_of, check_out, check_tensor, known_key, resolve_key
+from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of
 from gencore.ops._library import Layout, Out, define, widened
 from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
@@ -61,6 +61,15 @@ _add_noise = define(
     definition=_definition,
     out=Out(kept_format, others=True),
 )
+
+
+def _check(x0: Any, t: Any) -> None:
+    check_tensor("x0", x0)
+    check_steps(t, x0)
+    check_elements_of("x0", x0)
+
+
+_CONTRACT = Contract(_check)
 
 
 @overload
@@ -124,26 +133,20 @@ def add_noise(
 
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 4.
     """
-    if (
-        out is None
-        and not return_noise
-        and type(t) is Tensor
-        and type(schedule) is Schedule
-        and (packed := everyday_key(x0, x0, key)) is not None
-        and t.dtype is torch.int64
-        and t.shape == x0.shape[:1]
-        and (t.is_cpu if x0.is_cpu else t.is_cuda and t.get_device() == x0.get_device())
-    ):
-        return choice.kernel("add_noise", x0)(x0, schedule.add_noise_table(x0.device), t, packed, False)[0]
-    if is_overridden(x0, t, schedule, key, out):
-        options = {"return_noise": return_noise, "out": out}
-        return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
-    check_tensor("x0", x0)
-    check_schedule(schedule)
+    known = _CONTRACT.known(x0, t) if type(schedule) is Schedule else None
+    if known is None:
+        if is_overridden(x0, t, schedule, key, out):
+            options = {"return_noise": return_noise, "out": out}
+            return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
+        _CONTRACT(x0, t)
+        check_schedule(schedule)
     # One row on the CPU is an argument of a launch.
     place = x0.device if isinstance(t, Tensor) else torch.device("cpu")
-    rows, index = rows_at(t, schedule.add_noise_table(place), x0)
-    check_elements_of("x0", x0)
+    rows, index = rows_at(t, schedule.add_noise_table(place))
+    if known is not None and out is None and (packed := known_key(key, x0)) is not None:
+        run = _add_noise.with_gradient if known[1] else choice.kernel("add_noise", x0)
+        x_t, noise = run(x0, rows, index, packed, bool(return_noise))
+        return (x_t, noise) if return_noise else x_t
     if out is not None:
         check_out(out, "x0", x0)
     packed = resolve_key(key, x0)

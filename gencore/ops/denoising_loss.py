@@ -14,8 +14,8 @@ from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import denoising_loss as reference
 from gencore.noise import Key
-from gencore.ops._checks import check_elements_of, check_same, check_tensor, everyday_key, resolve_key
-from gencore.ops._coefficients import check_schedule, column_of, rows_at, rows_of, widened
+from gencore.ops._checks import Contract, check_elements_of, check_same, check_tensor, known_key, resolve_key
+from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of, widened
 from gencore.ops._library import Layout, define, is_unobserved, pull_back, run_kernel
 from gencore.ops._library import widened as wide
 from gencore.ops.normal import normals_for
@@ -172,35 +172,24 @@ def denoising_loss(
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 14 and Algorithm 1; Salimans and Ho
     (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
     """
-    if (
-        type(weighting) is str
-        and type(bound_weight) is float
-        and 0 <= bound_weight < math.inf
-        and (everyday := _everyday(model_output, x0, t, schedule, key, noise)) is not None
-    ):
-        packed, wants_gradient = everyday
-        table = schedule.loss_table(x0.device, parameterization, weighting, gamma, None, 0.0)
-        if wants_gradient:
-            return _denoising_loss.with_gradient(model_output, x0, table, t, packed, noise)
-        return choice.kernel("denoising_loss", x0)(model_output, x0, table, t, packed, noise)
-    tensors = (model_output, x0, t, schedule, key)
-    if is_overridden(*tensors, noise, weighting):
-        options = {"noise": noise, "parameterization": parameterization, "weighting": weighting, "gamma": gamma}
-        relevant = (*tensors, noise, weighting)
-        return hand_over(denoising_loss, relevant, *tensors, **options, bound_weight=bound_weight)
-    model_output = _checked(model_output, x0, schedule, key, noise)
-    if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
-        raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
-    if not 0 <= bound_weight < math.inf:
-        raise ValueError(f"bound_weight must be at least 0 and finite, got {bound_weight}")
+    known = None
+    if type(weighting) is str and type(schedule) is Schedule and (key is None) is (noise is not None):
+        known = _CONTRACT.known(model_output, x0, t, noise, bound_weight)
+    if known is None:
+        tensors = (model_output, x0, t, schedule, key)
+        if is_overridden(*tensors, noise, weighting):
+            options = {"noise": noise, "parameterization": parameterization, "weighting": weighting, "gamma": gamma}
+            relevant = (*tensors, noise, weighting)
+            return hand_over(denoising_loss, relevant, *tensors, **options, bound_weight=bound_weight)
+        model_output = widened(model_output, x0)
+        _check_source(schedule, key, noise)
+        _CONTRACT(model_output, x0, t, noise, bound_weight)
     variance: Variance | None = None
     weight = 0.0
     if model_output.shape != x0.shape:
         variance, weight = "learned_range", float(bound_weight) * len(schedule) / math.log(2)
     table = schedule.loss_table(x0.device, parameterization, weighting, gamma, variance, weight)
-    return _denoising_loss(
-        model_output, x0, *rows_at(t, table, x0), resolve_key(_NO_KEY if key is None else key, x0), noise
-    )
+    return _loss(known, model_output, x0, t, table, key, noise)
 
 
 def variational_bound(
@@ -232,58 +221,72 @@ def variational_bound(
     Raises:
         TypeError, ValueError: an argument is not as above; the message says which.
     """
-    tensors = (model_output, x0, t, schedule, key)
-    if is_overridden(*tensors, noise):
-        options = {"noise": noise, "parameterization": parameterization, "variance": variance}
-        return hand_over(variational_bound, (*tensors, noise), *tensors, **options)
-    model_output = _checked(model_output, x0, schedule, key, noise)
+    known = None
+    if type(schedule) is Schedule and (key is None) is (noise is not None):
+        known = _CONTRACT.known(model_output, x0, t, noise, 0.0)
+    if known is None:
+        tensors = (model_output, x0, t, schedule, key)
+        if is_overridden(*tensors, noise):
+            options = {"noise": noise, "parameterization": parameterization, "variance": variance}
+            return hand_over(variational_bound, (*tensors, noise), *tensors, **options)
+        model_output = widened(model_output, x0)
+        _check_source(schedule, key, noise)
+        _CONTRACT(model_output, x0, t, noise, 0.0)
     if (variance == "learned_range") != (model_output.shape != x0.shape):
         raise ValueError(
             "variance must be learned_range for a model_output of twice the channels of x0, and only for such, got "
             f"{variance!r} with shapes {tuple(model_output.shape)} and {tuple(x0.shape)}"
         )
     table = schedule.loss_table(x0.device, parameterization, None, 1.0, variance, 1.0)
-    return _denoising_loss(
-        model_output, x0, *rows_at(t, table, x0), resolve_key(_NO_KEY if key is None else key, x0), noise
-    )
+    return _loss(known, model_output, x0, t, table, key, noise)
 
 
-def _everyday(model_output: Any, x0: Any, t: Any, schedule: Any, key: Any, noise: Any) -> tuple[Tensor, bool] | None:
-    """The key's words and whether a gradient is wanted, if the kernel can be called as it is; microseconds tell."""
-    if (
-        type(t) is Tensor
-        and type(schedule) is Schedule
-        and (key is None) is (noise is not None)
-        and (packed := everyday_key(model_output, x0, _NO_KEY if key is None else key, with_gradient=True)) is not None
-        and t.dtype is torch.int64
-        and t.shape == x0.shape[:1]
-        and (t.is_cpu if x0.is_cpu else t.is_cuda and t.get_device() == x0.get_device())
-    ):
-        wanted = model_output.requires_grad or x0.requires_grad
-        if noise is not None:
-            if everyday_key(noise, x0, _NO_KEY, with_gradient=True) is None:
-                return None
-            wanted = wanted or noise.requires_grad
-        return packed, wanted and torch.is_grad_enabled()
-    return None
+def _loss(
+    known: tuple[Any, bool] | None,
+    output: Tensor,
+    x0: Tensor,
+    t: Tensor | int,
+    table: Tensor,
+    key: Key | None,
+    noise: Tensor | None,
+) -> Tensor:
+    """The op on arguments that are right; ``known``: what the contract knows of them."""
+    rows, index = rows_at(t, table)
+    key = _NO_KEY if key is None else key
+    loss: Tensor
+    if known is not None and (packed := known_key(key, x0)) is not None:
+        run = _denoising_loss.with_gradient if known[1] else choice.kernel("denoising_loss", x0)
+        loss = run(output, x0, rows, index, packed, noise)
+    else:
+        loss = _denoising_loss(output, x0, rows, index, resolve_key(key, x0), noise)
+    return loss
 
 
-def _checked(model_output: Any, x0: Any, schedule: Any, key: Any, noise: Any) -> Tensor:
-    """What the network said, in x0's dtype."""
+def _check_source(schedule: Any, key: Any, noise: Any) -> None:
+    """Looks at what is no tensor, and at where the noise comes from."""
     if noise is None and not isinstance(key, Key):
         raise TypeError(
             f"key must be the gencore.Key that x_t was made with, unless noise is given, got {type(key).__name__}"
         )
+    if noise is not None and key is not None:
+        raise ValueError(f"key must be None where noise is given, got {key!r}")
+    check_schedule(schedule)
+
+
+def _check(output: Any, x0: Any, t: Any, noise: Any, bound_weight: Any) -> None:
     check_tensor("x0", x0)
     if noise is not None:
-        if key is not None:
-            raise ValueError(f"key must be None where noise is given, got {key!r}")
         check_same("noise", noise, "x0", x0)
-    check_schedule(schedule)
     check_elements_of("x0", x0)
-    output: Tensor = widened(model_output, x0)
     check_prediction("model_output", output, "x0", x0)
-    return output
+    if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
+        raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
+    if not 0 <= bound_weight < math.inf:  # type: ignore[operator]
+        raise ValueError(f"bound_weight must be at least 0 and finite, got {bound_weight}")
+    check_steps(t, x0)
+
+
+_CONTRACT = Contract(_check)
 
 
 def check_prediction(name: str, output: Any, x_name: str, x: Tensor) -> None:

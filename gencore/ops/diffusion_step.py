@@ -16,11 +16,12 @@ from gencore.backends.layout import kept_format
 from gencore.backends.reference import diffusion_step as reference
 from gencore.noise import Key
 from gencore.ops._checks import (
+    Contract,
     check_elements_of,
     check_out,
     check_same,
     check_tensor,
-    everyday_key,
+    known_key,
     resolve_key,
 )
 from gencore.ops._coefficients import along_samples, widened
@@ -220,26 +221,21 @@ def diffusion_step(
     al., "DPM-Solver++" (2022), Algorithm 2; Karras et al. (2022), Algorithm 2, are all of this form.
     """
     if (
-        second is None
-        and known is None
-        and mask is None
-        and threshold is None
+        threshold is None
         and prediction is None
         and out is None
-        and type(history) is tuple
-        and not history
         and guidance_rescale == 0
-        and type(coefficients) is Tensor
-        and coefficients.dtype is torch.float64
-        and coefficients.is_cpu
-        and coefficients.shape == _ONE_ROW
-        and not coefficients.requires_grad
-        and (packed := everyday_key(x, output, key)) is not None
+        and type(history) is tuple
+        and (found := _CONTRACT.known(x, output, coefficients, second, known, mask, *history)) is not None
+        and not found[1]
+        and (packed := known_key(key, x)) is not None
     ):
-        rows = coefficients.unsqueeze(0)
-        return choice.kernel("diffusion_step", x)(x, output, None, None, None, None, None, rows, packed)
-    earlier = history if isinstance(history, (tuple, list)) else (history,)
-    relevant = (x, output, coefficients, key, second, *earlier, known, mask, prediction, out)
+        rows = coefficients if coefficients.dim() == 2 else coefficients.unsqueeze(0)
+        history0, history1 = (*history, None, None)[:2]
+        mask = mask if mask is None else mask.expand(x.shape)
+        return choice.kernel("diffusion_step", x)(x, output, second, history0, history1, known, mask, rows, packed)
+    several = history if isinstance(history, (tuple, list)) else (history,)
+    relevant = (x, output, coefficients, key, second, *several, known, mask, prediction, out)
     if is_overridden(*relevant):
         options: dict[str, Any] = {
             "second": second, "history": history, "known": known, "mask": mask, "guidance_rescale": guidance_rescale,
@@ -247,7 +243,11 @@ def diffusion_step(
         }  # fmt: skip
         return hand_over(diffusion_step, relevant, x, output, coefficients, key, **options)
     output, second = (widened(tensor, x) for tensor in (output, second))
-    mask, history0, history1 = _check(x, output, coefficients, second, history, known, mask)
+    if isinstance(history, Tensor) or not isinstance(history, Sequence):
+        raise TypeError(f"history must be a sequence of tensors, got {type(history).__name__}")
+    _CONTRACT(x, output, coefficients, second, known, mask, *history)
+    history0, history1 = (*history, None, None)[:2]
+    mask = mask if mask is None else mask.expand(x.shape)
     rows = lifted(coefficients)
     rows = rows if rows.dim() == 2 else rows.unsqueeze(0)
     phi = _check_number("guidance_rescale", guidance_rescale)
@@ -271,10 +271,8 @@ def diffusion_step(
     return out
 
 
-def _check(
-    x: Any, output: Any, coefficients: Any, second: Any, history: Any, known: Any, mask: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Looks at every tensor; returns the mask in x's shape, and the two of the history."""
+def _check(x: Any, output: Any, coefficients: Any, second: Any, known: Any, mask: Any, *history: Any) -> None:
+    """Looks at every tensor."""
     check_tensor("x", x)
     check_elements_of("x", x)
     if output is not None:
@@ -284,8 +282,6 @@ def _check(
             raise ValueError("output must be given with second, got None")
         check_prediction("second", second, "x", x)
     _check_coefficients(coefficients, x)
-    if isinstance(history, Tensor) or not isinstance(history, Sequence):
-        raise TypeError(f"history must be a sequence of tensors, got {type(history).__name__}")
     if len(history) > 2:
         raise ValueError(f"history must hold at most two tensors, got {len(history)}")
     for i, earlier in enumerate(history):
@@ -295,11 +291,13 @@ def _check(
         raise ValueError(f"{missing} must be given with {there}, got None")
     if known is not None:
         check_same("known", known, "x", x)
-        mask = _checked_mask(mask, x)
-    return mask, history[0] if len(history) > 0 else None, history[1] if len(history) > 1 else None
+        _check_mask(mask, x)
 
 
-def _checked_mask(mask: Any, x: Tensor) -> Tensor:
+_CONTRACT = Contract(_check)
+
+
+def _check_mask(mask: Any, x: Tensor) -> None:
     check_tensor("mask", mask)
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("mask must not require a gradient: it has none")
@@ -310,7 +308,6 @@ def _checked_mask(mask: Any, x: Tensor) -> Tensor:
             f"mask must have a shape that broadcasts to that of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
         ) from None
     check_same("mask", whole, "x", x)
-    return whole
 
 
 def _check_coefficients(coefficients: Any, x: Tensor) -> None:

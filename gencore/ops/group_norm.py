@@ -8,243 +8,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gencore._torch import hand_over, is_distributed, is_overridden
+from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
-from gencore.backends.layout import empty_gradients, suggested_format
-from gencore.backends.reference import group_norm as reference
-from gencore.ops._checks import FLOATING, autocast_dtype, check_out, check_tensor
-from gencore.ops._library import (
-    PLAIN_TYPES,
-    Layout,
-    Out,
-    arguments_of,
-    by_definition,
-    define,
-    is_unobserved,
-    pull_back,
-    widened,
-)
+from gencore.ops._checks import Contract, autocast_dtype, check_out, check_tensor
+from gencore.ops._group_norm import VALUES, normalize
+from gencore.ops._library import widened
 
 Activation = Literal["silu"]
-
-_STRIDED = torch.strided
-
-_VALUE_NAMES = ("weight", "bias", "scale", "shift", "bias_in")
-_VALUES = ", ".join(f"Tensor? {name}" for name in _VALUE_NAMES)
-
-
-def _fake(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=suggested_format(x))
-    return y, x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64)
-
-
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    bias_in: Tensor | None,
-    activation: str | None,
-    wanted: list[bool],
-    eps: float,
-) -> tuple[Tensor, ...]:
-    grad_x = torch.empty_like(x, memory_format=suggested_format(x)) if wanted[0] else None
-    grads = (grad_x, *empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:]))
-    return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
-
-
-_OF_SAMPLES = {"x": 0, "scale": 0, "shift": 0, "bias_in": 0}
-
-
-def _layouts(args: Any) -> list[Layout]:
-    return [Layout(_OF_SAMPLES, (0, 0))]
-
-
-def _layouts_backward(args: Any) -> list[Layout]:
-    return [Layout({**_OF_SAMPLES, "grad_y": 0, "statistics": 0}, (0, None, None, 0, 0, 0))]
-
-
-def _definition(x: Tensor, num_groups: int, *args: Any) -> tuple[Tensor, None]:
-    *values, activation, eps = args
-    weight, bias, scale, shift, bias_in = map(widened, values)
-    y = reference.group_norm(
-        widened(x), num_groups, weight, bias, eps, scale=scale, shift=shift, bias_in=bias_in, activation=activation
-    )
-    return y.to(x.dtype).contiguous(memory_format=suggested_format(x)), None
-
-
-def _definition_backward(
-    grad_y: Tensor, x: Tensor, statistics: Tensor, num_groups: int, *args: Any
-) -> tuple[Tensor | None, ...]:
-    *values, activation, wanted, eps = args
-    given = (x, *values)
-    there = [place for place, value in enumerate(given) if value is not None and wanted[place]]
-
-    def of_wanted(*some: Tensor) -> Tensor:
-        whole = list(given)
-        for place, value in zip(there, some, strict=True):
-            whole[place] = value
-        x, *values = whole
-        return _definition(x, num_groups, *values, activation, eps)[0]
-
-    grads: list[Tensor | None] = [None] * len(given)
-    for place, grad in zip(there, pull_back(of_wanted, [given[place] for place in there], grad_y), strict=True):
-        grads[place] = grad
-    return tuple(grads)
-
-
-_CONSTANTS = (2,)  # The statistics, which follow from x.
-_setup_backward, _backward_of_definition = by_definition(_definition_backward, _CONSTANTS)
-
-
-def _double_backward(ctx: Any, grad_grad_x: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As a formula where it is the gradient for x that was differentiated, and will not be again."""
-    several = any(other is not None for other in others)
-    if grad_grad_x is None or several or torch.is_grad_enabled() or is_distributed(grad_grad_x):
-        return _backward_of_definition(ctx, grad_grad_x, *others)
-    grad_y, x, statistics, num_groups, *values_and_activation = arguments_of(ctx)[:-2]
-    grads = _second(grad_grad_x, grad_y, x, statistics, num_groups, *values_and_activation)
-    types = (grad_y, x, *values_and_activation[:-1])
-    wanted = [ctx.needs_input_grad[place] for place in (0, 1, 4, 5, 6, 7, 8)]
-    of_grad_y, of_x, *of_values = (
-        grad.to(like.dtype) if want and grad is not None and like is not None else None
-        for grad, like, want in zip(grads, types, wanted, strict=True)
-    )
-    return of_grad_y, of_x, None, None, *of_values, None, None, None
-
-
-def _second(
-    grad_grad_x: Tensor,
-    grad_y: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    bias_in: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, ...]:
-    """The gradients, for grad_y, x and the values, of sum(grad_grad_x * grad_x), grad_x the gradient for x.
-
-    With z the argument of the activation, a = dz/dxhat, g = grad_y act'(z) a, means over a group of M values, and the
-    projection P(v) = v - mean(v) - xhat mean(v xhat): grad_x = P(g) / deviation.
-    """
-    memory_format = suggested_format(x)
-    dd, dy, x = (widened(tensor).contiguous(memory_format=memory_format) for tensor in (grad_grad_x, grad_y, x))
-    weight, bias, scale, shift, bias_in = map(widened, (weight, bias, scale, shift, bias_in))
-    samples, channels = x.shape[:2]
-    pixels = tuple(range(2, x.dim()))
-    count = x.numel() // max(1, samples * num_groups)
-
-    def along(values: Tensor) -> Tensor:
-        return values.reshape(-1, channels, *[1] * len(pixels))
-
-    def of_group(values: Tensor) -> Tensor:
-        """Sums over the pixels of each channel and the channels of each group."""
-        sums = values.sum(pixels) if pixels else values
-        return sums.reshape(samples, num_groups, -1).sum(2)
-
-    def of_channels(values: Tensor) -> Tensor:
-        """A value per group, for each of its channels."""
-        return along(values.repeat_interleave(channels // num_groups, 1))
-
-    mean, inverse = (of_channels(values) for values in statistics.to(x.dtype).unbind(2))
-    u = x if bias_in is None else x + along(bias_in)
-    xhat = (u - mean).mul_(inverse)
-    gain = torch.ones(1, channels, dtype=x.dtype, device=x.device) if scale is None else 1 + scale
-    a = along(gain if weight is None else gain * weight)
-    first: Tensor | None
-    second: Tensor | None
-    if activation == "silu":
-        z = xhat * a
-        if bias is not None:
-            z += along(gain * bias)
-        if shift is not None:
-            z += along(shift)
-        s = torch.sigmoid(z)
-        slope = s * (1 - s)
-        second = slope * (2 + z * (1 - 2 * s))
-        first = torch.addcmul(s, z, slope)
-        h = dy * first
-    else:
-        first, second, h = None, None, dy
-    g = h * a
-    mean_d, mean_dx = of_group(dd) / count, of_group(dd * xhat) / count
-    mean_g, mean_gx = of_group(g) / count, of_group(g * xhat) / count
-    cross = of_group(dd * g) - count * (mean_d * mean_g + mean_dx * mean_gx)
-    # P(dd) / deviation.
-    projected = torch.addcmul(dd - of_channels(mean_d), xhat, of_channels(mean_dx), value=-1).mul_(inverse)
-    along_g = projected * a
-    of_dy = along_g if first is None else along_g * first
-    # What z has of it, and what xhat has beside.
-    k = None if second is None else (along_g * dy).mul_(second)
-    v = (dd * of_channels(mean_gx)).add_(g * of_channels(mean_dx)).mul_(-inverse)
-    if k is not None:
-        v.addcmul_(k, a)
-    mean_v, mean_vx = of_group(v) / count, of_group(v * xhat) / count
-    of_x = (
-        (v - of_channels(mean_v))
-        .addcmul_(xhat, of_channels(mean_vx) + inverse * of_channels(cross / count), value=-1)
-        .mul_(inverse)
-    )
-    of_a = projected * h
-    if k is not None:
-        of_a.addcmul_(k, xhat)
-    sum_a = of_a.sum(pixels) if pixels else of_a
-    sum_b = torch.zeros_like(sum_a) if k is None else k.sum(pixels) if pixels else k
-    of_scale = sum_a * (1 if weight is None else weight) + (0 if bias is None else sum_b * bias)
-    of_bias_in = of_x.sum(pixels) if pixels else of_x
-    return of_dy, of_x, (sum_a * gain).sum(0), (sum_b * gain).sum(0), of_scale, sum_b, of_bias_in
-
-
-_group_norm_backward = define(
-    f"group_norm_backward(Tensor grad_y, Tensor x, Tensor statistics, int num_groups, {_VALUES}, str? activation, "
-    "bool[] wanted, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    setup_context=_setup_backward,
-    backward=_double_backward,
-    definition=_definition_backward,
-    layouts=_layouts_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.num_groups, *values, ctx.activation, ctx.eps = inputs
-    statistics = output[1]
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, statistics, *values)
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 9
-    x, statistics, *values = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], *needs[2:7]]
-    grads = _group_norm_backward(grad_y, x, statistics, ctx.num_groups, *values, ctx.activation, wanted, ctx.eps)
-    if not all(wanted):
-        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return grads[0], None, *grads[1:], None, None
-
-
-_group_norm = define(
-    f"group_norm(Tensor x, int num_groups, {_VALUES}, str? activation, float eps) -> (Tensor, Tensor)",
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    layouts=_layouts,
-    definition=_definition,
-    # Without the statistics, which only the gradient needs.
-    out=Out(suggested_format, options=(False,)),
-)
 
 
 def group_norm(
@@ -305,82 +76,27 @@ def group_norm(
     Image Synthesis" (2021), equation 5.
     """
     values: tuple[Tensor | None, ...] = (weight, bias, scale, shift, bias_in)
-    wants_gradient = _wants_gradient_if_everyday(x, num_groups, weight, bias, scale, shift, bias_in, activation, eps)
-    if out is None:
-        if wants_gradient is False:
-            return choice.kernel("group_norm", x)(
-                x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
-            )[0]
+    known = _CONTRACT.known(x, num_groups, eps, activation, weight, bias, scale, shift, bias_in)
+    if known is not None and out is None:
+        (num_groups, eps), wants_gradient = known
         if wants_gradient:
-            return _group_norm.with_gradient(x, num_groups, *values, activation, eps)[0]
+            return normalize.with_gradient(x, num_groups, *values, activation, eps)[0]
+        return choice.kernel("group_norm", x)(
+            x, num_groups, weight, bias, scale, shift, bias_in, activation, eps, None, False
+        )[0]
     tensors = (x, *values, out)
-    if wants_gradient is None and is_overridden(*tensors):
+    if known is None and is_overridden(*tensors):
         options = {"scale": scale, "shift": shift, "activation": activation, "bias_in": bias_in, "out": out}
         return hand_over(group_norm, tensors, x, num_groups, weight, bias, eps, **options)
     if isinstance(x, Tensor) and x.dtype == torch.float32 and autocast_dtype(x.device) is not None:
         # An embedding is in half precision then, where x may have come from an op that is not.
-        values = tuple(_widened(value) for value in values)
-    if wants_gradient is None:
-        num_groups, eps = _check(x, num_groups, eps, activation, *values)
+        values = tuple(widened(value) for value in values)
+    num_groups, eps = _CONTRACT(x, num_groups, eps, activation, *values) if known is None else known[0]
     if out is None:
-        return _group_norm(x, num_groups, *values, activation, eps)[0]
-    check_out(out, "x", x, dict(zip(_VALUE_NAMES, values, strict=True)))
-    _group_norm.into(x, num_groups, *values, activation, eps, out)
+        return normalize(x, num_groups, *values, activation, eps)[0]
+    check_out(out, "x", x, dict(zip(VALUES, values, strict=True)))
+    normalize.into(x, num_groups, *values, activation, eps, out)
     return out
-
-
-def _wants_gradient_if_everyday(
-    x: Any,
-    num_groups: Any,
-    weight: Any,
-    bias: Any,
-    scale: Any,
-    shift: Any,
-    bias_in: Any,
-    activation: Any,
-    eps: Any,
-) -> bool | None:
-    """Whether a gradient is wanted, if the kernel can be called as it is; two microseconds tell. Else None.
-
-    It can if nothing observes the call and the arguments are right, and plain tensors on the CPU or on one GPU. What is
-    not so is then looked at argument by argument, to be served or to be told what is wrong.
-    """
-    if not (
-        is_unobserved()
-        and type(x) in PLAIN_TYPES
-        and (dtype := x.dtype) in FLOATING
-        and x.layout is _STRIDED
-        and ((on_cpu := x.is_cpu) or x.is_cuda)
-        and not x.is_neg()
-        and type(num_groups) is int
-        and type(eps) is float
-        and eps >= 0
-        and (activation is None or activation == "silu")
-    ):
-        return None
-    try:
-        shape, wanted = x.shape, x.requires_grad
-        if not (len(shape) >= 2 and num_groups >= 1 and shape[1] % num_groups == 0):
-            return None
-        of_channels, of_samples = shape[1:2], shape[:2]
-        values: tuple[tuple[Any, Any], ...] = ((weight, of_channels), (bias, of_channels))
-        if not scale is shift is bias_in is None:
-            values = (*values, (scale, of_samples), (shift, of_samples), (bias_in, of_samples))
-        for value, its_shape in values:
-            if value is not None:
-                if not (
-                    type(value) in PLAIN_TYPES
-                    and (value.dtype is dtype or (value.dtype is torch.float32 and dtype is not torch.float64))
-                    and value.layout is _STRIDED
-                    and (value.is_cpu if on_cpu else value.is_cuda and value.get_device() == x.get_device())
-                    and not value.is_neg()
-                    and value.shape == its_shape
-                ):
-                    return None
-                wanted = wanted or value.requires_grad
-    except RuntimeError:  # A nested tensor has no shape.
-        return None
-    return wanted and torch.is_grad_enabled()
 
 
 def _check(
@@ -414,8 +130,7 @@ def _check(
     return num_groups, eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
 
 
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+_CONTRACT = Contract(_check)
 
 
 def check_activation(activation: Any) -> None:

@@ -15,7 +15,7 @@ from gencore.backends import choice
 from gencore.backends.layout import empty_draws, memory_format_of
 from gencore.backends.reference import reparameterize as reference
 from gencore.noise import Key
-from gencore.ops._checks import check_elements, check_same, check_tensor, everyday_key, resolve_key
+from gencore.ops._checks import Contract, check_elements, check_same, check_tensor, known_key, resolve_key
 from gencore.ops._library import Layout, define, widened
 from gencore.ops.normal import normals_for
 
@@ -198,17 +198,19 @@ _reparameterize_kl = define(
 )
 
 
-def _checked(
-    mu: Tensor, logvar: Tensor, key: Key | None, num_samples: int | None
-) -> tuple[Tensor, Tensor, Tensor, int | None]:
-    """What the op takes, after every argument was looked at."""
+def _check(mu: Any, logvar: Any, num_samples: Any) -> int | None:
+    """Looks at the arguments of both ops but the key; returns num_samples as an int or None."""
     check_tensor("mu", mu)
     check_same("logvar", logvar, "mu", mu)
     draws = 1
     if num_samples is not None:
         draws = num_samples = integer("num_samples", num_samples, least=1, what="an int or None")
     check_elements("mu, times num_samples,", draws * ((math.prod(mu.shape[1:]) + 3) // 4 * 4))
-    return mu, logvar, resolve_key(key, mu), num_samples
+    checked: int | None = num_samples
+    return checked
+
+
+_CONTRACT = Contract(_check)
 
 
 def reparameterize(
@@ -250,14 +252,18 @@ def reparameterize(
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4.
     """
-    if num_samples is None and type(save_noise) is bool and (packed := everyday_key(mu, logvar, key)) is not None:
-        return choice.kernel("reparameterize", mu)(mu, logvar, packed)
+    known = _CONTRACT.known(mu, logvar, num_samples) if save_noise is False else None
+    if known is not None and (packed := known_key(key, mu)) is not None:
+        if known[1]:
+            return _reparameterize.with_gradient(mu, logvar, packed, num_samples)
+        return choice.kernel("reparameterize", mu)(mu, logvar, packed, num_samples)
     if is_overridden(mu, logvar, key):
         options = {"num_samples": num_samples, "save_noise": save_noise}
         return hand_over(reparameterize, (mu, logvar, key), mu, logvar, key, **options)
     if not isinstance(save_noise, bool):
         raise TypeError(f"save_noise must be True or False, got {type(save_noise).__name__}")
-    args = _checked(mu, logvar, key, num_samples)
+    num_samples = _CONTRACT(mu, logvar, num_samples)
+    args = mu, logvar, resolve_key(key, mu), num_samples
     if save_noise and torch.is_grad_enabled() and logvar.requires_grad:
         return _reparameterize_and_slope(*args)[0]
     return _reparameterize(*args)
@@ -282,8 +288,12 @@ def reparameterize_kl(
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), equation 10 and appendix B.
     """
-    if num_samples is None and (packed := everyday_key(mu, logvar, key)) is not None:
-        return choice.kernel("reparameterize_kl", mu)(mu, logvar, packed)
+    known = _CONTRACT.known(mu, logvar, num_samples)
+    if known is not None and (packed := known_key(key, mu)) is not None:
+        if known[1]:
+            return _reparameterize_kl.with_gradient(mu, logvar, packed, num_samples)
+        return choice.kernel("reparameterize_kl", mu)(mu, logvar, packed, num_samples)
     if is_overridden(mu, logvar, key):
         return hand_over(reparameterize_kl, (mu, logvar, key), mu, logvar, key, num_samples=num_samples)
-    return _reparameterize_kl(*_checked(mu, logvar, key, num_samples))
+    num_samples = _CONTRACT(mu, logvar, num_samples)
+    return _reparameterize_kl(mu, logvar, resolve_key(key, mu), num_samples)

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from gencore._ops import OPS
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.dispatch import Entry, Measured, Row
 from gencore.backends.handover import RUNNERS as PYTORCH
@@ -25,10 +26,9 @@ EACH = Measured("NVIDIA H200", "2026-12-24", "abc", "2.11.0", "3.6.0")
 
 def test_every_kernel_of_the_library_is_known():
     kernels = {name for name, _ in inspect.getmembers(type(cpu.ops), inspect.isfunction) if not name.startswith("_")}
-    # What the CPU alone has is nobody's to choose.
-    alone = {"denoising_loss_and_error", "denoising_loss_scale"}
-    alone |= {f"{op}_{of}" for op in ("attention", "general_attention") for of in ("jvp", "double_backward")}
-    assert kernels - alone == dispatch.KERNELS.keys()
+    assert kernels == {kernel.name for op in OPS for kernel in op.kernels}
+    for op in OPS:
+        assert {op.functions[name] for name in op.functions} <= dispatch.KERNELS.keys()
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

@@ -180,7 +180,6 @@ def test_results_of_cpus_alone_write_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_the_benchmarks_are_there():
-    assert {kernel.op for kernel in tables.KERNELS.values()} - {"general_attention"} == dispatch.BENCHMARKS.keys()
     for op, names in dispatch.BENCHMARKS.items():
         known = {benchmark.name for benchmark in suite.benchmarks([op])}
         assert set(names) - {None} <= known

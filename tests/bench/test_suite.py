@@ -6,7 +6,6 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import math
-import re
 import sys
 import types
 from pathlib import Path
@@ -207,8 +206,6 @@ def test_the_share_of_triton_is_ours_on_a_gpu_alone():
 
 
 def test_every_op_has_a_module():
-    listed = re.search(r"set\(gencore_ops ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
-    assert sorted(suite.OPS) == sorted(listed[1].split())
     for name in suite.OPS:
         of_op = suite.benchmarks([name])
         assert of_op

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import sys
+import types
+import unittest
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -187,6 +192,80 @@ def test_pytorch_agrees(use):
     is_shared = q.dim() == k.dim() == 4 and q.shape[1] != k.shape[1]
     want = F.scaled_dot_product_attention(q, k, v, seen, scale=use.scale, enable_gqa=is_shared)
     close(ops.attention(q, k, v, **options), want, torch.float64)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], list[Any]]:
+    """PyTorch's own inputs for tests of its attention."""
+    if importlib.util.find_spec("expecttest") is None:
+        # Its tests need that package for texts that are expected, which its inputs do not.
+        stand_in = types.ModuleType("expecttest")
+        stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "expecttest", stand_in)
+    methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+    (entry,) = (op for op in methods.op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    return lambda dtype: [s for grad in (False, True) for s in entry.sample_inputs("cpu", dtype, requires_grad=grad)]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_pytorchs_own_samples(dtype, samples):
+    """All of them: values and gradients, against its attention in float64, or the definition where it drops some."""
+    given = samples(dtype)
+    assert len(given) >= 40
+    dropped = 0
+    for sample in given:
+        tensors = [sample.input, *sample.args]
+        dropout = sample.kwargs.get("dropout_p", 0.0)
+        mask, causal = sample.kwargs.get("attn_mask"), sample.kwargs.get("is_causal", False)
+        assert {*sample.kwargs} <= {"dropout_p", "attn_mask", "is_causal"}
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        wide = None if mask is None else mask.detach().double()
+        if dropout:
+            dropped += 1
+            q = exact[0].expand(len(exact[1]), *exact[0].shape) if exact[0].dim() < exact[1].dim() else exact[0]
+            want = defined(q, *exact[1:], mask=wide, causal=causal, dropout=dropout)
+        else:
+            want = F.scaled_dot_product_attention(*exact, attn_mask=wide, is_causal=causal)
+        out = ops.attention(*tensors, mask=mask, causal=causal, dropout=dropout, key=KEY)
+        close(out, want, dtype)
+        if tensors[0].requires_grad:
+            g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            grads = torch.autograd.grad(want, exact, g.double())
+            for got, of in zip(torch.autograd.grad(out, tensors, g), grads, strict=True):
+                close(got, of, dtype)
+    assert 0 < dropped < len(given)
+
+
+def test_few_queries_have_the_bits_of_many(kernels):
+    """Those of one query, or of some whose heads share keys, which another kernel takes on the CPU."""
+    if kernels.backend != "cpu":
+        pytest.skip("what runs few queries on GPUs is what runs many")
+    for dtype in cases.DTYPES:
+        for q_heads, size, size_v in ((2, 40, 40), (6, 64, 33), (2, 3, 16)):
+            generator = torch.Generator().manual_seed(size)
+            q, k, v = (
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((2, q_heads, 30, size), (2, 2, 150, size), (2, 2, 150, size_v))
+            )
+            v = v.transpose(2, 3).contiguous().transpose(2, 3) if size == 3 else v
+            mask = torch.randn(30, 150, generator=generator) > 0
+            mask[0] = False
+            lengths = torch.tensor([90, 150])
+            bias = torch.randn(2, 1, 1, 150, generator=generator)
+            for options in (
+                {},
+                {"mask": mask},
+                {"mask": bias, "scale": -0.3},
+                {"causal": True},
+                {"key_lengths": lengths, "scale": 0.0},
+            ):
+                whole = ops.attention(q, k, v, **options)
+                for few in (1, 3, 7):
+                    some = {**options, "mask": mask[:few]} if options.get("mask") is mask else options
+                    assert same_bits(ops.attention(q[:, :, :few], k, v, **some), whole[:, :, :few])
+            # The noise counts the pairs of all queries, so that what is dropped is compared with few alone.
+            dropped = ops.attention(q[:, :, :7], k, v, dropout=0.3, key=KEY)
+            close(dropped, defined(q[:, :, :7], k, v, dropout=0.3), dtype)
 
 
 @each_use

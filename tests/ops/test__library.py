@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gencore import Key, diffusion, ops
+from gencore._ops import OPS
 
 SCHEDULE = diffusion.linear(10)
 T = torch.tensor([3, 7])
@@ -43,6 +44,12 @@ WRITING = {
     "diffusion_step": lambda x, out: ops.diffusion_step(x, x, ROWS, Key(0), out=out),
     "diffusion_step, prediction": lambda x, out: (ops.diffusion_step(x, x, ROWS, Key(0), prediction=out), out)[1],
 }
+
+
+def test_every_function_is_tried():
+    functions = {name for op in OPS for name in op.functions}
+    assert functions <= DIFFERENTIABLE.keys() | WRITING.keys()
+    assert functions <= set(ops.__all__)
 
 
 @pytest.fixture(params=DIFFERENTIABLE)

@@ -60,6 +60,52 @@ struct GroupNormBackward {
   void *grad_x, *grad_weight, *grad_bias, *grad_scale, *grad_shift, *grad_bias_in;
 };
 
+// A change of x and of the values, of the dtypes of what it is of. Null: that does not change. d_x is like x.
+struct GroupNormDirection {
+  const void* x;
+  ChannelValues weight, bias, scale, shift, bias_in;
+};
+
+// The change of y along a direction, from `statistics` of the forward pass. With a = weight (1 + scale),
+// b = bias (1 + scale) + shift, t = xhat a + b and P(v) = v - mean_group(v) - xhat mean_group(v xhat):
+//   d_xhat = P(d_x + d_bias_in) / sqrt(variance + eps)
+//   d_y = act'(t) (a d_xhat + xhat d_a + d_b)
+struct GroupNormJvp {
+  const void* x;
+  void* d_y;
+  const double* statistics;
+  DType dtype;
+  GroupNormShape shape;
+  Activation activation;
+  ChannelValues weight, bias, scale, shift, bias_in;
+  GroupNormDirection direction;
+};
+
+// The gradients of sum(d_y grad_y), with d_y as above. It is the sum of the direction times the gradients that
+// GroupNormBackward makes, so that these are what the gradients' gradients are. With dt = a d_xhat + xhat d_a + d_b,
+// h = grad_y act'(t), k = grad_y act''(t) dt, r = 1 / sqrt(variance + eps), m the number of elements of a group, and
+// du = d_x + d_bias_in:
+//   grad_grad_y = act'(t) dt
+//   grad_x = r (P(v) - xhat mean_group(a h d_xhat)),  v = a k + d_a h - r (mean(a h xhat) du + mean(du xhat) a h)
+//   grad_a = sum_pixels(k xhat + h d_xhat)       grad_b = sum_pixels(k)
+//   grad_weight = sum_samples((1 + scale) grad_a + d_scale sum_pixels(h xhat))
+//   grad_bias = sum_samples((1 + scale) grad_b + d_scale sum_pixels(h))
+//   grad_scale = weight grad_a + bias grad_b + d_weight sum_pixels(h xhat) + d_bias sum_pixels(h)
+//   grad_shift = grad_b                          grad_bias_in = sum_pixels(grad_x)
+// Each may be null: it is then not wanted. grad_grad_y and grad_x are like x, the others dense and of the dtype of
+// their value.
+struct GroupNormDoubleBackward {
+  const void* grad_y;
+  const void* x;
+  const double* statistics;
+  DType dtype;
+  GroupNormShape shape;
+  Activation activation;
+  ChannelValues weight, bias, scale, shift, bias_in;
+  GroupNormDirection direction;
+  void *grad_grad_y, *grad_x, *grad_weight, *grad_bias, *grad_scale, *grad_shift, *grad_bias_in;
+};
+
 // Whether the sizes fit together.
 static inline bool is_valid(const GroupNormShape& shape) {
   if (shape.samples < 0 || shape.channels < 0 || shape.pixels < 0 || shape.groups < 1) return false;
@@ -68,13 +114,20 @@ static inline bool is_valid(const GroupNormShape& shape) {
          !__builtin_mul_overflow(planes, shape.pixels, &total);
 }
 
+// Whether every value has a type that it may have with a tensor of type `dtype`.
+template <class Values>
+bool has_valid_types(const Values& given, DType dtype) {
+  for (const ChannelValues* values : {&given.weight, &given.bias, &given.scale, &given.shift, &given.bias_in}) {
+    if (values->data != nullptr && values->dtype != DType::float32 && values->dtype != dtype) return false;
+  }
+  return true;
+}
+
 // Whether the activation is known and every value has a type that it may have.
 template <class Args>
 bool has_valid_values(const Args& args) {
-  for (const ChannelValues* values : {&args.weight, &args.bias, &args.scale, &args.shift, &args.bias_in}) {
-    if (values->data != nullptr && values->dtype != DType::float32 && values->dtype != args.dtype) return false;
-  }
-  return args.activation == Activation::none || args.activation == Activation::silu;
+  return has_valid_types(args, args.dtype) &&
+         (args.activation == Activation::none || args.activation == Activation::silu);
 }
 
 }  // namespace gencore
@@ -84,6 +137,8 @@ namespace gencore::cpu {
 // `threads` is at least 1; small tensors take fewer. The bits of the results do not depend on it.
 Status group_norm(const GroupNorm& args, int threads);
 Status group_norm_backward(const GroupNormBackward& args, int threads);
+Status group_norm_jvp(const GroupNormJvp& args, int threads);
+Status group_norm_double_backward(const GroupNormDoubleBackward& args, int threads);
 
 }  // namespace gencore::cpu
 

@@ -112,16 +112,33 @@ GENCORE_INLINE typename V::F exp2_minus(typename V::F x) {
   return exp2_minus_parts<V>(V::add(x, minus_n), minus_n, V::sub(V::as_bits(magic), V::as_bits(shifted)));
 }
 
-// x sigmoid(x), and its derivative, from x and e^-x.
+// x sigmoid(x), and its derivative, from x and e^-x; the derivatives from x and sigmoid(x).
 template <class V>
 GENCORE_INLINE typename V::F silu(typename V::F x, typename V::F exp_minus_x) {
   return V::div(x, V::add(V::set(1.0f), exp_minus_x));
 }
 
 template <class V>
-GENCORE_INLINE typename V::F silu_derivative(typename V::F x, typename V::F exp_minus_x) {
-  const typename V::F sigmoid = V::div(V::set(1.0f), V::add(V::set(1.0f), exp_minus_x));
+GENCORE_INLINE typename V::F sigmoid(typename V::F exp_minus_x) {
+  return V::div(V::set(1.0f), V::add(V::set(1.0f), exp_minus_x));
+}
+
+template <class V>
+GENCORE_INLINE typename V::F silu_derivative_at(typename V::F x, typename V::F sigmoid) {
   return V::mul(sigmoid, V::fma(x, V::sub(V::set(1.0f), sigmoid), V::set(1.0f)));
+}
+
+template <class V>
+GENCORE_INLINE typename V::F silu_derivative(typename V::F x, typename V::F exp_minus_x) {
+  return silu_derivative_at<V>(x, sigmoid<V>(exp_minus_x));
+}
+
+// s (1 - s) (2 + x (1 - 2 s)).
+template <class V>
+GENCORE_INLINE typename V::F silu_second_derivative(typename V::F x, typename V::F sigmoid) {
+  using F = typename V::F;
+  const F slope = V::mul(sigmoid, V::sub(V::set(1.0f), sigmoid));
+  return V::mul(slope, V::fma(x, V::fma(V::set(-2.0f), sigmoid, V::set(1.0f)), V::set(2.0f)));
 }
 
 // -log p of an 8-bit value x in [-1, 1], whose bin is 2/255 wide or, at either end, reaches to infinity, under a normal

@@ -12,19 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gencore import _ops
 from gencore.bench import cases
 from gencore.bench.suite.base import AnyCase, Benchmark
 
-OPS = (
-    "normal",
-    "uniform",
-    "reparameterize",
-    "add_noise",
-    "diffusion_step",
-    "denoising_loss",
-    "group_norm",
-    "attention",
-)
+OPS = tuple(op.stem for op in _ops.OPS)
 NETWORKS = ("unet",)
 END_TO_END = ("training",)
 

@@ -19,7 +19,7 @@ from gencore import ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import AttentionCase
 from gencore.bench.limits import Work
-from gencore.bench.suite import _derivatives, _images
+from gencore.bench.suite import _derivatives, _general, _images
 from gencore.bench.suite._images import DTYPES, FORWARD, PRODUCTS, flops, is_image, rows_judged, wanted
 from gencore.bench.suite.base import (
     TOLERANCES,
@@ -167,4 +167,5 @@ BENCHMARKS = (
     ),
     *_derivatives.ATTENTION,
     *_images.BENCHMARKS,
+    *_general.BENCHMARKS,
 )

@@ -1,0 +1,117 @@
+"""What contracts remember: the forms of calls that were right, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gencore import Key, ops
+from gencore.ops import _checks
+from gencore.ops._checks import Contract
+
+
+@pytest.fixture
+def contract():
+    """One for a tensor, a number and perhaps another tensor; ``asked`` has what the check was asked of."""
+    asked = []
+
+    def check(x, number, other=None):
+        asked.append((x, number, other))
+        _checks.check_tensor("x", x)
+        if isinstance(number, bool):
+            raise TypeError("number must not be a bool")
+        return float(number)
+
+    contract = Contract(check)
+    contract.asked = asked
+    return contract
+
+
+def test_a_form_is_asked_once(contract):
+    x = torch.zeros(2, 3)
+    assert contract.known(x, 1) is None
+    assert contract(x, 1) == 1.0
+    assert contract.known(torch.ones(2, 3), 1) == (1.0, False)
+    assert contract.known(torch.nn.Parameter(x), 1) == (1.0, True)
+    with torch.no_grad():
+        assert contract.known(torch.nn.Parameter(x), 1) == (1.0, False)
+    assert len(contract.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.zeros(3, 2), 1),
+        (torch.zeros(2, 3, 1), 1),
+        (torch.zeros(2, 3, dtype=torch.float64), 1),
+        (torch.zeros(2, 3, dtype=torch.int32), 1),
+        (torch.zeros(2, 3, device="meta"), 1),
+        (torch.zeros(2, 3).to_sparse(), 1),
+        (torch.zeros(2, 3, dtype=torch.complex64).conj().imag, 1),
+        (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]), 1),
+        (torch.zeros(2, 3), 2),
+        (torch.zeros(2, 3), 1.0),
+        (torch.zeros(2, 3), True),
+        (torch.zeros(2, 3), [1]),
+        (torch.zeros(2, 3), 1, None),
+        (torch.zeros(2, 3), 1, torch.zeros(2)),
+        (1, torch.zeros(2, 3)),
+        (None, 1),
+    ],
+    ids=range(16),
+)
+def test_another_form_is_another_question(contract, args):
+    contract(torch.zeros(2, 3), 1)
+    assert contract.known(*args) is None
+
+
+def test_what_no_kernel_can_be_called_with_is_not_remembered(contract):
+    for x in (torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=torch.complex64).conj().imag):
+        contract(x, 1)
+        assert contract.known(x, 1) is None
+    x = torch.zeros(2, 3)
+    with FlopCounterMode(display=False):
+        contract(x, 1)
+        assert contract.known(x, 1) is None
+    assert contract.known(x, 1) is None
+    torch.vmap(lambda row: contract(row.unsqueeze(0), 1) + row)(x)
+    assert contract.known(torch.zeros(1, 3), 1) is None
+
+
+def test_what_was_refused_is_refused_again(contract):
+    contract(torch.zeros(2, 3), 1)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="bool"):
+            contract(torch.zeros(2, 3), True)
+        assert contract.known(torch.zeros(2, 3), True) is None
+
+
+def test_memory_is_bounded(contract, monkeypatch):
+    monkeypatch.setattr(_checks, "_MOST", 8)
+    for number in range(50):
+        contract(torch.zeros(2, 3), number)
+        assert contract.known(torch.zeros(2, 3), number) == (number, False)
+        assert len(contract._known) <= 8
+
+
+def test_ops_refuse_what_is_wrong_after_right_calls():
+    x, steps = torch.randn(2, 4, 3), ops.step_coefficients(x=1.0)
+    for _ in range(2):
+        ops.group_norm(x, 1, torch.ones(4))
+        with pytest.raises(TypeError, match="num_groups must be an int"):
+            ops.group_norm(x, True, torch.ones(4))
+        with pytest.raises(TypeError, match="eps must be a number"):
+            ops.group_norm(x, 1, torch.ones(4), eps=False)
+        with pytest.raises(TypeError, match="weight must have the dtype"):
+            ops.group_norm(x, 1, torch.ones(4, dtype=torch.bfloat16))
+        ops.reparameterize(x, x, Key(0))
+        with pytest.raises(TypeError, match="save_noise must be True or False"):
+            ops.reparameterize(x, x, Key(0), save_noise=1)
+        with pytest.raises(TypeError, match=r"key must be a gencore\.Key"):
+            ops.reparameterize(x, x, 0)
+        ops.diffusion_step(x, x, steps, Key(0))
+        with pytest.raises(ValueError, match="coefficients must not require a gradient"):
+            ops.diffusion_step(x, x, steps.clone().requires_grad_(), Key(0))
+        with pytest.raises(TypeError, match=r"history\[0\] must be a tensor"):
+            ops.diffusion_step(x, x, steps, Key(0), history=(None,))
