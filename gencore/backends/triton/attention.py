@@ -33,8 +33,6 @@ from gencore.backends.triton._attention_tangent import attention_jvp as attentio
 from gencore.backends.triton._general_attention import general_attention as general_attention
 from gencore.backends.triton._general_attention import general_attention_backward as general_attention_backward
 from gencore.backends.triton._tiles import device_of
-from gencore.backends.triton.general_attention import general_attention as general_attention
-from gencore.backends.triton.general_attention import general_attention_backward as general_attention_backward
 from gencore.backends.triton.noise import multiply_add
 
 _STRIDES = [f"{name}_{step}" for name in ("q", "k", "v", "out") for step in ("batch", "head", "step")]
