@@ -150,15 +150,15 @@ _GRADIENTS = {
     for op in OPS
     for gradient in op.kernels
     for kernel in op.kernels
-    if kernel.direction == "forward" and gradient.direction == "backward"
+    if kernel.direction == "forward" and gradient.direction == "backward" and kernel.table == gradient.table
 }
 
 
 def _by_table(
     op: str, arguments: dict[str, Any], device: torch.device
 ) -> tuple[str | None, str, dict[str, str], list[str]]:
-    """Who runs a call on a GPU, what that rests on, why others do not, and a note on who makes its gradient, if that is
-    somebody else."""
+    """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if those
+    are others."""
     op = op.removesuffix("_out")
     kernel = _KERNELS.get(op, op)
     args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())
@@ -173,6 +173,8 @@ def _by_table(
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)
         if (behind, why) != (runner, source):
             notes.append(f"its gradient: {behind}, {why}")
+    if kernel == "attention" and (further := choice.runner_of("attention_jvp", device)) != runner:
+        notes.append(f"its second derivative and forward mode: {further or 'PyTorch, in operations of its own'}")
     return runner, source, refused, notes
 
 

@@ -148,6 +148,7 @@ def test_explain_says_it(cudnn):
         "  not cuda: the table has it after cudnn",
         "  not triton: the table has it after cudnn",
         "  its gradient: cuda, not measured: a test",
+        "  its second derivative and forward mode: triton",
     ]
     assert explain(ops.attention, q[:, :, :16], k, v).chosen == "cuda"
     assert explain(ops.group_norm, torch.zeros(1, 2, 3), 1).source == "not measured"
@@ -251,9 +252,10 @@ def test_explain_claims_a_copy_where_there_is_one(cudnn):
     q = torch.randn(1, 2, 9, 8)
     tokens = torch.randn(1, 9, 2, 8).transpose(1, 2)
     pixels = torch.randn(1, 2, 8, 9).transpose(2, 3)
-    assert not explain(ops.attention, q, tokens, pixels).notes
+    (derivatives,) = explain(ops.attention, q, tokens, pixels).notes
     scattered = torch.randn(1, 2, 18, 16)[:, :, ::2, ::2]
-    (note,) = explain(ops.attention, q, q, scattered).notes
+    same, note = explain(ops.attention, q, q, scattered).notes
+    assert same == derivatives == "its second derivative and forward mode: triton"
     assert note.startswith("v has neither its channels nor its tokens side by side")
 
 
