@@ -77,7 +77,7 @@ def _launches(*arguments: str) -> list[str]:
 def _smoke(machine: Machine) -> Sequence[Sequence[str]]:
     if machine.dry:
         return [_launches("emulated")]
-    some = ("normal", "group_norm, channels_last", "attention, 64", "attention's derivatives, 64")
+    some = ("normal", "group_norm, channels_last", "attention, 64", "attention, options", "attention's derivatives, 64")
     return [_launches("cuda"), _launches("triton", *some)]
 
 

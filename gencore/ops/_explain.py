@@ -154,7 +154,7 @@ _GRADIENTS = {
     for op in OPS
     for gradient in op.kernels
     for kernel in op.kernels
-    if kernel.direction == "forward" and gradient.direction == "backward"
+    if kernel.direction == "forward" and gradient.direction == "backward" and kernel.table == gradient.table
 }
 
 

@@ -344,6 +344,20 @@ def attention_backward(
     return into
 
 
+def delta_of(grad_out: Tensor, out: Tensor) -> Tensor:
+    """The product of each query's result and its gradient, which are readable."""
+    batch, heads, queries, size = out.shape
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    delta = torch.empty(out.shape[:3], dtype=dtype, device=out.device)
+    arguments, constants = described({"grad_out": grad_out, "out": out}, queries=queries)
+    m, w = _QUERIES, _BYTES // out.element_size()
+    delta_kernel[(batch * heads * triton.cdiv(queries, m),)](
+        grad_out, out, delta, *arguments, heads, SIZE=size, M=m, W=w,
+        LOG=w.bit_length() - 1, **constants, enable_fp_fusion=False,
+    )  # fmt: skip
+    return delta
+
+
 def _launch(
     grad_out: Tensor,
     q: Tensor,
@@ -355,19 +369,13 @@ def _launch(
     into: tuple[Tensor | None, ...],
 ) -> None:
     grad_out, q, k, v, out = (readable(tensor) for tensor in (grad_out, q, k, v, out))
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     grad_q, grad_k, grad_v = into
     tensors, tokens = {"grad_out": grad_out, "q": q, "k": k, "v": v}, {"queries": queries, "keys": keys}
     with device_of(q):
-        if grad_q is not None or grad_k is not None:
-            arguments, constants = described({"grad_out": grad_out, "out": out}, queries=queries)
-            m, w = _QUERIES, _BYTES // q.element_size()
-            delta_kernel[(batch * heads * triton.cdiv(queries, m),)](
-                grad_out, out, delta, *arguments, heads, SIZE=size, M=m, W=w,
-                LOG=w.bit_length() - 1, **constants, enable_fp_fusion=False,
-            )  # fmt: skip
+        delta = None if grad_q is None and grad_k is None else delta_of(grad_out, out)
         if grad_k is not None or grad_v is not None:
             work, tiles, together = plan_of_keys(size, q.dtype, has_warpgroups(q))
             grid = (batch * heads * work.parts * triton.cdiv(keys, tiles.keys),)
