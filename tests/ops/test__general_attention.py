@@ -234,8 +234,8 @@ def test_pytorchs_own_samples(dtype, samples):
         if tensors[0].requires_grad:
             g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             grads = torch.autograd.grad(want, exact, g.double())
-            # With such logits probabilities are 0 or 1, and gradients of q and k are what is left of terms that have the
-            # roundings of the forward pass's result.
+            # With such logits probabilities are 0 or 1, and gradients of q and k are what is left of terms that have
+            # the roundings of the forward pass's result.
             q, k, v = (x.detach() for x in exact)
             terms = float((g.double() @ v.mT).abs().max() * max(q.abs().max(), k.abs().max())) / q.shape[-1] ** 0.5
             left = torch.finfo(dtype).eps * terms
