@@ -66,18 +66,12 @@ bool lacks(const AttentionShape& shape, std::initializer_list<const void*> of_qu
 template <class Args>
 Args completed(const Args& given) {
   Args args = given;
-  if (args.shape.key_heads == 0) args.shape.key_heads = args.shape.heads;
-  if (args.shape.value_size == 0) args.shape.value_size = args.shape.size;
+  args.shape = gencore::completed(given.shape);
   return args;
 }
 
 bool is_valid(const AttentionShape& shape, const AttentionOptions& options) {
-  if (!gencore::is_valid(shape) || !(options.dropout >= 0 && options.dropout <= 1)) return false;
-  if (options.dropout == 0) return true;
-  // The products fit: without channels they are sizes of tensors.
-  std::int64_t pairs;
-  return !__builtin_mul_overflow(shape.heads * shape.queries, shape.keys, &pairs) &&
-         cpu::is_valid({shape.batch, 1, pairs, 0}, options.key, 1);
+  return gencore::is_valid(shape, options) && !options.key.on_device;
 }
 
 bool is_empty(const AttentionShape& shape) {

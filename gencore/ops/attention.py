@@ -73,8 +73,8 @@ def attention(
     Dot products, maximum, exponentials and sums are in float32, in float64 for float64. On GPUs the probabilities of
     half types are rounded to the type before they weigh v. So they are in the forward pass in bfloat16 on processors
     with its dot product, which takes subnormal numbers for 0; elsewhere on CPUs everything is in float32. NaN and
-    infinities propagate as in PyTorch; a key that a query does not see weighs 0, which times NaN is NaN, or is not
-    read at all.
+    infinities propagate as in PyTorch: those of a key that a query does not see may reach it, as 0 times NaN is NaN,
+    but not those beyond ``key_lengths``.
 
     The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
     mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
@@ -100,20 +100,20 @@ def attention(
     (2023), for shared heads; in tiles: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and
     Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
-    if mask is key_lengths is None and not (causal or dropout):
-        tensors = (q, k, v)
-        wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
-        if wants_gradient is not None:
-            if scale is None:
-                scale = 1 / math.sqrt(q.shape[3])
-            if wants_gradient:
-                return attend.with_gradient(*tensors, scale)[0]
-            return choice.kernel("attention", q)(*tensors, scale, None, False)[0]
+    one_head = False
+    wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
+    if wants_gradient is not None and mask is key_lengths is None and not (causal or dropout):
+        if scale is None:
+            scale = 1 / math.sqrt(q.shape[3])
+        if wants_gradient:
+            return attend.with_gradient(q, k, v, scale)[0]
+        return choice.kernel("attention", q)(q, k, v, scale, None, False)[0]
     if is_overridden(q, k, v, mask, key_lengths, key):
         options = {"mask": mask, "causal": causal, "key_lengths": key_lengths, "scale": scale, "dropout": dropout}
         return hand_over(attention, (q, k, v, mask, key_lengths, key), q, k, v, **options, key=key)
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
-    q, k, v, one_head = _heads(q, k, v)
+    if wants_gradient is None:
+        q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+        q, k, v, one_head = _heads(q, k, v)
     settings = Settings(
         *_check_hiding(mask, key_lengths, q, k, one_head),
         None,

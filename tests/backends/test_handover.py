@@ -154,6 +154,13 @@ def test_explain_says_it(cudnn):
     assert explain(ops.group_norm, torch.zeros(1, 2, 3), 1).source == "not measured"
 
 
+def test_explain_of_a_kernel_that_the_first_backend_lacks(cudnn):
+    q, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    told = explain(torch.ops.gencore.attention_jvp, q, q, q, q, lse, q, None, None, SCALE)
+    assert told.chosen == "triton"
+    assert told.reasons["cuda"] == "it has no kernel for it"
+
+
 def test_explain_of_what_writes_to_a_tensor(cudnn):
     x, key = torch.zeros(2, 3, 4), gencore.Key(1)
     schedule, row = gencore.diffusion.linear(10), ops.step_coefficients(x=1.0)
