@@ -1,7 +1,9 @@
 """Which keys the queries of a tile see, and which probabilities are dropped, tile by tile.
 
-Kernels take two phases over the tiles that are seen at all: those in which every query sees every key, but for what the
-mask says, and those at an edge: of the keys, of a sample's length, of what a causal order lets a query see.
+A kernel that goes through keys reads first those tiles of which every query sees every key, but for what the mask says,
+and then those at an edge: of the keys, of a sample's length, of what a causal order lets a query see. Tiles that no
+query sees are not read. A kernel that goes through queries takes each tile for one at an edge: two such loops, inside
+that over heads that share keys, would take too many registers.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
 
 # No tile has more queries or keys.
 LONGEST = 1024
-# The integers and numbers that kernels take for it, in the order of `arguments`.
+# The numbers that kernels take for it, in the order in which `seen` gives them.
 SEEN = (
     "seed", "stream", "first_sample", "mask_batch", "mask_head", "mask_query", "mask_key", "dropped_below", "gain",
 )  # fmt: skip
