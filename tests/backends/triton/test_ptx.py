@@ -155,7 +155,7 @@ GROUP_NORM = [
 # How many accesses to tensors each has of each element; one for the first tile of a piece, one for those that follow.
 TENSORS = {
     "group_kernel": 2, "pieces_kernel": 1, "apply_kernel": 2, "group_backward_kernel": 3, "pieces_backward_kernel": 2,
-    "apply_backward_kernel": 3,
+    "apply_backward_kernel": 3, "pieces_second_kernel": 2, "apply_second_kernel": 3,
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_instructions_of_group_norm(tmp_path):
             assert wide >= tensors * elements * size // 16, (kernel, case, accesses)
             if size == 2:
                 assert not any(name.endswith("b16") for name in accesses), (kernel, case, accesses)
-    assert seen == {*TENSORS, "merge_kernel", "merge_backward_kernel", "samples_kernel"}
+    assert seen == {*TENSORS, "merge_kernel", "merge_backward_kernel", "merge_second_kernel", "samples_kernel"}
 
 
 # Rows of several tiles, several rows in a tile, both formats; where the coefficients are.
