@@ -70,7 +70,7 @@ Args completed(const Args& given) {
   return args;
 }
 
-bool is_valid(const AttentionShape& shape, const AttentionOptions& options) {
+bool is_acceptable(const AttentionShape& shape, const AttentionOptions& options) {
   return gencore::is_valid(shape, options) && !options.key.on_device;
 }
 
@@ -89,7 +89,7 @@ Status attention(const Attention& args, int threads);
 Status attention(const Attention& given, int threads) {
   const Attention args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return Status::ok;
   const bool has_keys = args.k.data != nullptr && args.v.data != nullptr;
   if (args.q.data == nullptr || args.out.data == nullptr || (shape.keys > 0 && !has_keys)) {
@@ -107,7 +107,7 @@ Status attention(const Attention& given, int threads) {
 Status attention_backward(const AttentionBackward& given, int threads) {
   const AttentionBackward args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape)) return Status::ok;
   if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;
@@ -119,7 +119,7 @@ Status attention_backward(const AttentionBackward& given, int threads) {
 Status attention_jvp(const AttentionJvp& given, int threads) {
   const AttentionJvp args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape) || shape.queries == 0) return Status::ok;
   if (lacks(shape, {args.q.data, args.out.data, args.lse, args.d_out.data}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;
@@ -131,7 +131,7 @@ Status attention_jvp(const AttentionJvp& given, int threads) {
 Status attention_double_backward(const AttentionDoubleBackward& given, int threads) {
   const AttentionDoubleBackward args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape)) return Status::ok;
   if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;

@@ -145,10 +145,11 @@ def defined(
     return out.squeeze(1) if one_head else out
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "", times: int = 1) -> None:
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "", times: int = 1, besides: float = 0.0) -> None:
     assert got.shape == want.shape, what
     size = times * max(float(want.detach().abs().max()), 0.1) if want.numel() else 1.0
-    torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=0, atol=TOLERANCE[dtype] * size)
+    atol = TOLERANCE[dtype] * size + besides
+    torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=0, atol=atol)
 
 
 def skip_what_is_slow(kernels: Kernels, use: Use) -> None:
@@ -233,8 +234,13 @@ def test_pytorchs_own_samples(dtype, samples):
         if tensors[0].requires_grad:
             g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             grads = torch.autograd.grad(want, exact, g.double())
-            for got, of in zip(torch.autograd.grad(out, tensors, g), grads, strict=True):
-                close(got, of, dtype, times=4)
+            # With such logits probabilities are 0 or 1, and gradients of q and k are what is left of terms that have
+            # the roundings of the forward pass's result.
+            q, k, v = (x.detach() for x in exact)
+            terms = float((g.double() @ v.mT).abs().max() * max(q.abs().max(), k.abs().max())) / q.shape[-1] ** 0.5
+            left = torch.finfo(dtype).eps * terms
+            for got, of, besides in zip(torch.autograd.grad(out, tensors, g), grads, (left, left, 0.0), strict=True):
+                close(got, of, dtype, times=4, besides=besides)
     assert 0 < dropped < len(given)
 
 
@@ -354,6 +360,8 @@ def test_memory_of_many_tokens():
 def test_derivatives(use, kernels):
     """First and second, and in forward mode, against differences of values."""
     use = small(use)
+    if kernels.interpreted and use != small(USES["all together"]):
+        pytest.skip("Triton's interpreter is slow")
     if kernels.emulated and use not in [small(USES[name]) for name in SMALL]:
         pytest.skip("the emulator and Triton's interpreter are slow")
     leaves = [x.requires_grad_() for x in use.tensors(torch.float64, kernels.device)]

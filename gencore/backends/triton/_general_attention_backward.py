@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gencore.backends.layout import readable, writable
-from gencore.backends.triton._attention import Tiles, cut, described, has_warpgroups
+from gencore.backends.triton._attention import Cut, Tiles, cut, described, has_warpgroups
 from gencore.backends.triton._attention_backward import delta_of, place, steps
 from gencore.backends.triton._attention_products import add_weighted, both, store_both
 from gencore.backends.triton._attention_seen import SEEN, Plan, kept, keys_of, logits, product, seen
@@ -205,32 +205,38 @@ def general_queries_kernel(
     store_both(to, first_query, queries, column, sum0 * scales, sum1 * scales, PA, PB, SIZE, UNIT, GRAD_Q_LAYOUT)
 
 
+def _cut(size: int, warpgroups: bool, busy: bool) -> Cut:
+    """Of a half type."""
+    limit = 192 if busy else 256
+    return cut(size, 64 if size > (limit if warpgroups else 128) else 0, 256)
+
+
 @functools.lru_cache(256)
 def plan_of_keys(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool, busy: bool) -> tuple[Plan, bool]:
     """How heads of those sizes are cut for the gradients of keys and values, and whether they are made in one go.
 
-    A mask or noise, which make it ``busy``, take the registers that a second tile in flight would.
+    A mask or noise, which make it ``busy``, take the registers that a second tile in flight would, or long heads.
     """
     if dtype == torch.float64:
         return Plan(cut(size, 16, 64), cut(size_v, 16, 64), Tiles(16, 32, 4, 1)), False
     if dtype == torch.float32:
         return Plan(cut(size, 16, 128), cut(size_v, 16, 128), Tiles(32, 64, 8, 1)), False
-    wide, limit, stages = max(size, size_v), 256 if warpgroups else 128, 1 if busy else 2
-    of_head, of_value = (cut(x, 64 if x > limit else 0, 256) for x in (size, size_v))
+    wide, stages = max(size, size_v), 1 if busy else 2
+    of_head, of_value = (_cut(x, warpgroups, busy) for x in (size, size_v))
     if wide > 128:
         return Plan(of_head, of_value, Tiles(32, 64, 8, stages)), False
     return Plan(of_head, of_value, Tiles(32, 128, 8, stages)), wide <= 64
 
 
 @functools.lru_cache(256)
-def plan_of_queries(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool) -> Plan:
+def plan_of_queries(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool, busy: bool) -> Plan:
     """How heads of those sizes are cut for the gradients of queries."""
     if dtype == torch.float64:
         return Plan(cut(size, 16, 64), cut(size_v, 16, 64), Tiles(32, 16, 4, 1))
     if dtype == torch.float32:
         return Plan(cut(size, 16, 128), cut(size_v, 16, 128), Tiles(64, 32, 8, 1))
-    wide, limit = max(size, size_v), 256 if warpgroups else 128
-    of_head, of_value = (cut(x, 64 if x > limit else 0, 256) for x in (size, size_v))
+    wide = max(size, size_v)
+    of_head, of_value = (_cut(x, warpgroups, busy) for x in (size, size_v))
     return Plan(of_head, of_value, Tiles(128 if wide <= 128 else 64, 64 if wide <= 64 else 32, 8, 2))
 
 
@@ -254,7 +260,8 @@ def general_attention_backward(
         return tuple(None if grad is None else grad.zero_() for grad in grads)
     grad_q, grad_k, grad_v = into = tuple(None if grad is None else writable(grad) for grad in grads)
     grad_out, q, k, v, out = (readable(tensor) for tensor in (grad_out, q, k, v, out))
-    lse, sizes = lse.contiguous(), (q.shape[3], v.shape[3], q.dtype, has_warpgroups(q))
+    lse = lse.contiguous()
+    sizes = q.shape[3], v.shape[3], q.dtype, has_warpgroups(q), mask is not None or key is not None
     (batch, heads, queries, _), (shared, keys) = q.shape, k.shape[1:3]
     tensors, tokens = {"grad_out": grad_out, "q": q, "k": k, "v": v}, {"queries": queries, "keys": keys}
     hiding, numbers, kinds = seen(q, k, mask, key_lengths, key, causal, dropout)
@@ -270,7 +277,7 @@ def general_attention_backward(
     with device_of(q):
         delta = None if grad_q is None and grad_k is None else delta_of(grad_out, out)
         if grad_k is not None or grad_v is not None:
-            plan, together = plan_of_keys(*sizes, mask is not None or key is not None)
+            plan, together = plan_of_keys(*sizes)
             programs = shared * triton.cdiv(keys, plan.tiles.keys)
             for of_k, of_v in [(grad_k, grad_v)] if together else [(grad_k, None), (None, grad_v)]:
                 if of_k is not None or of_v is not None:

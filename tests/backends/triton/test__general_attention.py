@@ -67,6 +67,7 @@ class Use(NamedTuple):
             drawn = torch.randn(self.mask[0], generator=torch.Generator().manual_seed(1))
             drawn = drawn.masked_fill(drawn > 0.7, -math.inf)
             mask = (drawn > -math.inf if self.mask[1] == torch.bool else drawn.to(self.mask[1])).to(DEVICE)
+            mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
         if self.key_lengths is not None:
             lengths = torch.tensor(self.key_lengths, device=DEVICE)
         return mask, lengths, KEY.packed if self.dropout else None, scale, self.causal, self.dropout

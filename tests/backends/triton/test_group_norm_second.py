@@ -31,10 +31,8 @@ def in_pieces(request, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [
-        Case((2, 6, 9, 12), "", groups=2),
-        Case((2, 10, 9, 9), "", groups=2, layout="channels_last"),
-        Case((1, 3, 23, 16), "", groups=1),
-        Case((1, 80, 5, 4), "", groups=4, layout="channels_last"),
+        Case((2, 4, 9, 12), "", groups=2),
+        Case((1, 10, 9, 5), "", groups=2, layout="channels_last"),
     ],
     ids=str,
 )
@@ -46,14 +44,14 @@ def test_values_in_pieces(case, activation, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_values_in_other_types(dtype, kernels):
-    case = Case((2, 6, 9, 8), "", groups=3, layout="channels_last")
+    case = Case((1, 6, 5, 8), "", groups=3, layout="channels_last")
     given, direction, g = inputs(case, dtype, device=kernels.device)
     assert_right(derivatives(3, given, direction, g), defined(3, given, direction, g), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bits_do_not_depend_on_the_batch_or_on_addresses(layout, kernels):
-    given, direction, g = inputs(Case((3, 6, 9, 12), "", groups=2, layout=layout), torch.float32, device=kernels.device)
+    given, direction, g = inputs(Case((2, 4, 9, 8), "", groups=2, layout=layout), torch.float32, device=kernels.device)
     of_samples = (True, False, False, True, True, True)
 
     def moved(x: Tensor) -> Tensor:

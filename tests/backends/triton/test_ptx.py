@@ -256,7 +256,9 @@ def check_attention(found: dict[str, Any], capability: int, size: int, layout: s
     if size >= 8:
         # 16 bytes at a time, tensors as well as the way through shared memory.
         accesses = {name: n for name, n in instructions.items() if name.startswith("ld.global")}
-        assert not any(name.endswith(("b16", "u16")) for name in accesses), why
+        # The end of a sample's keys is read one by one where they lie side by side.
+        has_lengths = "general" in kernel and "lengths" not in found["constants"]
+        assert has_lengths or not any(name.endswith(("b16", "u16")) for name in accesses), why
         wide = sum(n for name, n in accesses.items() if name.endswith(("v4.b32", "v2.b64")))
         assert wide > 0, why
 
