@@ -115,9 +115,9 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     source: str | None = None
     reasons: dict[str, str] = {}
     notes: list[str] = []
-    optional = optional_kernel(op)
-    if tensors and chosen is not None and optional is not None:
-        runner = choice.runner_of(optional, device)
+    optional = optional_kernel(op) if tensors and chosen is not None else None
+    runner = None if optional is None else choice.runner_of(optional, device)
+    if chosen is not None and optional is not None and (runner is None or optional not in dispatch.KERNELS):
         if runner != chosen:
             reasons = {chosen: "it has no kernel for it"}
         chosen = runner or _OPERATIONS

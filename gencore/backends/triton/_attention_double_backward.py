@@ -202,7 +202,9 @@ def plan_of_keys(size: int, dtype: torch.dtype, warpgroups: bool) -> tuple[Cut, 
     if dtype == torch.float32:
         return cut(size, 16, 128), Tiles(32, 64, 8, 1), False
     work = cut(size, 64 if size > 128 else 0, 128)
-    return work, Tiles(32, 128 if warpgroups or size <= 64 else 64, 8, 2), size <= 64
+    if warpgroups or size <= 64:
+        return work, Tiles(32, 128, 8, 2), size <= 64
+    return work, Tiles(32 if size <= 128 else 16, 64, 8, 2), False
 
 
 def attention_double_backward(
