@@ -187,7 +187,7 @@ def _is_context(context: Any, hidden_states: Tensor) -> bool:
 def _is_mask(attention: Any, mask: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
     """Whether a kernel takes it, with the tokens of the context, and nobody else is to prepare it.
 
-    On GPUs there is no kernel for masks, and PyTorch's attention has some.
+    On GPUs masks stay with PyTorch's attention: nobody has measured ours there.
     """
     samples = len(hidden_states)
     queries = math.prod(hidden_states.shape[2:]) if hidden_states.dim() == 4 else hidden_states.shape[1]
