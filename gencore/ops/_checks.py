@@ -24,16 +24,20 @@ class Contract:
     """What an op asks of its arguments, and what calls that were found right before need not be asked again.
 
     ``check(*args)`` raises where an argument is wrong. What it answers depends on the forms of arguments alone: types,
-    shapes, dtypes, layouts and devices of tensors, and other arguments themselves.
+    shapes, dtypes, layouts and devices of tensors, and other arguments themselves. Without a check, :meth:`remember` is
+    told what was found right.
     """
 
-    def __init__(self, check: Callable[..., Any]):
+    def __init__(self, check: Callable[..., Any] = lambda *args: None):
         self._check = check
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any) -> Any:
         """What the check answers, or raises."""
-        answer = self._check(*args)
+        return self.remember(self._check(*args), *args)
+
+    def remember(self, answer: Any, *args: Any) -> Any:
+        """The answer for arguments that were found right."""
         forms: list[Any] = []
         self.known(*args, unknown=forms)
         if forms and all(not isinstance(arg, Tensor) or _has_kernel(arg) for arg in args):

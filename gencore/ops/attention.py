@@ -14,12 +14,13 @@ from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.noise import Key
 from gencore.ops._attention import attend, attend_image, compute_image
-from gencore.ops._checks import FLOATING, autocast_dtype, check_elements, check_tensor, resolve_key
+from gencore.ops._checks import Contract, autocast_dtype, check_elements, check_tensor, resolve_key
 from gencore.ops._general_attention import Settings, attend_generally
-from gencore.ops._library import PLAIN_TYPES, is_unobserved
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
+# Calls without options whose tensors need no view.
+_EVERYDAY = Contract()
 
 
 def attention(
@@ -101,17 +102,17 @@ def attention(
     Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
     one_head = False
-    wants_gradient = _wants_gradient_if_everyday(q, k, v, scale)
-    if wants_gradient is not None and mask is key_lengths is None and not (causal or dropout):
-        if scale is None:
-            scale = 1 / math.sqrt(q.shape[3])
-        if wants_gradient:
-            return attend.with_gradient(q, k, v, scale)[0]
-        return choice.kernel("attention", q)(q, k, v, scale, None, False)[0]
+    known = _EVERYDAY.known(q, k, v, scale)
+    if known is not None and torch.is_autocast_enabled(q.device.type):
+        known = None
+    if known is not None and mask is key_lengths is None and not (causal or dropout):
+        if known[1]:
+            return attend.with_gradient(q, k, v, known[0])[0]
+        return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]
     if is_overridden(q, k, v, mask, key_lengths, key):
         options = {"mask": mask, "causal": causal, "key_lengths": key_lengths, "scale": scale, "dropout": dropout}
         return hand_over(attention, (q, k, v, mask, key_lengths, key), q, k, v, **options, key=key)
-    if wants_gradient is None:
+    if known is None:
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
         q, k, v, one_head = _heads(q, k, v)
     settings = Settings(
@@ -125,7 +126,7 @@ def attention(
         check_elements("the probabilities (heads, T, S)", q.shape[1] * q.shape[2] * k.shape[2])
         settings = settings._replace(key=resolve_key(key, q))
     if settings[:3] == (None, None, None) and not settings.causal and q.shape[1] == k.shape[1] and k.shape == v.shape:
-        out = attend(q, k, v, settings.scale)[0]
+        out = attend(q, k, v, _EVERYDAY.remember(settings.scale, q, k, v, scale))[0]
     else:
         out = attend_generally(q, k, v, settings)
     return out.squeeze(1) if one_head else out
@@ -158,30 +159,20 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), appendix B; Wang et al., "Non-local Neural
     Networks" (2018), figure 2.
     """
-    if (
-        is_unobserved()
-        and type(qkv) in PLAIN_TYPES
-        and qkv.dtype in FLOATING
-        and qkv.layout is _STRIDED
-        and (qkv.is_cpu or qkv.is_cuda)
-        and not qkv.is_neg()
-        and not qkv.is_nested
-        and type(num_heads) is int
-        and num_heads >= 1
-        and qkv.dim() >= 2
-        and qkv.shape[1] >= 3 * num_heads
-        and qkv.shape[1] % (3 * num_heads) == 0
-        and (scale is None or (type(scale) is float and math.isfinite(scale)))
-        and not torch.is_autocast_enabled(qkv.device.type)
-    ):
-        if scale is None:
-            scale = 1 / math.sqrt(qkv.shape[1] // (3 * num_heads))
-        if qkv.requires_grad and torch.is_grad_enabled():
-            return attend_image.with_gradient(qkv, num_heads, scale)[0]
-        return compute_image(qkv, num_heads, scale, with_lse=False)[0]
+    known = _OF_IMAGES.known(qkv, num_heads, scale)
+    if known is not None and not torch.is_autocast_enabled(qkv.device.type):
+        (num_heads, factor), wants_gradient = known
+        if wants_gradient:
+            return attend_image.with_gradient(qkv, num_heads, factor)[0]
+        return compute_image(qkv, num_heads, factor, with_lse=False)[0]
     if is_overridden(qkv):
         return hand_over(spatial_attention, (qkv,), qkv, num_heads, scale=scale)
     qkv = _autocast(qkv)
+    return attend_image(qkv, *_OF_IMAGES(qkv, num_heads, scale))[0]
+
+
+def _check_image(qkv: Any, num_heads: Any, scale: Any) -> tuple[int, float]:
+    """Looks at every argument; returns the heads as an int, and the scale."""
     check_tensor("qkv", qkv)
     if qkv.dim() < 2:
         raise ValueError(f"qkv must have at least two dimensions, samples and channels, got {qkv.dim()}")
@@ -191,38 +182,10 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
             f"qkv must have 3 x num_heads x d channels, a multiple of {3 * num_heads} and at least as many, "
             f"got {qkv.shape[1]}"
         )
-    return attend_image(qkv, num_heads, _checked_scale(scale, qkv.shape[1] // (3 * num_heads)))[0]
+    return num_heads, _checked_scale(scale, qkv.shape[1] // (3 * num_heads))
 
 
-def _wants_gradient_if_everyday(q: Any, k: Any, v: Any, scale: Any) -> bool | None:
-    """Whether a gradient is wanted, if the kernel can be called as it is; a microsecond tells. Else None.
-
-    It can if nothing observes the call and the arguments are right, and plain tensors on the CPU or on one GPU. What is
-    not so is then looked at argument by argument, to be served or to be told what is wrong.
-    """
-    if not (
-        is_unobserved()
-        and type(q) in PLAIN_TYPES
-        and type(k) in PLAIN_TYPES
-        and type(v) in PLAIN_TYPES
-        and (dtype := q.dtype) in FLOATING
-        and k.dtype is v.dtype is dtype
-        and q.layout is k.layout is v.layout is _STRIDED
-        and ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and q.device == k.device == v.device))
-        and not (q.is_neg() or k.is_neg() or v.is_neg())
-        and (scale is None or (type(scale) is float and math.isfinite(scale)))
-        and not torch.is_autocast_enabled(q.device.type)
-    ):
-        return None
-    try:
-        shape, other = q.shape, k.shape
-        if not (len(shape) == len(other) == 4 and other == v.shape and shape[3] == other[3] >= 1):
-            return None
-        if shape[:2] != other[:2]:
-            return None
-    except RuntimeError:  # A nested tensor has no shape.
-        return None
-    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+_OF_IMAGES = Contract(_check_image)
 
 
 def _autocast(tensor: Any) -> Any:
