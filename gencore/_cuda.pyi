@@ -166,6 +166,36 @@ def attention_backward(
     /,
     workspace: int = 0,
 ) -> None: ...
+def general_attention_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def general_attention_backward_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def general_attention(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    out: tuple[int, ...],
+    lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def general_attention_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
 def group_norm_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
 def group_norm_backward_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
 def group_norm(

@@ -20,11 +20,13 @@ class Kernel(NamedTuple):
         name: of the kernel.
         direction: what it computes; None for those that some backends do without, which no table chooses among.
         main: the place of the argument that says what the problem is.
+        table: the name of the table that chooses, where it is not that of the op.
     """
 
     name: str
     direction: Direction | None = None
     main: int = 0
+    table: str | None = None
 
 
 class Op(NamedTuple):
@@ -103,8 +105,8 @@ OPS = (
             Kernel("attention_backward", "backward", 1),
             Kernel("attention_jvp"),
             Kernel("attention_double_backward"),
-            Kernel("general_attention"),
-            Kernel("general_attention_backward"),
+            Kernel("general_attention", "forward", table="general_attention"),
+            Kernel("general_attention_backward", "backward", 1, "general_attention"),
             Kernel("general_attention_jvp"),
             Kernel("general_attention_double_backward"),
         ),

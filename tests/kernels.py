@@ -127,6 +127,7 @@ def emulated() -> Iterator[EmulatedOps]:
 def forget_backends() -> None:
     """For tests that put something else in the place of a backend: what serves a device is found out anew."""
     choice._choose.cache_clear()
+    choice._choose_with.cache_clear()
     choice._refusal.cache_clear()
     choice.dispatched.cache_clear()
 

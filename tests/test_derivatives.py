@@ -291,18 +291,23 @@ def test_at_the_limit_of_a_step_both_modes_agree():
     assert forwards.tolist() == backwards.tolist() == [[1.0, 1.0, 1.0, 0.0]]
 
 
-def test_what_no_backend_has_a_kernel_for(monkeypatch):
+@pytest.mark.parametrize("name", ["spatial_attention", "group_norm, adaptive"])
+def test_what_no_backend_has_a_kernel_for(name, monkeypatch):
     """As on GPUs: the definition is run, also where a mode looks on."""
-    use = USES["spatial_attention"]
-    (x,) = inputs(use)
-    want = torch.func.hessian(smooth(use))(x.detach())
+    use = USES[name]
+    x, *others = inputs(use)
+
+    def number(x: Tensor) -> Tensor:
+        return smooth(use)(x, *(other.detach() for other in others))
+
+    want = torch.func.hessian(number)(x.detach())
     monkeypatch.setattr(choice, "has_kernel", lambda name, tensor: False)
-    (grad,) = torch.autograd.grad(smooth(use)(x), x, create_graph=True)
+    (grad,) = torch.autograd.grad(number(x), x, create_graph=True)
     with FlopCounterMode(display=False):
         (twice,) = torch.autograd.grad(grad, x, torch.ones_like(x), retain_graph=True)
     torch.testing.assert_close(twice, want.sum((0, 1, 2, 3)), rtol=1e-9, atol=1e-10)
     with FlopCounterMode(display=False):
-        tangent = torch.func.jvp(smooth(use), (x.detach(),), (torch.ones_like(x),))[1]
+        tangent = torch.func.jvp(number, (x.detach(),), (torch.ones_like(x),))[1]
     torch.testing.assert_close(tangent, grad.detach().sum(), rtol=1e-9, atol=1e-10)
 
 

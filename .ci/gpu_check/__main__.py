@@ -77,7 +77,8 @@ def _launches(*arguments: str) -> list[str]:
 def _smoke(machine: Machine) -> Sequence[Sequence[str]]:
     if machine.dry:
         return [_launches("emulated")]
-    return [_launches("cuda"), _launches("triton", "normal", "group_norm, channels_last", "attention, 64")]
+    some = ("normal", "group_norm, channels_last", "attention, 64", "attention, options", "attention's derivatives, 64")
+    return [_launches("cuda"), _launches("triton", *some)]
 
 
 def tool(name: str) -> str:
@@ -154,7 +155,7 @@ STEPS = (
     Step(
         "sanitize", 60, "compute-sanitizer over the CUDA kernels of every op: memory, races", _sanitize, True, _BOUNDS
     ),
-    Step("headline", 80, "38 figures: attention, group norm, the steps", _figures("headline", "-headline")),
+    Step("headline", 80, "40 figures: attention, group norm, the steps", _figures("headline", "-headline")),
     Step("triton", 120, "the tests of the ops on Triton's kernels, float32 and bfloat16", _triton),
     Step("large", 30, "more than 2^31 elements", _large),
     Step("bench", 210, "every other benchmark of the ops", _figures("bench", "")),

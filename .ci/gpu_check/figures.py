@@ -63,6 +63,8 @@ HEADLINE = (
     *_each("attention", (FORWARD,), ("2x8x4096by77x40-tokens",)),
     *_each("attention", ("images, forward",), ("2x8x4096x40-contiguous", "2x8x4096x40-channels_last")),
     *_each("attention", ("images, forward",), ("1x1x16384x512-contiguous",)),
+    *_each("attention", ("options, forward and backward",), ("4x8x1024x64-heads-causal", "4x8x1024x64-heads-mask")),
+    *_each("attention", ("forward mode", "first and second derivative"), ("4x8x1024x80-heads",)),
     *_each(
         "group_norm",
         (FORWARD, BOTH),

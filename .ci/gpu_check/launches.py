@@ -114,6 +114,32 @@ def attended(size: int, queries: int = 130, keys: int | None = None, heads: int 
     return run
 
 
+def attended_in_part(size: int, size_v: int, dropout: float = 0.0):
+    """Attention with all that hides keys, heads that share keys, and values of another size."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        q, k, v = draw(2, 4, 130, size), draw(2, 2, 150, size), draw(2, 2, 150, size_v)
+        mask = draw(2, 1, 130, 150).detach()
+        lengths = torch.tensor([70, 150], device=q.device)
+        options = {"mask": mask, "causal": True, "key_lengths": lengths, "dropout": dropout, "key": Key(5)}
+        return gradients(ops.attention(q, k, v, **options), q, k, v)
+
+    return run
+
+
+def derived(size: int, queries: int = 130, keys: int = 77):
+    """Attention in forward mode, and the gradients of its gradients."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        shapes = (1, 2, queries, size), (1, 2, keys, size), (1, 2, keys, size)
+        qkv, along, g = [draw(*s) for s in shapes], [draw(*s).detach() for s in shapes], draw(*shapes[0])
+        forwards = torch.func.jvp(ops.attention, tuple(x.detach() for x in qkv), tuple(along))
+        grads = torch.autograd.grad(ops.attention(*qkv), qkv, g, create_graph=True)
+        return [*forwards, *torch.autograd.grad(grads, (g, *qkv), along)]
+
+    return run
+
+
 def looked_at(size: int, memory_format: torch.memory_format):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         qkv = draw(1, 3 * 2 * size, 10, 13, memory_format=memory_format)
@@ -162,6 +188,14 @@ LAUNCHES = (
     Launch("attention, 77 keys", attended(40, 40, 77), F16, _HALF),
     Launch("attention, float32", attended(40, 70), F32, _SUMS),
     Launch("attention, float64", attended(20, 33), F64, 1e-12),
+    Launch("attention, options", attended_in_part(64, 64), BF16, _HALF),
+    Launch("attention, options, dropout", attended_in_part(40, 24, 0.2), F32, _SUMS),
+    Launch("attention's derivatives, 40", derived(40), BF16, _HALF),
+    Launch("attention's derivatives, 64", derived(64), BF16, _HALF),
+    Launch("attention's derivatives, 128", derived(128), F16, _HALF),
+    Launch("attention's derivatives, 160", derived(160, 70), BF16, _HALF),
+    Launch("attention's derivatives, float32", derived(40, 70), F32, _SUMS),
+    Launch("attention's derivatives, float64", derived(20, 33), F64, 1e-12),
     Launch("spatial_attention", looked_at(40, torch.contiguous_format), BF16, _HALF),
     Launch("spatial_attention, channels_last", looked_at(64, CL), BF16, _HALF),
 )

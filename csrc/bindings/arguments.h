@@ -32,9 +32,9 @@ inline AttentionShape attention_shape(const std::array<std::int64_t, 7>& sizes) 
 }
 
 // (mask as heads_tensor takes it, its dtype or -1 for a boolean one, address of the lengths or 0, causal, dropout,
-// address of the key, its rows).
+// address of the key, its rows, and for CUDA whether it is in the memory of a device).
 inline AttentionOptions attention_options(const pybind11::tuple& given) {
-  if (given.size() != 7) throw pybind11::value_error("options must be seven");
+  if (given.size() != 7 && given.size() != 8) throw pybind11::value_error("options must be seven or eight");
   AttentionOptions options;
   options.mask = heads_tensor(given[0]);
   const int dtype = given[1].cast<int>();
@@ -44,7 +44,7 @@ inline AttentionOptions attention_options(const pybind11::tuple& given) {
   options.causal = given[3].cast<bool>();
   options.dropout = given[4].cast<double>();
   options.key = {static_cast<const std::int64_t*>(pointer(given[5].cast<std::uintptr_t>())),
-                 given[6].cast<std::int64_t>()};
+                 given[6].cast<std::int64_t>(), given.size() == 8 && given[7].cast<bool>()};
   return options;
 }
 

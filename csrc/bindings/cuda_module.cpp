@@ -257,6 +257,37 @@ PYBIND11_MODULE(_cuda, m) {
             [&] { return cuda::attention_backward(args, pointer(workspace), stream_at(stream)); });
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def("general_attention_workspace", [](int dtype, const std::array<std::int64_t, 7>& sizes) {
+    return cuda::attention_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def("general_attention_backward_workspace", [](int dtype, const std::array<std::int64_t, 7>& sizes) {
+    return cuda::attention_backward_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "general_attention",
+      [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,
+         int dtype, const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int device,
+         std::uintptr_t stream, std::uintptr_t workspace) {
+        const Attention args{heads_tensor(q),        heads_tensor(k), heads_tensor(v),
+                             heads_tensor(out),      pointer(lse),    DType(dtype),
+                             attention_shape(sizes), scale,           attention_options(options)};
+        run("general_attention", args.dtype, args.shape, device,
+            [&] { return cuda::attention(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg("workspace") = 0);
+  m.def(
+      "general_attention_backward",
+      [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& grads,
+         int dtype, const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int device,
+         std::uintptr_t stream, std::uintptr_t workspace) {
+        const AttentionBackward args =
+            attention_arguments(tensors, lse, grads, dtype, attention_shape(sizes), scale, attention_options(options));
+        run("general_attention_backward", args.dtype, args.shape, device,
+            [&] { return cuda::attention_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
   m.def("group_norm_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
     return cuda::group_norm_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
   });

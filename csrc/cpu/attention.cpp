@@ -66,18 +66,12 @@ bool lacks(const AttentionShape& shape, std::initializer_list<const void*> of_qu
 template <class Args>
 Args completed(const Args& given) {
   Args args = given;
-  if (args.shape.key_heads == 0) args.shape.key_heads = args.shape.heads;
-  if (args.shape.value_size == 0) args.shape.value_size = args.shape.size;
+  args.shape = gencore::completed(given.shape);
   return args;
 }
 
-bool is_valid(const AttentionShape& shape, const AttentionOptions& options) {
-  if (!gencore::is_valid(shape) || !(options.dropout >= 0 && options.dropout <= 1)) return false;
-  if (options.dropout == 0) return true;
-  // The products fit: without channels they are sizes of tensors.
-  std::int64_t pairs;
-  return !__builtin_mul_overflow(shape.heads * shape.queries, shape.keys, &pairs) &&
-         cpu::is_valid({shape.batch, 1, pairs, 0}, options.key, 1);
+bool is_acceptable(const AttentionShape& shape, const AttentionOptions& options) {
+  return gencore::is_valid(shape, options) && !options.key.on_device;
 }
 
 bool is_empty(const AttentionShape& shape) {
@@ -95,7 +89,7 @@ Status attention(const Attention& args, int threads);
 Status attention(const Attention& given, int threads) {
   const Attention args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return Status::ok;
   const bool has_keys = args.k.data != nullptr && args.v.data != nullptr;
   if (args.q.data == nullptr || args.out.data == nullptr || (shape.keys > 0 && !has_keys)) {
@@ -113,7 +107,7 @@ Status attention(const Attention& given, int threads) {
 Status attention_backward(const AttentionBackward& given, int threads) {
   const AttentionBackward args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape)) return Status::ok;
   if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;
@@ -125,7 +119,7 @@ Status attention_backward(const AttentionBackward& given, int threads) {
 Status attention_jvp(const AttentionJvp& given, int threads) {
   const AttentionJvp args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape) || shape.queries == 0) return Status::ok;
   if (lacks(shape, {args.q.data, args.out.data, args.lse, args.d_out.data}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;
@@ -137,7 +131,7 @@ Status attention_jvp(const AttentionJvp& given, int threads) {
 Status attention_double_backward(const AttentionDoubleBackward& given, int threads) {
   const AttentionDoubleBackward args = completed(given);
   const AttentionShape& shape = args.shape;
-  if (threads < 1 || !is_valid(shape, args.options)) return Status::invalid_argument;
+  if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
   if (is_empty(shape)) return Status::ok;
   if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;

@@ -23,6 +23,8 @@ class Few {
   using A = typename Mode::Word;
   static constexpr std::int64_t width = P::width, row_of_weights = tile_keys / Mode::depth;
   static constexpr std::int64_t words(std::int64_t n) { return divide_up(n, Mode::depth); }
+  // Bytes of a line of a cache; tokens, or channels, of a block that is read at once.
+  static constexpr std::int64_t line = 64, block = 16;
 
  public:
   // Elements of A for one thread.
@@ -71,19 +73,26 @@ class Few {
     std::fill_n(sum_, rows_, A(0));
     const std::int64_t all_keys = seen_.keys(key_head.batch), last_key = seen_.keys_before(queries, all_keys);
     for (std::int64_t key = 0; key < last_key; key += tile_keys) {
-      const std::int64_t keys = std::min(tile_keys, all_keys - key);
-      elements_.read(k_, tile_keys, key_head.at(args_.k, key, elements_.size), size_, keys, args_.k.channel,
-                     args_.k.token, false);
+      const std::int64_t keys = std::min(tile_keys, all_keys - key),
+                         later = std::max<std::int64_t>(0, all_keys - key - keys);
+      for_blocks(args_.k, key_head, key, keys, later, size_,
+                 [&](auto i, auto c, auto* from, auto tokens, auto channels) {
+                   elements_.read(k_ + words(c) * tile_keys + i, tile_keys, from, channels, tokens, args_.k.channel,
+                                  args_.k.token, false);
+                 });
       for (std::int64_t g = 0; g < shared_; ++g) {
         seen_.prepare_rows(head(g), 0, queries, key, keys, g * queries);
       }
-      const void* const values = key_head.at(args_.v, key, elements_.size);
       if (values_lie_in_rows()) {
-        add(keys, static_cast<const A*>(values), args_.v.token);
-      } else {
-        elements_.read(v_, value_row_, values, keys, value_size_, args_.v.token, args_.v.channel, false);
-        add(keys, v_, value_row_);
+        add(keys, later, static_cast<const A*>(key_head.at(args_.v, key, elements_.size)), args_.v.token);
+        continue;
       }
+      for_blocks(args_.v, key_head, key, keys, later, value_size_,
+                 [&](auto i, auto c, auto* from, auto tokens, auto channels) {
+                   elements_.read(v_ + words(i) * value_row_ + c, value_row_, from, tokens, channels, args_.v.token,
+                                  args_.v.channel, false);
+                 });
+      add(keys, 0, v_, value_row_);
     }
     for (std::int64_t g = 0; g < shared_; ++g) finish(head(g), g * queries);
   }
@@ -93,17 +102,36 @@ class Few {
   static std::int64_t step_of(std::int64_t rows) { return round_up(rows + width, Arrays<A>::unit); }
   static std::int64_t row_of_values(const AttentionShape& shape) { return round_up(shape.value_size, Arrays<A>::unit); }
 
+  // Calls body(i, c, from, tokens, channels) for blocks of a tile of tokens, from token i and channel c of it on, and
+  // asks memory for the same of the next tile where there are `later` ones. Few queries wait for memory, which answers
+  // some requests at a time: asked for whole tiles, it lets others wait.
+  template <class Body>
+  void for_blocks(const HeadsTensor& tensor, const Head& head, std::int64_t token, std::int64_t count,
+                  std::int64_t later, std::int64_t size, Body&& body) const {
+    const std::int64_t step = tensor.token * elements_.size;
+    for (std::int64_t i = 0; i < count; i += block) {
+      const char* const row = static_cast<const char*>(head.at(tensor, token + i, elements_.size));
+      for (std::int64_t c = 0; c < size; c += block) {
+        const char* const from = row + c * tensor.channel * elements_.size;
+        for (std::int64_t j = 0; later > 0 && j < block; ++j) __builtin_prefetch(from + (tile_keys + j) * step, 0, 2);
+        body(i, c, from, std::min(block, count - i), std::min(block, size - c));
+      }
+    }
+  }
+
   // Whether values can be multiplied where they are.
   bool values_lie_in_rows() const {
     return Mode::depth == 1 && elements_.size == sizeof(A) && args_.v.channel == 1 && value_size_ % width == 0;
   }
 
-  void add(std::int64_t keys, const A* v, std::int64_t v_step) {
-    for_row_blocks(rows_, [&](std::int64_t row, auto rows) { add_rows<rows>(row, keys, v, v_step); });
+  // `later`: the keys that follow, whose values lie behind those of the tile and are asked for.
+  void add(std::int64_t keys, std::int64_t later, const A* v, std::int64_t v_step) {
+    for_row_blocks(rows_,
+                   [&](std::int64_t row, auto rows) { add_rows<rows>(row, keys, row == 0 ? later : 0, v, v_step); });
   }
 
   template <int rows>
-  void add_rows(std::int64_t row, std::int64_t keys, const A* v, std::int64_t v_step) {
+  void add_rows(std::int64_t row, std::int64_t keys, std::int64_t later, const A* v, std::int64_t v_step) {
     for_panels<P>(keys, [&](std::int64_t lane, auto vectors) {
       F c[rows][vectors];
       clear(c);
@@ -123,7 +151,18 @@ class Few {
       F c[rows][vectors];
       clear(c);
       const A* const weights = weights_ + row * row_of_weights;
-      multiply<Mode, rows, vectors, row_of_weights>(words(keys), weights, 1, v + channel, v_step, c);
+      const auto product = [&](auto&& ahead) {
+        multiply<Mode, rows, vectors, row_of_weights>(words(keys), weights, 1, v + channel, v_step, c, ahead);
+      };
+      if (later >= keys) {
+        const A* const next = v + tile_keys * v_step + channel;
+        product([&](std::int64_t i) {
+          constexpr std::int64_t of_line = line / sizeof(A);
+          for (std::int64_t n = 0; n < vectors * width; n += of_line) __builtin_prefetch(next + i * v_step + n, 0, 2);
+        });
+      } else {
+        product([](std::int64_t) {});
+      }
       for (int r = 0; r < rows; ++r) {
         for (int n = 0; n < vectors; ++n) {
           A* const to = out_ + (row + r) * value_row_ + channel + n * width;

@@ -47,12 +47,15 @@ inline void clear(F (&c)[rows][vectors]) {
   }
 }
 
-// Adds the product over `depth` words to c. a_row: from a row of A to the next; a_step, b_step: along the sum.
-template <class Mode, int rows, int vectors, int a_row>
+// Adds the product over `depth` words to c. a_row: from a row of A to the next; a_step, b_step: along the sum. Each
+// step calls ahead(i), which may ask memory for what comes later.
+template <class Mode, int rows, int vectors, int a_row, class Ahead>
 inline void multiply(std::int64_t depth, const typename Mode::Word* a, std::int64_t a_step,
-                     const typename Mode::Word* b, std::int64_t b_step, typename Mode::F (&c)[rows][vectors]) {
+                     const typename Mode::Word* b, std::int64_t b_step, typename Mode::F (&c)[rows][vectors],
+                     Ahead&& ahead) {
   using P = typename Mode::P;
   for (std::int64_t i = 0; i < depth; ++i) {
+    ahead(i);
     typename Mode::F lanes[vectors];
     GENCORE_UNROLL
     for (int n = 0; n < vectors; ++n) lanes[n] = P::load(b + n * P::width);
@@ -64,6 +67,12 @@ inline void multiply(std::int64_t depth, const typename Mode::Word* a, std::int6
     a += a_step;
     b += b_step;
   }
+}
+
+template <class Mode, int rows, int vectors, int a_row>
+inline void multiply(std::int64_t depth, const typename Mode::Word* a, std::int64_t a_step,
+                     const typename Mode::Word* b, std::int64_t b_step, typename Mode::F (&c)[rows][vectors]) {
+  multiply<Mode, rows, vectors, a_row>(depth, a, a_step, b, b_step, c, [](std::int64_t) {});
 }
 
 template <int least, int most, class Body>

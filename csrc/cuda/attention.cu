@@ -7,30 +7,6 @@
 namespace gencore::cuda {
 namespace {
 
-template <class T>
-constexpr bool is_half = sizeof(T) == 2;
-
-// Calls body(Tiles{}) with the tiles of a head's size; larger ones are cut into several parts.
-template <class T, class Body>
-cudaError_t with_parts(std::int64_t size, Body&& body) {
-  if constexpr (!is_half<T>) {
-    if (size <= 32) return body(SimtTiles<T, 32>{});
-    if (size <= 64) return body(SimtTiles<T, 64>{});
-  }
-  return body(SimtTiles<T, std::is_same_v<T, double> ? 64 : 128>{});
-}
-
-template <class Tiles>
-SimtWork simt_work(const AttentionShape& shape, std::int64_t own) {
-  SimtWork work{};
-  work.heads = shape.heads;
-  work.tiles = (own + Tiles::side - 1) / Tiles::side;
-  work.parts = (shape.size + Tiles::part - 1) / Tiles::part;
-  work.tasks = shape.batch * shape.heads * work.tiles * work.parts;
-  work.size = static_cast<int>(shape.size);
-  return work;
-}
-
 // Eight sums, added up as the threads of a team do it by shuffles.
 template <class F>
 __device__ __forceinline__ F sum_of_eight(const F (&x)[8]) {
@@ -99,93 +75,40 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-template <class T>
-cudaError_t prepare(const AttentionBackward& args, typename Arithmetic<T>::F* values, double factor,
-                    cudaStream_t stream) {
-  using F = typename Arithmetic<T>::F;
-  const AttentionShape& shape = args.shape;
-  if (shape.queries == 0) return cudaSuccess;
-  Heads<const T> grad_out, out;
-  if (!make_heads(args.grad_out, shape, shape.queries, grad_out) || !make_heads(args.out, shape, shape.queries, out)) {
-    return cudaErrorInvalidValue;
-  }
-  const std::int64_t planes = shape.batch * shape.heads, padded = padded_queries<F>(shape.queries);
-  return launch(attention_prepare_kernel<T, F>, blocks_for(planes * padded * (grad_out.columns ? 1 : 8)), block_threads,
-                0, stream, grad_out, out, static_cast<const F*>(args.lse), values, planes, shape.heads, shape.queries,
-                padded, static_cast<int>(shape.size), static_cast<F>(factor));
-}
-
-template <class T>
-cudaError_t attention_simt(const Attention& args, cudaStream_t stream) {
-  using F = typename Arithmetic<T>::F;
-  const AttentionShape& shape = args.shape;
-  SimtForward<T> given{};
-  if (!make_heads(args.q, shape, shape.queries, given.q) || !make_heads(args.k, shape, shape.keys, given.k) ||
-      !make_heads(args.v, shape, shape.keys, given.v) || !make_heads(args.out, shape, shape.queries, given.out)) {
-    return cudaErrorInvalidValue;
-  }
-  given.lse = static_cast<F*>(args.lse);
-  given.queries = shape.queries;
-  given.keys = shape.keys;
-  given.scale = static_cast<F>(args.scale);
-  return with_parts<T>(shape.size, [&](auto tiles) {
-    using Tiles = decltype(tiles);
-    given.work = simt_work<Tiles>(shape, shape.queries);
-    return launch(attention_simt_kernel<Tiles>, blocks_of(given.work.tasks), simt_threads, 0, stream, given);
-  });
-}
-
-template <class T>
-cudaError_t attention_simt_backward(const AttentionBackward& args,
-                                    const QueryValues<typename Arithmetic<T>::F>& of_queries, cudaStream_t stream) {
-  using F = typename Arithmetic<T>::F;
-  const AttentionShape& shape = args.shape;
-  SimtBackward<T> given{};
-  const auto wanted = [&](const HeadsTensor& tensor, std::int64_t tokens, Heads<T>& heads) {
-    return tensor.data == nullptr || make_heads(tensor, shape, tokens, heads);
-  };
-  if (!make_heads(args.grad_out, shape, shape.queries, given.grad_out) ||
-      !make_heads(args.q, shape, shape.queries, given.q) || !make_heads(args.k, shape, shape.keys, given.k) ||
-      !make_heads(args.v, shape, shape.keys, given.v) || !wanted(args.grad_q, shape.queries, given.grad_q) ||
-      !wanted(args.grad_k, shape.keys, given.grad_k) || !wanted(args.grad_v, shape.keys, given.grad_v)) {
-    return cudaErrorInvalidValue;
-  }
-  given.of_queries = of_queries;
-  given.queries = shape.queries;
-  given.keys = shape.keys;
-  given.scale = static_cast<F>(args.scale);
-  return with_parts<T>(shape.size, [&](auto tiles) {
-    using Tiles = decltype(tiles);
-    cudaError_t error = cudaSuccess;
-    if (given.grad_q.data != nullptr && shape.queries > 0) {
-      given.work = simt_work<Tiles>(shape, shape.queries);
-      error = launch(attention_simt_backward_kernel<Tiles, false>, blocks_of(given.work.tasks), simt_threads, 0, stream,
-                     given);
-    }
-    if (error == cudaSuccess && (given.grad_k.data != nullptr || given.grad_v.data != nullptr) && shape.keys > 0) {
-      given.work = simt_work<Tiles>(shape, shape.keys);
-      error = launch(attention_simt_backward_kernel<Tiles, true>, blocks_of(given.work.tasks), simt_threads, 0, stream,
-                     given);
-    }
-    return error;
-  });
-}
-
 // The kernels count the channels of a head and the tiles of tokens in 32 bits.
-bool is_acceptable(const AttentionShape& shape) {
+bool is_acceptable(const AttentionShape& shape, const AttentionOptions& options) {
   constexpr std::int64_t most_size = std::int64_t{1} << 30, most_tokens = std::int64_t{1} << 34;
-  return is_valid(shape) && shape.size <= most_size && std::max(shape.queries, shape.keys) <= most_tokens;
+  return is_valid(shape, options) && std::max(shape.size, shape.value_size) <= most_size &&
+         std::max(shape.queries, shape.keys) <= most_tokens && (options.key.on_device || options.key.rows == 0);
 }
 
 bool is_missing(const HeadsTensor& tensor, std::int64_t tokens) { return tensor.data == nullptr && tokens > 0; }
 
 }  // namespace
 
+template <class T>
+cudaError_t attention_prepare(const AttentionBackward& args, typename Arithmetic<T>::F* values, double factor,
+                              cudaStream_t stream) {
+  using F = typename Arithmetic<T>::F;
+  const AttentionShape shape = completed(args.shape);
+  if (shape.queries == 0) return cudaSuccess;
+  const AttentionShape of_values = with_heads(shape, shape.heads, shape.value_size);
+  Heads<const T> grad_out, out;
+  if (!make_heads(args.grad_out, of_values, shape.queries, grad_out) ||
+      !make_heads(args.out, of_values, shape.queries, out)) {
+    return cudaErrorInvalidValue;
+  }
+  const std::int64_t planes = shape.batch * shape.heads, padded = padded_queries<F>(shape.queries);
+  return launch(attention_prepare_kernel<T, F>, blocks_for(planes * padded * (grad_out.columns ? 1 : 8)), block_threads,
+                0, stream, grad_out, out, static_cast<const F*>(args.lse), values, planes, shape.heads, shape.queries,
+                padded, static_cast<int>(shape.value_size), static_cast<F>(factor));
+}
+
 std::int64_t attention_workspace(DType, const AttentionShape&) { return 0; }
 
 Error attention(const Attention& args, void*, Stream stream) {
   const AttentionShape& shape = args.shape;
-  if (!is_acceptable(shape) || !is_plain(shape, args.options)) return cudaErrorInvalidValue;
+  if (!is_acceptable(shape, args.options)) return cudaErrorInvalidValue;
   if (shape.batch * shape.heads * shape.queries == 0) return cudaSuccess;
   if (is_missing(args.q, shape.queries) || is_missing(args.k, shape.keys) || is_missing(args.v, shape.keys) ||
       is_missing(args.out, shape.queries)) {
@@ -193,13 +116,14 @@ Error attention(const Attention& args, void*, Stream stream) {
   }
   return with_type(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (!is_plain(shape, args.options)) return attention_general<T>(args, stream);
     if constexpr (is_half<T>) {
       if (shape.size <= most_mma_channels) {
         const cudaError_t error = attention_mma<T>(args, stream);
         if (error != cudaErrorNotSupported) return error;
       }
     }
-    return attention_simt<T>(args, stream);
+    return attention_simt<T>(args, EveryKey{}, stream);
   });
 }
 
@@ -212,7 +136,7 @@ std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& sha
 
 Error attention_backward(const AttentionBackward& args, void* workspace, Stream stream) {
   const AttentionShape& shape = args.shape;
-  if (!is_acceptable(shape) || !is_plain(shape, args.options)) return cudaErrorInvalidValue;
+  if (!is_acceptable(shape, args.options)) return cudaErrorInvalidValue;
   if (args.grad_q.data == nullptr && args.grad_k.data == nullptr && args.grad_v.data == nullptr) return cudaSuccess;
   const std::int64_t planes = shape.batch * shape.heads;
   if (planes * (shape.queries + shape.keys) == 0) return cudaSuccess;
@@ -226,16 +150,20 @@ Error attention_backward(const AttentionBackward& args, void* workspace, Stream 
     using F = typename Arithmetic<T>::F;
     auto* const values = static_cast<F*>(workspace);
     const QueryValues<F> of_queries{values, padded_queries<F>(shape.queries)};
+    if (!is_plain(shape, args.options)) {
+      const cudaError_t error = attention_prepare<T>(args, values, 1.0, stream);
+      return error == cudaSuccess ? attention_general_backward<T>(args, of_queries, stream) : error;
+    }
     if constexpr (is_half<T>) {
       if (shape.size <= most_mma_channels) {
-        cudaError_t error = prepare<T>(args, values, log2_of_e, stream);
+        cudaError_t error = attention_prepare<T>(args, values, log2_of_e, stream);
         if (error == cudaSuccess) error = attention_mma_backward<T>(args, of_queries, stream);
         if (error != cudaErrorNotSupported) return error;
       }
     }
-    const cudaError_t error = prepare<T>(args, values, 1.0, stream);
+    const cudaError_t error = attention_prepare<T>(args, values, 1.0, stream);
     if (error != cudaSuccess) return error;
-    return attention_simt_backward<T>(args, of_queries, stream);
+    return attention_simt_backward<T>(args, of_queries, EveryKey{}, stream);
   });
 }
 

@@ -6,6 +6,9 @@
 // several parts, each makes them again.
 #pragma once
 
+#include <algorithm>
+
+#include "attention_seen.cuh"
 #include "attention_tensors.cuh"
 
 namespace gencore::cuda {
@@ -38,7 +41,7 @@ struct SimtWork {
   int size;
 };
 
-template <class T>
+template <class T, class Sees = EveryKey>
 struct SimtForward {
   using F = typename Arithmetic<T>::F;
   Heads<const T> q, k, v;
@@ -47,9 +50,10 @@ struct SimtForward {
   std::int64_t queries, keys;
   SimtWork work;
   F scale;
+  Sees sees;
 };
 
-template <class T>
+template <class T, class Sees = EveryKey>
 struct SimtBackward {
   using F = typename Arithmetic<T>::F;
   Heads<const T> grad_out, q, k, v;
@@ -60,6 +64,7 @@ struct SimtBackward {
   std::int64_t queries, keys;
   SimtWork work;
   F scale;
+  Sees sees;
 };
 
 __device__ __forceinline__ int edge_row() { return static_cast<int>(threadIdx.x) / simt_edge; }
@@ -204,38 +209,43 @@ __device__ __forceinline__ F reduced_over_row(F value, Body&& body) {
 __device__ __forceinline__ float natural_log(float x) { return ::logf(x); }
 __device__ __forceinline__ double natural_log(double x) { return ::log(x); }
 
-template <class Tiles>
+template <class Tiles, class Sees>
 __global__ void __launch_bounds__(simt_threads)
-    attention_simt_kernel(const __grid_constant__ SimtForward<typename Tiles::Element> args) {
+    attention_simt_kernel(const __grid_constant__ SimtForward<typename Tiles::Element, Sees> args) {
   using F = typename Tiles::F;
   using P = typename Tiles::P;
   using T = typename Tiles::Element;
   constexpr int micro = Tiles::micro, side = Tiles::side;
   __shared__ typename Tiles::Shared shared;
-  const int size = args.work.size;
+  const int size = args.work.size, value_size = args.sees.value_size(size);
   for (std::int64_t task = blockIdx.x; task < args.work.tasks; task += gridDim.x) {
     const std::int64_t all_tiles = task / args.work.parts, number = all_tiles / args.work.tiles;
     const std::int64_t first = (all_tiles - number * args.work.tiles) * side;
     const int channel = static_cast<int>(task - all_tiles * args.work.parts) * Tiles::part;
+    const std::int64_t group = args.sees.group(), of_keys = number / group, key_heads = args.work.heads / group;
     const T* const q = args.q.plane(number, args.work.heads);
-    const T* const k = args.k.plane(number, args.work.heads);
-    const T* const v = args.v.plane(number, args.work.heads);
+    const T* const k = args.k.plane(of_keys, key_heads);
+    const T* const v = args.v.plane(of_keys, key_heads);
+    Sight<Tiles, false, Sees> sight(args.sees, first, edge_row() * micro, edge_column() * micro, args.queries,
+                                    args.keys, number);
+    sight.begin_head(number);
     F sums[micro][Tiles::width] = {}, maximum[micro], denominator[micro];
 #pragma unroll
     for (int i = 0; i < micro; ++i) {
       maximum[i] = -F(INFINITY);
       denominator[i] = 0;
     }
-    for (std::int64_t at = 0; at < args.keys; at += side) {
+    for (std::int64_t at = sight.begin(); at < sight.end(); at += side) {
+      if (sight.skips(at)) continue;
       F x[micro][micro];
-      make_dot_products<Tiles>(x, shared, args.q, q, first, args.queries, args.k, k, at, args.keys, size);
+      make_dot_products<Tiles>(x, shared, args.q, q, first, args.queries, args.k, k, at, sight.keys(), size);
 #pragma unroll
       for (int i = 0; i < micro; ++i) {
+        sight.make_logits(x[i], i, args.scale);
         F most = maximum[i];
 #pragma unroll
         for (int j = 0; j < micro; ++j) {
-          const bool exists = at + edge_column() * micro + j < args.keys;
-          x[i][j] = exists ? x[i][j] * args.scale : -F(INFINITY);
+          x[i][j] = sight.template sees<true>(i, j) ? x[i][j] : -F(INFINITY);
           most = x[i][j] > most ? x[i][j] : most;
         }
         most = reduced_over_row(most, [](F a, F b) { return a > b ? a : b; });
@@ -250,10 +260,11 @@ __global__ void __launch_bounds__(simt_threads)
         for (int j = 0; j < micro; ++j) {
           x[i][j] = exponential<P>(P::sub(x[i][j], offset));
           denominator[i] += x[i][j];
+          x[i][j] = sight.left(x[i][j], i, j);
         }
       }
       put_weights<Tiles>(shared, x);
-      add_weighted_tokens<Tiles>(sums, shared, args.v, v, at, args.keys, channel, size);
+      add_weighted_tokens<Tiles>(sums, shared, args.v, v, at, sight.keys(), channel, value_size);
     }
 #pragma unroll
     for (int i = 0; i < micro; ++i) {
@@ -262,61 +273,77 @@ __global__ void __launch_bounds__(simt_threads)
       if (args.lse != nullptr && channel == 0 && edge_column() == 0 && query < args.queries) {
         args.lse[number * args.queries + query] = maximum[i] + natural_log(sum);
       }
-      // Without keys, what was added up is 0 and stays so.
+      // Where no key is seen, what was added up is 0 and stays so.
+      const bool sees_some = Sees::is_plain ? args.keys > 0 : sum != F(0);
 #pragma unroll
-      for (int n = 0; n < Tiles::width; ++n) sums[i][n] = P::div(sums[i][n], args.keys > 0 ? sum : F(1));
+      for (int n = 0; n < Tiles::width; ++n) sums[i][n] = P::div(sums[i][n], sees_some ? sum : F(1));
     }
-    store_tokens<Tiles>(sums, args.out, args.out.plane(number, args.work.heads), first, args.queries, channel, size);
+    store_tokens<Tiles>(sums, args.out, args.out.plane(number, args.work.heads), first, args.queries, channel,
+                        value_size);
   }
 }
 
 // The gradients of keys and values, with keys as the block's own tokens, or those of queries.
-template <class Tiles, bool of_keys>
+template <class Tiles, bool of_keys, class Sees>
 __global__ void __launch_bounds__(simt_threads, 1)
-    attention_simt_backward_kernel(const __grid_constant__ SimtBackward<typename Tiles::Element> args) {
+    attention_simt_backward_kernel(const __grid_constant__ SimtBackward<typename Tiles::Element, Sees> args) {
   using F = typename Tiles::F;
   using P = typename Tiles::P;
   using T = typename Tiles::Element;
   constexpr int micro = Tiles::micro, side = Tiles::side;
   __shared__ typename Tiles::Shared shared;
-  const int size = args.work.size;
+  const int size = args.work.size, value_size = args.sees.value_size(size);
   // What of the tensors is the block's own, and what comes in tiles.
   const Heads<const T>&own = of_keys ? args.k : args.q, &own_other = of_keys ? args.v : args.grad_out;
   const Heads<const T>&other = of_keys ? args.q : args.k, &other_other = of_keys ? args.grad_out : args.v;
-  const std::int64_t own_tokens = of_keys ? args.keys : args.queries, tokens = of_keys ? args.queries : args.keys;
+  const std::int64_t group = args.sees.group(), key_heads = args.work.heads / group;
+  const std::int64_t own_heads = of_keys ? key_heads : args.work.heads, heads = of_keys ? args.work.heads : key_heads;
   for (std::int64_t task = blockIdx.x; task < args.work.tasks; task += gridDim.x) {
     const std::int64_t all_tiles = task / args.work.parts, number = all_tiles / args.work.tiles;
     const std::int64_t first = (all_tiles - number * args.work.tiles) * side;
     const int channel = static_cast<int>(task - all_tiles * args.work.parts) * Tiles::part;
-    const T* const own_plane = own.plane(number, args.work.heads);
-    const T* const own_other_plane = own_other.plane(number, args.work.heads);
-    const T* const plane = other.plane(number, args.work.heads);
-    const T* const other_plane = other_other.plane(number, args.work.heads);
-    const F *const log_sums = args.of_queries.log_sums(number), *const deltas = args.of_queries.deltas(number);
+    const T* const own_plane = own.plane(number, own_heads);
+    const T* const own_other_plane = own_other.plane(number, own_heads);
+    Sight<Tiles, of_keys, Sees> sight(args.sees, first, edge_row() * micro, edge_column() * micro, args.queries,
+                                      args.keys, of_keys ? number * group : number);
+    const std::int64_t own_tokens = of_keys ? sight.keys() : args.queries;
+    const std::int64_t tokens = of_keys ? args.queries : sight.keys();
     F sums[micro][Tiles::width] = {}, sums_v[of_keys ? micro : 1][of_keys ? Tiles::width : 1] = {};
-    for (std::int64_t at = 0; at < tokens; at += side) {
-      F x[micro][micro], grad[micro][micro];
-      make_dot_products<Tiles>(x, shared, own, own_plane, first, own_tokens, other, plane, at, tokens, size);
-      make_dot_products<Tiles>(grad, shared, own_other, own_other_plane, first, own_tokens, other_other, other_plane,
-                               at, tokens, size);
+    // Keys have the gradients of all heads of queries that share them.
+    for (std::int64_t member = 0; member < (of_keys ? group : 1); ++member) {
+      const std::int64_t of_queries = of_keys ? number * group + member : number;
+      const std::int64_t of_tiles = of_keys ? of_queries : number / group;
+      const T* const plane = other.plane(of_tiles, heads);
+      const T* const other_plane = other_other.plane(of_tiles, heads);
+      const F *const log_sums = args.of_queries.log_sums(of_queries), *const deltas =
+                                                                          args.of_queries.deltas(of_queries);
+      sight.begin_head(of_queries);
+      for (std::int64_t at = sight.begin(); at < sight.end(); at += side) {
+        if (sight.skips(at)) continue;
+        F x[micro][micro], grad[micro][micro];
+        make_dot_products<Tiles>(x, shared, own, own_plane, first, own_tokens, other, plane, at, tokens, size);
+        make_dot_products<Tiles>(grad, shared, own_other, own_other_plane, first, own_tokens, other_other, other_plane,
+                                 at, tokens, value_size);
 #pragma unroll
-      for (int i = 0; i < micro; ++i) {
+        for (int i = 0; i < micro; ++i) {
+          sight.make_logits(x[i], i, args.scale);
 #pragma unroll
-        for (int j = 0; j < micro; ++j) {
-          const std::int64_t own_token = first + edge_row() * micro + i, token = at + edge_column() * micro + j;
-          const bool exists = own_token < own_tokens && token < tokens;
-          const std::int64_t query = of_keys ? token : own_token;
-          x[i][j] = exists ? exponential<P>(P::sub(x[i][j] * args.scale, log_sums[query])) : F(0);
-          grad[i][j] = exists ? x[i][j] * (grad[i][j] - deltas[query]) : F(0);
+          for (int j = 0; j < micro; ++j) {
+            const bool exists = sight.template sees<false>(i, j);
+            const std::int64_t query = of_keys ? at + edge_column() * micro + j : first + edge_row() * micro + i;
+            x[i][j] = exists ? exponential<P>(P::sub(x[i][j], log_sums[query])) : F(0);
+            grad[i][j] = exists ? x[i][j] * (sight.left(grad[i][j], i, j) - deltas[query]) : F(0);
+            x[i][j] = sight.left(x[i][j], i, j);
+          }
         }
+        if constexpr (of_keys) {
+          put_weights<Tiles>(shared, x);
+          add_weighted_tokens<Tiles>(sums_v, shared, other_other, other_plane, at, tokens, channel, value_size);
+          __syncthreads();
+        }
+        put_weights<Tiles>(shared, grad);
+        add_weighted_tokens<Tiles>(sums, shared, other, plane, at, tokens, channel, size);
       }
-      if constexpr (of_keys) {
-        put_weights<Tiles>(shared, x);
-        add_weighted_tokens<Tiles>(sums_v, shared, other_other, other_plane, at, tokens, channel, size);
-        __syncthreads();
-      }
-      put_weights<Tiles>(shared, grad);
-      add_weighted_tokens<Tiles>(sums, shared, other, plane, at, tokens, channel, size);
     }
 #pragma unroll
     for (int i = 0; i < micro; ++i) {
@@ -325,15 +352,106 @@ __global__ void __launch_bounds__(simt_threads, 1)
     }
     const Heads<T>& grads = of_keys ? args.grad_k : args.grad_q;
     if (grads.data != nullptr) {
-      store_tokens<Tiles>(sums, grads, grads.plane(number, args.work.heads), first, own_tokens, channel, size);
+      store_tokens<Tiles>(sums, grads, grads.plane(number, own_heads), first, of_keys ? args.keys : args.queries,
+                          channel, size);
     }
     if constexpr (of_keys) {
       if (args.grad_v.data != nullptr) {
-        store_tokens<Tiles>(sums_v, args.grad_v, args.grad_v.plane(number, args.work.heads), first, own_tokens, channel,
-                            size);
+        store_tokens<Tiles>(sums_v, args.grad_v, args.grad_v.plane(number, own_heads), first, args.keys, channel,
+                            value_size);
       }
     }
   }
+}
+
+// Calls body(Tiles{}) with the tiles of a head's size; larger ones are cut into several parts. Calls that are not
+// everyday ones have fewer kernels.
+template <class T, class Sees, class Body>
+cudaError_t with_parts(std::int64_t size, Body&& body) {
+  if constexpr (!is_half<T>) {
+    if constexpr (Sees::is_plain) {
+      if (size <= 32) return body(SimtTiles<T, 32>{});
+    }
+    if (size <= 64) return body(SimtTiles<T, 64>{});
+  }
+  return body(SimtTiles<T, std::is_same_v<T, double> ? 64 : 128>{});
+}
+
+// For `own` tokens of each of `heads` heads, and results of so many channels.
+template <class Tiles>
+SimtWork simt_work(const AttentionShape& shape, std::int64_t heads, std::int64_t own, std::int64_t channels) {
+  SimtWork work{};
+  work.heads = shape.heads;
+  work.tiles = (own + Tiles::side - 1) / Tiles::side;
+  work.parts = (channels + Tiles::part - 1) / Tiles::part;
+  work.tasks = shape.batch * heads * work.tiles * work.parts;
+  work.size = static_cast<int>(shape.size);
+  return work;
+}
+
+template <class T, class Sees>
+cudaError_t attention_simt(const Attention& args, const Sees& sees, cudaStream_t stream) {
+  using F = typename Arithmetic<T>::F;
+  const AttentionShape shape = completed(args.shape);
+  SimtForward<T, Sees> given{};
+  if (!make_heads(args.q, shape, shape.queries, given.q) ||
+      !make_heads(args.k, with_heads(shape, shape.key_heads, shape.size), shape.keys, given.k) ||
+      !make_heads(args.v, with_heads(shape, shape.key_heads, shape.value_size), shape.keys, given.v) ||
+      !make_heads(args.out, with_heads(shape, shape.heads, shape.value_size), shape.queries, given.out)) {
+    return cudaErrorInvalidValue;
+  }
+  given.sees = sees;
+  given.lse = static_cast<F*>(args.lse);
+  given.queries = shape.queries;
+  given.keys = shape.keys;
+  given.scale = static_cast<F>(args.scale);
+  return with_parts<T, Sees>(shape.value_size, [&](auto tiles) {
+    using Tiles = decltype(tiles);
+    given.work = simt_work<Tiles>(shape, shape.heads, shape.queries, shape.value_size);
+    return launch(attention_simt_kernel<Tiles, Sees>, blocks_of(given.work.tasks), simt_threads, 0, stream, given);
+  });
+}
+
+template <class T, class Sees>
+cudaError_t attention_simt_backward(const AttentionBackward& args,
+                                    const QueryValues<typename Arithmetic<T>::F>& of_queries, const Sees& sees,
+                                    cudaStream_t stream) {
+  using F = typename Arithmetic<T>::F;
+  const AttentionShape shape = completed(args.shape);
+  const AttentionShape of_keys = with_heads(shape, shape.key_heads, shape.size);
+  const AttentionShape of_values = with_heads(shape, shape.key_heads, shape.value_size);
+  SimtBackward<T, Sees> given{};
+  const auto wanted = [](const HeadsTensor& tensor, const AttentionShape& of, std::int64_t tokens, Heads<T>& heads) {
+    return tensor.data == nullptr || make_heads(tensor, of, tokens, heads);
+  };
+  if (!make_heads(args.grad_out, with_heads(shape, shape.heads, shape.value_size), shape.queries, given.grad_out) ||
+      !make_heads(args.q, shape, shape.queries, given.q) || !make_heads(args.k, of_keys, shape.keys, given.k) ||
+      !make_heads(args.v, of_values, shape.keys, given.v) || !wanted(args.grad_q, shape, shape.queries, given.grad_q) ||
+      !wanted(args.grad_k, of_keys, shape.keys, given.grad_k) ||
+      !wanted(args.grad_v, of_values, shape.keys, given.grad_v)) {
+    return cudaErrorInvalidValue;
+  }
+  given.sees = sees;
+  given.of_queries = of_queries;
+  given.queries = shape.queries;
+  given.keys = shape.keys;
+  given.scale = static_cast<F>(args.scale);
+  const std::int64_t most_channels = std::max(shape.size, shape.value_size);
+  return with_parts<T, Sees>(most_channels, [&](auto tiles) {
+    using Tiles = decltype(tiles);
+    cudaError_t error = cudaSuccess;
+    if (given.grad_q.data != nullptr && shape.queries > 0) {
+      given.work = simt_work<Tiles>(shape, shape.heads, shape.queries, shape.size);
+      error = launch(attention_simt_backward_kernel<Tiles, false, Sees>, blocks_of(given.work.tasks), simt_threads, 0,
+                     stream, given);
+    }
+    if (error == cudaSuccess && (given.grad_k.data != nullptr || given.grad_v.data != nullptr) && shape.keys > 0) {
+      given.work = simt_work<Tiles>(shape, shape.key_heads, shape.keys, most_channels);
+      error = launch(attention_simt_backward_kernel<Tiles, true, Sees>, blocks_of(given.work.tasks), simt_threads, 0,
+                     stream, given);
+    }
+    return error;
+  });
 }
 
 }  // namespace gencore::cuda

@@ -10,7 +10,6 @@
 
 namespace gencore::cuda {
 
-constexpr int warp_threads = 32;
 // Elements of a half type that are copied at once, 16 bytes. Rows of shared memory are as much longer than they need
 // be: eight rows that a warp reads together then lie in different banks.
 constexpr int chunk_elements = 8;
@@ -34,6 +33,13 @@ struct Heads {
   }
 };
 
+// The shape that some of the tensors have, of so many heads of that size.
+inline AttentionShape with_heads(AttentionShape shape, std::int64_t heads, std::int64_t size) {
+  shape.heads = heads;
+  shape.size = size;
+  return shape;
+}
+
 // Where neither the channels nor the tokens lie side by side, there is none. Strides of a dimension of one element say
 // nothing.
 template <class T>
@@ -51,6 +57,9 @@ bool make_heads(const HeadsTensor& tensor, const AttentionShape& shape, std::int
                   heads.head % vector == 0 && heads.row % vector == 0 && elements % vector == 0;
   return true;
 }
+
+template <class T>
+constexpr bool is_half = sizeof(T) == 2;
 
 // A value as it is after rounding to T, for types of which sums are in F.
 template <class T, class F>
@@ -79,6 +88,11 @@ constexpr std::int64_t padded_queries(std::int64_t queries) {
   return (queries + vector - 1) / vector * vector;
 }
 
+// Fills in those values, of which the logarithms are natural ones times `factor`.
+template <class T>
+cudaError_t attention_prepare(const AttentionBackward& args, typename Arithmetic<T>::F* values, double factor,
+                              cudaStream_t stream);
+
 // As many blocks as there are tasks; kernels stride over what the largest grid leaves.
 inline dim3 blocks_of(std::int64_t tasks) {
   return dim3(static_cast<unsigned>(std::min<std::int64_t>(tasks, (std::int64_t{1} << 31) - 1)));
@@ -94,5 +108,13 @@ cudaError_t attention_mma(const Attention& args, cudaStream_t stream);
 template <class T>
 cudaError_t attention_mma_backward(const AttentionBackward& args, const QueryValues<float>& of_queries,
                                    cudaStream_t stream);
+
+// Calls with options, of all types.
+template <class T>
+cudaError_t attention_general(const Attention& args, cudaStream_t stream);
+
+template <class T>
+cudaError_t attention_general_backward(const AttentionBackward& args,
+                                       const QueryValues<typename Arithmetic<T>::F>& of_queries, cudaStream_t stream);
 
 }  // namespace gencore::cuda

@@ -13,7 +13,6 @@
 
 namespace gencore::cuda {
 
-constexpr int warp_threads = 32;
 // Vectors of a tensor that a thread has under way at a time.
 constexpr int batch_vectors = 4;
 constexpr int most_tile_channels = 1024;

@@ -24,8 +24,6 @@ struct Work {
   dim3 grid() const { return blocks_for(tasks() << team_log2); }
 };
 
-constexpr int warp_threads = 32;
-
 // Blocks that shall share a multiprocessor, for those of a kernel's variants that are not for binary64: it is then held
 // to the registers which that leaves. More of them hide the latency of memory better.
 template <class T>

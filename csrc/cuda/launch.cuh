@@ -74,7 +74,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   return error;
 }
 
-constexpr int block_threads = 256;
+constexpr int block_threads = 256, warp_threads = 32;
 
 // Blocks for `threads` threads of work. Kernels stride over what the largest grid leaves.
 inline dim3 blocks_for(std::int64_t threads) {

@@ -117,20 +117,35 @@ def _refusal(name: Name, device: torch.device) -> str | None:
     return refusal(name, device)
 
 
+@functools.cache
+def _choose_with(op: str, only: Name | None, device: torch.device) -> Name:
+    """The first backend that serves ``device`` and has a kernel of that name; if none has, the first that serves it."""
+    chosen = _choose(only, device)
+    names = NAMES if only is None else (only,)
+    return next((name for name in names if _refusal(name, device) is None and hasattr(load(name), op)), chosen)
+
+
 def kernel(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """What runs an op on tensors where ``tensor`` is. Raises :class:`NoBackend`, or AttributeError where that backend
-    has no such kernel."""
+    """What runs an op on tensors where ``tensor`` is. Raises :class:`NoBackend`, or AttributeError where no backend
+    that serves them has such a kernel."""
     if _named is None:
         if tensor.is_cpu:
             return getattr(cpu.ops, op)
         if dispatch.has_table(op):
             return dispatched(op, tensor.device)
-    return getattr(load(_choose(_named, tensor.device)), op)
+    return getattr(load(_choose_with(op, _named, tensor.device)), op)
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether the backend where ``tensor`` is has a kernel of its own for an op that others do without."""
-    return hasattr(load(_choose(_named, tensor.device)), op)
+    """Whether a backend where ``tensor`` is has a kernel of its own for an op that others do without."""
+    return runner_of(op, tensor.device) is not None
+
+
+def runner_of(op: str, device: torch.device) -> Name | None:
+    """The backend that runs an op that some do without; None where none on ``device`` has it. Raises
+    :class:`NoBackend`."""
+    chosen = _choose_with(op, _named, device)
+    return chosen if hasattr(load(chosen), op) else None
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
+    empty_with_channels,
     in_format,
     kept_format,
     memory_format_of,
@@ -289,8 +291,7 @@ class CompiledOps:
             out = self._empty_like(q)
         into = self._writable(out)
         q, k, v = self._readable(q), self._readable(k), self._readable(v)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device) if with_lse else None
+        lse = log_sums(q) if with_lse else None
         sizes = attention_sizes(q, k)
         workspace = self._workspace("attention", q, *sizes)
         self._module.attention(
@@ -322,14 +323,79 @@ class CompiledOps:
         sizes = attention_sizes(q, k)
         workspace = self._workspace("attention_backward", q, *sizes)
         self._module.attention_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(),
-            [None if grad is None else heads(grad) for grad in into], *sizes, scale,
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(*into), *sizes, scale,
             *self._place(q), *map(_address, workspace),
         )  # fmt: skip
-        for result, written in zip(results, into, strict=True):
-            if result is not None and written is not None and written is not result:
-                result.copy_(written)
+        _copy_written(results, into)
         return results
+
+    def general_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """``settings``, here and below: mask, key_lengths, key, scale, causal, dropout."""
+        out = empty_with_channels(q, v.shape[3])
+        into = self._writable(out)
+        q, k, v = self._readable(q), self._readable(k), self._readable(v)
+        lse = log_sums(q) if with_lse else None
+        held, given = self._given(q, k, v, *settings)
+        workspace = self._workspace("general_attention", q, *given[:2])
+        self._module.general_attention(
+            heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *given,
+            *map(_address, workspace),
+        )  # fmt: skip
+        del held
+        return out if into is out else out.copy_(into), lse
+
+    def general_attention_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        results = self._gradients((q, k, v), wanted)
+        into = [None if result is None else self._writable(result) for result in results]
+        grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
+        lse = lse.contiguous()
+        held, given = self._given(q, k, v, *settings)
+        workspace = self._workspace("general_attention_backward", q, *given[:2])
+        self._module.general_attention_backward(
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(*into), *given,
+            *map(_address, workspace),
+        )  # fmt: skip
+        del held
+        _copy_written(results, into)
+        return results
+
+    def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
+
+    def _given(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        key: Tensor | None,
+        scale: float,
+        causal: bool,
+        dropout: float,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """Tensors for the caller to hold, and the last arguments of the kernels but for a workspace."""
+        dtype, sizes = attention_sizes(q, k)
+        sizes = (*sizes, k.shape[1], v.shape[3])
+        key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        key = None if key is None else self._key(key, q)
+        read = None
+        if mask is not None:
+            # Along a dimension of one element, the same is read again.
+            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
+            read = mask.data_ptr(), *steps
+        of_key = (0, 0) if key is None else (key.data_ptr(), 0 if key.dim() == 1 else len(key))
+        options = (
+            read, -1 if mask is None or mask.dtype is torch.bool else DTYPE[mask.dtype],
+            0 if key_lengths is None else key_lengths.data_ptr(), causal, dropout,
+            *of_key, *(() if key is None else self._place_of_key(key)),
+        )  # fmt: skip
+        return (key_lengths, key), (dtype, sizes, scale, options, *self._place(q))
 
     def group_norm(
         self,
@@ -412,6 +478,22 @@ def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, i
 def heads(tensor: Tensor) -> tuple[int, ...]:
     """The address and the strides of a tensor (B, heads, tokens, channels)."""
     return tensor.data_ptr(), *tensor.stride()
+
+
+def heads_or_none(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
+    return [None if tensor is None else heads(tensor) for tensor in tensors]
+
+
+def log_sums(q: Tensor) -> Tensor:
+    """An uninitialised tensor for the logarithms of attention's denominators."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> None:
+    """What stands in the place of results is copied to them."""
+    for result, written in zip(results, into, strict=True):
+        if result is not None and written is not None and written is not result:
+            result.copy_(written)
 
 
 def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from gencore.backends.compiled import (
     ACTIVATION,
-    DTYPE,
     CompiledOps,
     attention_sizes,
     channel_values,
     group_norm_sizes,
     heads,
+    heads_or_none,
+    log_sums,
     sizes_of,
 )
 from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
@@ -141,7 +141,7 @@ class CpuOps(CompiledOps):
         lse = lse.contiguous()
         d_lse = torch.empty_like(lse)
         self._module.attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv), heads(d_out),
+            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
             d_lse.data_ptr(), *attention_sizes(q, k), scale, *self._place(q),
         )  # fmt: skip
         return d_out, d_lse
@@ -167,8 +167,8 @@ class CpuOps(CompiledOps):
             self._empty_like(tensor) if want else None for tensor, want in zip((grad_out, q, k, v), wanted, strict=True)
         )
         self._module.attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv),
-            _heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
+            heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
         )  # fmt: skip
         return results
 
@@ -241,32 +241,6 @@ class CpuOps(CompiledOps):
         del held, d_held
         return tuple(grads)
 
-    def general_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any, with_lse: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """``settings``, here and below: mask, key_lengths, key, scale, causal, dropout."""
-        out = empty_with_channels(q, v.shape[3])
-        lse = _log_sums(q) if with_lse else None
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention(
-            heads(q), heads(k), heads(v), heads(out), 0 if lse is None else lse.data_ptr(), *given,
-        )  # fmt: skip
-        del held
-        return out, lse
-
-    def general_attention_backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
-        grads = self._gradients((q, k, v), wanted)
-        lse = lse.contiguous()
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(*grads), *given,
-        )  # fmt: skip
-        del held
-        return grads
-
     def general_attention_jvp(
         self,
         q: Tensor,
@@ -279,10 +253,10 @@ class CpuOps(CompiledOps):
         dv: Tensor | None,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), _log_sums(q)
+        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), log_sums(q)
         held, given = self._given(q, k, v, *settings)
         self._module.general_attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv), heads(d_out),
+            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
             d_lse.data_ptr(), *given,
         )  # fmt: skip
         del held
@@ -306,52 +280,11 @@ class CpuOps(CompiledOps):
         lse = lse.contiguous()
         held, given = self._given(q, k, v, *settings)
         self._module.general_attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), _heads_or_none(dq, dk, dv),
-            _heads_or_none(*grads), *given,
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
+            heads_or_none(*grads), *given,
         )  # fmt: skip
         del held
         return grads
-
-    def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
-
-    def _given(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        key_lengths: Tensor | None,
-        key: Tensor | None,
-        scale: float,
-        causal: bool,
-        dropout: float,
-    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        """Tensors for the caller to hold, and the last arguments of the kernels."""
-        dtype, sizes = attention_sizes(q, k)
-        key_lengths = None if key_lengths is None else key_lengths.contiguous()
-        key = None if key is None else self._key(key, q)
-        read = None
-        if mask is not None:
-            # Along a dimension of one element, the same is read again.
-            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
-            read = mask.data_ptr(), *steps
-        options = (
-            read,
-            -1 if mask is None or mask.dtype is torch.bool else DTYPE[mask.dtype],
-            0 if key_lengths is None else key_lengths.data_ptr(), causal, dropout,
-            *((0, 0) if key is None else (key.data_ptr(), 0 if key.dim() == 1 else len(key))),
-        )  # fmt: skip
-        sizes = (*sizes, k.shape[1], v.shape[3])
-        return (key_lengths, key), (dtype, sizes, scale, options, *self._place(q))
-
-
-def _log_sums(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def _heads_or_none(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
-    return [None if tensor is None else heads(tensor) for tensor in tensors]
 
 
 ops = CpuOps(_cpu)

@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent / "tables"
 
 
 class Kernel(NamedTuple):
-    """A kernel's op and direction, and which of its arguments says what the problem is."""
+    """A kernel's table and direction, and which of its arguments says what the problem is."""
 
     op: str
     direction: Direction
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
 
 # By the names that the library knows them by; those that some backends do without have no tables.
 KERNELS = {
-    kernel.name: Kernel(op.stem, kernel.direction, kernel.main)
+    kernel.name: Kernel(kernel.table or op.stem, kernel.direction, kernel.main)
     for op in OPS
     for kernel in op.kernels
     if kernel.direction is not None
@@ -181,7 +181,7 @@ def features_of(kernel: str, args: Sequence[Any]) -> dict[str, str | int]:
     """What the tables go by of a call of a kernel with these arguments."""
     op, _, main = KERNELS[kernel]
     tensor: Tensor = args[main]
-    if op == "attention":
+    if op in ("attention", "general_attention"):
         return attention_features(tensor.shape[3], tensor.shape[2], args[main + 1].shape[2])
     if op == "group_norm":
         return group_norm_features(tensor.shape, layout_of(tensor))

@@ -14,10 +14,12 @@ from gencore._ops import OPS
 from gencore.backends import choice, cpu, dispatch
 from gencore.backends.layout import has_rows, memory_format_of, suggested_format
 from gencore.ops._attention import heads_of
-from gencore.ops._library import explaining, lacks_kernel
+from gencore.ops._library import explaining, optional_kernel
 
 # Of these only the channels must lie side by side.
 _PER_CHANNEL = ("weight", "bias", "scale", "shift", "bias_in")
+# Of the definition, where no backend has a kernel.
+_OPERATIONS = "PyTorch's operations"
 # With any strides.
 _AS_THEY_LIE = (("general_attention", "mask"), ("general_attention", "key_lengths"))
 
@@ -113,10 +115,12 @@ def _explanation(op: str, arguments: dict[str, Any], device: torch.device | None
     source: str | None = None
     reasons: dict[str, str] = {}
     notes: list[str] = []
-    first = next(iter(tensors.values()), None)
-    if first is not None and chosen is not None and lacks_kernel(op, first):
-        reasons = {chosen: "it has no kernel for it"}
-        chosen = "PyTorch's operations"
+    optional = optional_kernel(op)
+    if tensors and chosen is not None and optional is not None:
+        runner = choice.runner_of(optional, device)
+        if runner != chosen:
+            reasons = {chosen: "it has no kernel for it"}
+        chosen = runner or _OPERATIONS
     elif arguments and chosen in ("cuda", "triton") and choice.named() is None:
         chosen, source, reasons, notes = _by_table(op, arguments, device)
     for name in choice.NAMES:
@@ -150,15 +154,15 @@ _GRADIENTS = {
     for op in OPS
     for gradient in op.kernels
     for kernel in op.kernels
-    if kernel.direction == "forward" and gradient.direction == "backward"
+    if kernel.direction == "forward" and gradient.direction == "backward" and kernel.table == gradient.table
 }
 
 
 def _by_table(
     op: str, arguments: dict[str, Any], device: torch.device
 ) -> tuple[str | None, str, dict[str, str], list[str]]:
-    """Who runs a call on a GPU, what that rests on, why others do not, and a note on who makes its gradient, if that is
-    somebody else."""
+    """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if those
+    are others."""
     op = op.removesuffix("_out")
     kernel = _KERNELS.get(op, op)
     args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())
@@ -173,6 +177,8 @@ def _by_table(
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)
         if (behind, why) != (runner, source):
             notes.append(f"its gradient: {behind}, {why}")
+    if kernel == "attention" and (further := choice.runner_of("attention_jvp", device)) != runner:
+        notes.append(f"its second derivative and forward mode: {further or _OPERATIONS}")
     return runner, source, refused, notes
 
 

@@ -213,9 +213,9 @@ def explaining() -> Iterator[None]:
         _is_explaining = before
 
 
-def lacks_kernel(name: str, tensor: Tensor) -> bool:
-    """Whether the definition of an op is what runs it where ``tensor`` is."""
-    return name in _optional and not choice.has_kernel(_optional[name][0], tensor)
+def optional_kernel(name: str) -> str | None:
+    """The kernel of an op that not every backend can run; None of others."""
+    return _optional[name][0] if name in _optional else None
 
 
 def kernel_for(name: str, args: Sequence[Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from gencore.ops._general_attention import Settings, attend_generally
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
-# Calls without options whose tensors need no view.
+# Tensors that need no view, and share no heads.
 _EVERYDAY = Contract()
 
 
@@ -74,14 +74,14 @@ def attention(
     Dot products, maximum, exponentials and sums are in float32, in float64 for float64. On GPUs the probabilities of
     half types are rounded to the type before they weigh v. So they are in the forward pass in bfloat16 on processors
     with its dot product, which takes subnormal numbers for 0; elsewhere on CPUs everything is in float32. NaN and
-    infinities propagate as in PyTorch; a key that a query does not see weighs 0, which times NaN is NaN, or is not
-    read at all.
+    infinities propagate as in PyTorch: those of a key that a query does not see may reach it, as 0 times NaN is NaN,
+    but not those beyond ``key_lengths``.
 
     The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
     mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
-    nothing of the size T x S either; on GPUs, and beyond the second, PyTorch's operations compute them. They also
-    compute everything where a gradient of ``mask`` is wanted, and on GPUs where there is a mask, causal, key_lengths,
-    dropout, shared heads or d_v other than d.
+    nothing of the size T x S either; so has Triton, but for calls with a mask, causal, key_lengths, dropout, shared
+    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. They also compute
+    everything where a gradient of ``mask`` is wanted.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
@@ -101,17 +101,20 @@ def attention(
     (2023), for shared heads; in tiles: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and
     Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
-    if mask is key_lengths is None and not (causal or dropout):
-        known = _EVERYDAY.known(q, k, v, scale)
-        if known is not None and not torch.is_autocast_enabled(q.device.type):
-            if known[1]:
-                return attend.with_gradient(q, k, v, known[0])[0]
-            return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]
+    one_head = False
+    known = _EVERYDAY.known(q, k, v, scale)
+    if known is not None and torch.is_autocast_enabled(q.device.type):
+        known = None
+    if known is not None and mask is key_lengths is None and not (causal or dropout):
+        if known[1]:
+            return attend.with_gradient(q, k, v, known[0])[0]
+        return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]
     if is_overridden(q, k, v, mask, key_lengths, key):
         options = {"mask": mask, "causal": causal, "key_lengths": key_lengths, "scale": scale, "dropout": dropout}
         return hand_over(attention, (q, k, v, mask, key_lengths, key), q, k, v, **options, key=key)
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
-    q, k, v, one_head = _heads(q, k, v)
+    if known is None:
+        q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+        q, k, v, one_head = _heads(q, k, v)
     settings = Settings(
         *_check_hiding(mask, key_lengths, q, k, one_head),
         None,
@@ -122,8 +125,11 @@ def attention(
     if settings.dropout > 0:
         check_elements("the probabilities (heads, T, S)", q.shape[1] * q.shape[2] * k.shape[2])
         settings = settings._replace(key=resolve_key(key, q))
-    if settings[:3] == (None, None, None) and not settings.causal and q.shape[1] == k.shape[1] and k.shape == v.shape:
-        out = attend(q, k, v, _EVERYDAY.remember(settings.scale, q, k, v, scale))[0]
+    is_everyday = q.shape[1] == k.shape[1] and k.shape == v.shape
+    if known is None and is_everyday:
+        _EVERYDAY.remember(settings.scale, q, k, v, scale)
+    if is_everyday and settings[:3] == (None, None, None) and not settings.causal:
+        out = attend(q, k, v, settings.scale)[0]
     else:
         out = attend_generally(q, k, v, settings)
     return out.squeeze(1) if one_head else out

@@ -58,8 +58,9 @@ def group_norm(
 
     The statistics are as accurate as float32 whatever the mean: sums are taken of deviations from a nearby value and
     combined in float64. They, not xhat or y, are kept for the gradient, which is made for ``x`` and the five
-    others. It may be differentiated again, and forward mode works, both in PyTorch's operations. NaN and infinities
-    propagate as in PyTorch.
+    others. It may be differentiated again, and forward mode works: the second derivative and that in forward mode are
+    kernels too, two passes each, which allocate no more than their results; beyond them it is PyTorch's operations. NaN
+    and infinities propagate as in PyTorch.
 
     Deterministic: the same bits for any number of threads, any split of the batch, and on any SIMD level; no atomics.
 

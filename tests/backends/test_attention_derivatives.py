@@ -19,6 +19,8 @@ from gencore.bench.cases import AttentionCase
 from gencore.ops import _attention as definitions
 
 LEVELS = tuple(name for name in NAMES if name.startswith("cpu-"))
+# Those that have these kernels.
+WITH_KERNELS = ("cpu-scalar", "triton")
 SCALE = 0.3
 CASES = (
     AttentionCase(1, 1, 1, 1, 1, "one element"),
@@ -33,11 +35,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6,
 DIRECTIONS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 
 
-def inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], Tensor]:
     """q, k, v; a direction; the gradient of the result."""
-    generator = torch.Generator().manual_seed(seed)
-    qkv, direction = (case.tensors(dtype, generator=generator) for _ in range(2))
-    return qkv, direction, torch.randn(qkv[0].shape, generator=generator).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    qkv, direction = (case.tensors(dtype, device, generator) for _ in range(2))
+    return qkv, direction, torch.randn(qkv[0].shape, generator=generator).to(device, dtype)
 
 
 def derivatives(
@@ -52,42 +54,44 @@ def derivatives(
 
 def defined(qkv: list[Tensor], direction: list[Tensor | None], g: Tensor) -> list[Tensor]:
     """The same by the definition, in float64."""
-    q, k, v, g, *dx = (None if x is None else x.double() for x in (*qkv, g, *direction))
+    q, k, v, g, *dx = (None if x is None else x.cpu().double() for x in (*qkv, g, *direction))
     return [
         *definitions._definition_jvp(q, k, v, None, None, *dx, SCALE),
         *definitions._definition_double_backward(g, q, k, v, None, None, *dx, SCALE, [True] * 4),
     ]
 
 
-@pytest.mark.parametrize("kernels", LEVELS, indirect=True)
+@pytest.mark.parametrize("kernels", [*LEVELS, "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype, kernels):
-    qkv, direction, g = inputs(case, dtype)
+    qkv, direction, g = inputs(case, dtype, kernels.device)
     for there in DIRECTIONS:
         some = [x if has else None for x, has in zip(direction, there, strict=True)]
         for got, want in zip(derivatives(qkv, some, g), defined(qkv, some, g), strict=True):
             assert got.shape == want.shape
             # What is 0 but for roundings is as exact as what it is the difference of.
             size = max(float(want.abs().max()), 0.1)
-            torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
+            torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
 
 
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_all_logits_change_by_alike_takes_no_digits(dtype):
+def test_what_all_logits_change_by_alike_takes_no_digits(dtype, kernels):
     """Keys with a large common part, moved along queries with one."""
-    (q, k, v), (dq, dk, dv), g = inputs(AttentionCase(1, 2, 256, 256, 32, ""), torch.float32)
+    (q, k, v), (dq, dk, dv), g = inputs(AttentionCase(1, 2, 256, 256, 32, ""), torch.float32, kernels.device)
     qkv = [x.to(dtype) for x in (q, k + 8, v)]
     direction = [x.to(dtype) for x in (dq + 1, dk, dv)]
     g = g.to(dtype)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
     for got, want in zip(derivatives(qkv, direction, g), defined(qkv, direction, g), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
 
 
-def test_empty():
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
+def test_empty(kernels):
     for batch, heads, queries, keys in ((0, 2, 3, 3), (2, 0, 3, 3), (2, 1, 0, 3), (2, 1, 3, 0)):
-        qkv, direction, g = inputs(AttentionCase(batch, heads, queries, keys, 4, ""), torch.float32)
+        qkv, direction, g = inputs(AttentionCase(batch, heads, queries, keys, 4, ""), torch.float32, kernels.device)
         d_out, _, *grads = derivatives(qkv, direction, g)
         assert all(bool((x == 0).all()) for x in (d_out, *grads))
         assert [x.shape for x in grads] == [g.shape, *(x.shape for x in qkv)]
@@ -125,21 +129,24 @@ def test_bits_for_any_simd_level(dtype):
             assert all(same_bits(a, b) for a, b in zip(got, want, strict=True)), level
 
 
-def test_bits_for_any_split_of_the_batch_and_any_strides():
-    qkv, direction, g = inputs(AttentionCase(3, 2, 70, 90, 24, ""), torch.float32)
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
+def test_bits_for_any_split_of_the_batch_and_any_strides(kernels):
+    qkv, direction, g = inputs(AttentionCase(3, 2, 70, 90, 24, ""), torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)
     part = derivatives([x[1:2] for x in qkv], [x[1:2] for x in direction], g[1:2])
     assert all(same_bits(a[1:2], b) for a, b in zip(whole, part, strict=True))
 
     def scattered(x: Tensor) -> Tensor:
-        return torch.empty(*x.shape[:3], 2 * x.shape[3] + 1).permute(0, 1, 3, 2)[:, :, 1::2].transpose(2, 3).copy_(x)
+        wide = x.new_empty(*x.shape[:3], 2 * x.shape[3] + 1)
+        return wide.permute(0, 1, 3, 2)[:, :, 1::2].transpose(2, 3).copy_(x)
 
     odd = derivatives([scattered(x) for x in qkv], [scattered(x) for x in direction], scattered(g))
     assert all(same_bits(a, b) for a, b in zip(whole, odd, strict=True))
 
 
-def test_only_what_is_wanted_is_made():
-    qkv, direction, g = inputs(AttentionCase(1, 2, 70, 90, 24, ""), torch.float32)
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
+def test_only_what_is_wanted_is_made(kernels):
+    qkv, direction, g = inputs(AttentionCase(1, 2, 70, 90, 24, ""), torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)[2:]
     for place in range(4):
         some = derivatives(qkv, direction, g, tuple(i == place for i in range(4)))[2:]
@@ -147,11 +154,14 @@ def test_only_what_is_wanted_is_made():
         assert same_bits(some[place], whole[place])
 
 
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_images(layout):
+def test_images(layout, kernels):
     """In either memory format: what their heads give, in that format."""
     case = AttentionCase(2, 2, 35, 35, 8, "", layout=layout)
-    (image,), (tangent,) = (case.tensors(torch.float32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    (image,), (tangent,) = (
+        case.tensors(torch.float32, kernels.device, torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
 
     def by_heads(image: Tensor) -> Tensor:
         out = ops.attention(*heads_of(image, 2))
@@ -169,8 +179,9 @@ def test_images(layout):
     assert both[0].is_contiguous(memory_format=case.memory_format)
 
 
-def test_nan_stays_in_its_query_and_reaches_the_keys():
-    qkv, direction, g = inputs(AttentionCase(2, 1, 6, 5, 4, ""), torch.float32)
+@pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
+def test_nan_stays_in_its_query_and_reaches_the_keys(kernels):
+    qkv, direction, g = inputs(AttentionCase(2, 1, 6, 5, 4, ""), torch.float32, kernels.device)
     direction[0][0, 0, 2, 1] = torch.nan
     d_out, d_lse, g_out, g_q, g_k, g_v = derivatives(qkv, direction, g)
     for of_queries in (d_out, d_lse.unsqueeze(-1), g_out, g_q):

@@ -51,6 +51,30 @@ def test_cuda_comes_before_triton(monkeypatch):
     forget_backends()
 
 
+def test_a_kernel_that_the_first_backend_lacks_is_the_next_ones(monkeypatch):
+    served = {
+        "cuda": SimpleNamespace(attention="cuda's"),
+        "triton": SimpleNamespace(attention="triton's", attention_jvp="triton's"),
+    }
+    monkeypatch.setattr(choice, "refusal", lambda name, device: None if name in served else "no")
+    monkeypatch.setattr(choice, "load", served.get)
+    forget_backends()
+    tensor = SimpleNamespace(is_cpu=False, device=CUDA)
+    assert [choice.runner_of(op, CUDA) for op in ("attention", "attention_jvp", "add")] == ["cuda", "triton", None]
+    assert [choice.has_kernel(op, tensor) for op in ("attention", "attention_jvp", "add")] == [True, True, False]
+    assert choice.kernel("attention_jvp", tensor) == "triton's"
+    with pytest.raises(AttributeError, match="add"):
+        choice.kernel("add", tensor)
+    with gencore.backend("cuda"):
+        # Nothing is handed over to another backend than the one that is named.
+        assert not choice.has_kernel("attention_jvp", tensor)
+    monkeypatch.setattr(choice, "refusal", lambda name, device: f"no {name}")
+    forget_backends()
+    with pytest.raises(choice.NoBackend, match="no cuda"):
+        choice.has_kernel("attention_jvp", tensor)
+    forget_backends()
+
+
 def test_a_named_backend_that_cannot_serve_says_why(without_a_gpu):
     with (
         gencore.backend("triton"),

@@ -16,7 +16,11 @@ from gencore.backends.handover import RUNNERS as PYTORCH
 
 HOPPER = (9, 0)
 TABLES = sorted(dispatch.FOLDER.glob("*.json"))
-FEATURES = {"attention": {"size", "tokens"}, "group_norm": {"layout", "channels", "pixels"}}
+FEATURES = {
+    "attention": {"size", "tokens"},
+    "general_attention": {"size", "tokens"},
+    "group_norm": {"layout", "channels", "pixels"},
+}
 EACH = Measured("NVIDIA H200", "2026-12-24", "abc", "2.11.0", "3.6.0")
 
 
@@ -88,6 +92,18 @@ def test_nothing_is_known_of_others(call):
     assert order(*call) is None
 
 
+@pytest.mark.parametrize("capability", [(8, 6), HOPPER, (10, 0), (12, 0)])
+def test_tensor_cores_come_first_where_there_are_options(capability):
+    """Our CUDA kernels for masks, lengths, shared heads and dropout do without them."""
+    if any(entry.measured for entry in dispatch.read("general_attention")):
+        pytest.skip("it was measured")
+    for kernel, count in (("general_attention", 3), ("general_attention_backward", 6)):
+        for dtype, first in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, None)):
+            args = [torch.empty(2, 3, 77, 40, dtype=dtype, device="meta")] * count
+            row = dispatch.row_of(kernel, capability, args)
+            assert (row and row.order[0]) == first
+
+
 def entry(capability=HOPPER, rows=(), measured=EACH) -> Entry:
     return Entry(capability, "bfloat16", "forward", measured, "", tuple(rows))
 
@@ -128,6 +144,8 @@ def test_the_batch_decides_nothing():
     calls = {
         "attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
+        "general_attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
+        "general_attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
         "reparameterize_backward": lambda batch: [None, None, None, torch.empty(batch, 3, 8, 8)],
         "denoising_loss_backward": lambda batch: [torch.empty(batch), *[torch.empty(batch, 3, 8, 8)] * 2],
     }

@@ -148,9 +148,17 @@ def test_explain_says_it(cudnn):
         "  not cuda: the table has it after cudnn",
         "  not triton: the table has it after cudnn",
         "  its gradient: cuda, not measured: a test",
+        "  its second derivative and forward mode: triton",
     ]
     assert explain(ops.attention, q[:, :, :16], k, v).chosen == "cuda"
     assert explain(ops.group_norm, torch.zeros(1, 2, 3), 1).source == "not measured"
+
+
+def test_explain_of_a_kernel_that_the_first_backend_lacks(cudnn):
+    q, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    told = explain(torch.ops.gencore.attention_jvp, q, q, q, q, lse, q, None, None, SCALE)
+    assert told.chosen == "triton"
+    assert told.reasons["cuda"] == "it has no kernel for it"
 
 
 def test_explain_of_what_writes_to_a_tensor(cudnn):
@@ -251,9 +259,10 @@ def test_explain_claims_a_copy_where_there_is_one(cudnn):
     q = torch.randn(1, 2, 9, 8)
     tokens = torch.randn(1, 9, 2, 8).transpose(1, 2)
     pixels = torch.randn(1, 2, 8, 9).transpose(2, 3)
-    assert not explain(ops.attention, q, tokens, pixels).notes
+    (derivatives,) = explain(ops.attention, q, tokens, pixels).notes
     scattered = torch.randn(1, 2, 18, 16)[:, :, ::2, ::2]
-    (note,) = explain(ops.attention, q, q, scattered).notes
+    same, note = explain(ops.attention, q, q, scattered).notes
+    assert same == derivatives == "its second derivative and forward mode: triton"
     assert note.startswith("v has neither its channels nor its tokens side by side")
 
 

@@ -7,10 +7,13 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 
+from gencore import ops
 from gencore.integrations.diffusers import accelerate
 
 diffusers = pytest.importorskip("diffusers")
@@ -374,14 +377,37 @@ def test_explain_says_why_a_part_was_left(model, name, reason, others):
 
 
 @torch.no_grad()
-def test_with_a_mask_it_is_the_former_processor():
+def test_a_mask_is_the_former_processors():
     model = randomized(diffusers.UNet2DConditionModel(**CONDITIONED))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
     want, without = of_conditioned(model, encoder_attention_mask=mask), of_conditioned(model)
-    with accelerate(model):
+    with accelerate(model), mock.patch.object(ops, "attention", wraps=ops.attention) as attend:
         got = of_conditioned(model, encoder_attention_mask=mask)
+    assert any(call.kwargs["mask"] is not None for call in attend.call_args_list)
     assert not torch.allclose(want, without, atol=1e-3)
     torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 12), (4, 1, 12), (2, 12, 12), (4, 12, 12), (2, 1, 5)], ids=str)
+@torch.no_grad()
+def test_masks_of_any_shape(shape, dtype):
+    """For each sample, or each of its heads too, and for each query. One of fewer tokens goes to diffusers."""
+    module = randomized(attention(heads=2, dim_head=8, query_dim=16)[0])
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask = drawn if dtype == torch.bool else (1 - drawn.float()) * -10000
+    wrapped = mock.patch.object(ops, "attention", wraps=ops.attention)
+    if shape[-1] == 5:
+        for acceleration in (nullcontext(), accelerate(module)):
+            with acceleration, wrapped as attend, pytest.raises(RuntimeError):
+                module(x, attention_mask=mask)
+            attend.assert_not_called()
+        return
+    want = module(x, attention_mask=mask)
+    with accelerate(module), wrapped as attend:
+        torch.testing.assert_close(module(x, attention_mask=mask), want, **TOLERANCE)
+    attend.assert_called_once()
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,23 @@ static inline bool is_valid(const AttentionShape& shape) {
          !__builtin_mul_overflow(of_keys, size, &total);
 }
 
+// With every size said.
+static inline AttentionShape completed(AttentionShape shape) {
+  if (shape.key_heads == 0) shape.key_heads = shape.heads;
+  if (shape.value_size == 0) shape.value_size = shape.size;
+  return shape;
+}
+
+// Whether the sizes are valid, and where something is dropped how much, and by which key.
+static inline bool is_valid(const AttentionShape& shape, const AttentionOptions& options) {
+  if (!is_valid(shape) || !(options.dropout >= 0 && options.dropout <= 1)) return false;
+  if (options.dropout == 0) return true;
+  // The products fit: without channels they are sizes of tensors.
+  std::int64_t pairs;
+  return !__builtin_mul_overflow(shape.heads * shape.queries, shape.keys, &pairs) &&
+         is_valid({shape.batch, 1, pairs, 0}, options.key);
+}
+
 // Whether a call has none of the options, and as many heads and channels everywhere.
 static inline bool is_plain(const AttentionShape& shape, const AttentionOptions& options) {
   return (shape.key_heads == 0 || shape.key_heads == shape.heads) &&
@@ -135,8 +152,9 @@ Status attention_double_backward(const AttentionDoubleBackward& args, int thread
 
 namespace gencore::cuda {
 
-// Of each tensor the channels or the tokens lie side by side: one of the two strides is 1. `workspace` is device memory
-// of as many bytes as the function of that name says, which may be 0. Calls with options are not served.
+// Of each tensor but the mask the channels or the tokens lie side by side: one of the two strides is 1. `workspace` is
+// device memory of as many bytes as the function of that name says, which may be 0. Mask and lengths are in device
+// memory, and so is a key that has a row per sample.
 std::int64_t attention_workspace(DType dtype, const AttentionShape& shape);
 Error attention(const Attention& args, void* workspace, Stream stream);
 std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& shape);

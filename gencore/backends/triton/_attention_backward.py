@@ -37,7 +37,7 @@ _WIDEST = 256
 _QUERIES, _BYTES = 64, 128
 
 
-def _steps(*names: str) -> list[str]:
+def steps(*names: str) -> list[str]:
     return [f"{name}_{step}" for name in names for step in _STEPS]
 
 
@@ -55,7 +55,7 @@ def place(program, tokens, heads, T: tl.constexpr, PARTS: tl.constexpr, PART: tl
     return first, column, number.to(tl.int64), (number // heads).to(tl.int64), (number % heads).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=[*_steps("grad_out", "out"), "heads", "queries"])
+@triton.jit(do_not_specialize=[*steps("grad_out", "out"), "heads", "queries"])
 def delta_kernel(
     grad_out, out, delta, grad_out_batch: tl.int64, grad_out_head: tl.int64, grad_out_step: tl.int64,
     out_batch: tl.int64, out_head: tl.int64, out_step: tl.int64, queries: tl.int64, heads: tl.int32,
@@ -84,7 +84,7 @@ def delta_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*_steps("grad_out", "q", "k", "v", "grad_k", "grad_v"), "heads", "queries", "keys", "scale"]
+    do_not_specialize=[*steps("grad_out", "q", "k", "v", "grad_k", "grad_v"), "heads", "queries", "keys", "scale"]
 )
 def keys_kernel(
     grad_out, q, k, v, grad_k, grad_v, lse, delta,
@@ -200,7 +200,7 @@ def keys_kernel(
             store_tile(to, grad_v_step, first_key, keys, PA, of_v1, SIZE, UNIT, GRAD_V_LAYOUT, PA + PB > SIZE)
 
 
-@triton.jit(do_not_specialize=[*_steps("grad_out", "q", "k", "v", "grad_q"), "heads", "queries", "keys", "scale"])
+@triton.jit(do_not_specialize=[*steps("grad_out", "q", "k", "v", "grad_q"), "heads", "queries", "keys", "scale"])
 def queries_kernel(
     grad_out, q, k, v, grad_q, lse, delta,
     grad_out_batch: tl.int64, grad_out_head: tl.int64, grad_out_step: tl.int64,
@@ -344,6 +344,20 @@ def attention_backward(
     return into
 
 
+def delta_of(grad_out: Tensor, out: Tensor) -> Tensor:
+    """The product of each query's result and its gradient, which are readable."""
+    batch, heads, queries, size = out.shape
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    delta = torch.empty(out.shape[:3], dtype=dtype, device=out.device)
+    arguments, constants = described({"grad_out": grad_out, "out": out}, queries=queries)
+    m, w = _QUERIES, _BYTES // out.element_size()
+    delta_kernel[(batch * heads * triton.cdiv(queries, m),)](
+        grad_out, out, delta, *arguments, heads, SIZE=size, M=m, W=w,
+        LOG=w.bit_length() - 1, **constants, enable_fp_fusion=False,
+    )  # fmt: skip
+    return delta
+
+
 def _launch(
     grad_out: Tensor,
     q: Tensor,
@@ -355,19 +369,13 @@ def _launch(
     into: tuple[Tensor | None, ...],
 ) -> None:
     grad_out, q, k, v, out = (readable(tensor) for tensor in (grad_out, q, k, v, out))
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     grad_q, grad_k, grad_v = into
     tensors, tokens = {"grad_out": grad_out, "q": q, "k": k, "v": v}, {"queries": queries, "keys": keys}
     with device_of(q):
-        if grad_q is not None or grad_k is not None:
-            arguments, constants = described({"grad_out": grad_out, "out": out}, queries=queries)
-            m, w = _QUERIES, _BYTES // q.element_size()
-            delta_kernel[(batch * heads * triton.cdiv(queries, m),)](
-                grad_out, out, delta, *arguments, heads, SIZE=size, M=m, W=w,
-                LOG=w.bit_length() - 1, **constants, enable_fp_fusion=False,
-            )  # fmt: skip
+        delta = None if grad_q is None and grad_k is None else delta_of(grad_out, out)
         if grad_k is not None or grad_v is not None:
             work, tiles, together = plan_of_keys(size, q.dtype, has_warpgroups(q))
             grid = (batch * heads * work.parts * triton.cdiv(keys, tiles.keys),)

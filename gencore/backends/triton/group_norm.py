@@ -29,6 +29,8 @@ from gencore.backends.triton._group_norm import (
     value_arguments,
 )
 from gencore.backends.triton._group_norm_backward import group_norm_backward as group_norm_backward
+from gencore.backends.triton._group_norm_second import group_norm_double_backward as group_norm_double_backward
+from gencore.backends.triton._group_norm_second import group_norm_jvp as group_norm_jvp
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 from gencore.backends.triton.reparameterize import load

@@ -7,6 +7,7 @@ where nothing that diffusers would call on the way could tell the difference.
 
 from __future__ import annotations
 
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ _GROUP_NORM_KERNEL = original(torch, "group_norm")
 _SILU, _SILU_FORWARD = original(F, "silu"), original(nn.SiLU, "forward")
 _ATTENTION, _PROCESS = original(F, "scaled_dot_product_attention"), original(AttnProcessor2_0, "__call__")
 _ATTENTION_FORWARD = original(attention_processor.Attention, "forward")
+_PREPARE = original(attention_processor.Attention, "prepare_attention_mask")
 _BLOCK_FORWARD = original(resnet.ResnetBlock2D, "forward")
 _CALL = original(nn.Module, "__call__", "Module._wrapped_call_impl")
 _OWN_FORWARD = "has a forward of its own"
@@ -108,7 +110,7 @@ class Attention(attention_processor.Attention):
             )
             return output
         if (
-            attention_mask is not None
+            not (attention_mask is None or _is_mask(self, attention_mask, hidden_states, encoder_hidden_states))
             # The embedding of the time step is for a spatial norm, which is not served.
             or any(name != "temb" for name in cross_attention_kwargs)
             or not _is_served(hidden_states)
@@ -139,7 +141,11 @@ class Attention(attention_processor.Attention):
             for projected in (q, self.to_k(context), self.to_v(context))
         )
         # The result lies in memory as q does, so that the heads come back together without a copy.
-        mixed = ops.attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = None
+        if attention_mask is not None:
+            # A row of tokens for each sample and head, or one for each query too.
+            mask = self.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), self.heads))
+        mixed = ops.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         output = self.to_out[1](self.to_out[0](mixed))
         if is_image:
             output = output.transpose(1, 2).reshape(len(output), output.shape[2], *hidden_states.shape[2:])
@@ -176,6 +182,28 @@ def _is_served(x: Tensor) -> bool:
 
 def _is_context(context: Any, hidden_states: Tensor) -> bool:
     return isinstance(context, Tensor) and context.dim() == 3 and context.shape[0] == hidden_states.shape[0]
+
+
+def _is_mask(attention: Any, mask: Any, hidden_states: Tensor, context: Tensor | None) -> bool:
+    """Whether a kernel takes it, with the tokens of the context, and nobody else is to prepare it.
+
+    On GPUs there is no kernel for masks, and PyTorch's attention has some.
+    """
+    samples = len(hidden_states)
+    queries = math.prod(hidden_states.shape[2:]) if hidden_states.dim() == 4 else hidden_states.shape[1]
+    keys = queries if context is None else context.shape[1]
+    return (
+        isinstance(mask, Tensor)
+        and mask.is_cpu
+        and not mask.requires_grad
+        and mask.dtype in (torch.bool, torch.float32, hidden_states.dtype)
+        and mask.dim() == 3
+        and mask.shape[0] in (samples, samples * attention.heads)
+        and mask.shape[1] in (1, queries)
+        and mask.shape[2] == keys
+        and attention_processor.Attention.prepare_attention_mask is _PREPARE
+        and "prepare_attention_mask" not in vars(attention)
+    )
 
 
 # Why a call would be diffusers' own, as things are now; None if it would run on our kernels. Cheap, as every call asks.

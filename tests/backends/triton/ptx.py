@@ -30,7 +30,7 @@ from gencore.backends.triton._tiles import halves
 from gencore.bench import cases
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
+TYPES |= {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 INSTRUCTION = re.compile(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", re.MULTILINE)
 
 

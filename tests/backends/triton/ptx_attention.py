@@ -11,7 +11,17 @@ from unittest import mock
 import torch
 from ptx import compiling
 
+from gencore import Key
 from gencore.backends import triton as ops
+
+NAMES = (
+    "attention_backward",
+    "attention_tangent",
+    "attention_double_backward",
+    "general_attention",
+    "general_attention_backward",
+)
+KEY = Key(0).packed
 
 
 def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> None:
@@ -20,11 +30,18 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
     if layout == "contiguous":
         x = x.transpose(2, 3)
     with contextlib.ExitStack() as stack:
-        for name in ("attention", "_attention_backward"):
+        for name in ("attention", *(f"_{name}" for name in NAMES)):
             module = sys.modules[f"gencore.backends.triton.{name}"]
             stack.enter_context(mock.patch.object(module, "has_warpgroups", return_value=warpgroups))
         out, lse = ops.attention(x, x, x, 0.1)
         ops.attention_backward(x, x, x, x, out, lse, 0.1, [True] * 3)
+        ops.attention_jvp(x, x, x, x, lse, x, x, x, 0.1)
+        ops.attention_double_backward(x, x, x, x, x, lse, x, x, x, 0.1, [True] * 4)
+        lengths, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, 256, 256)
+        causal = (None, lengths, None, 0.1, True, 0.0)
+        for given in (causal, (mask, None, None, 0.1, False, 0.0), (None, None, KEY, 0.1, False, 0.1)):
+            out, lse = ops.general_attention(x, x[:, :1], x[:, :1], *given)
+            ops.general_attention_backward(x, x, x[:, :1], x[:, :1], out, lse, *given, [True] * 3)
 
 
 def main(wanted: list[Any]) -> None:

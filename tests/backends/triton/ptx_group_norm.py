@@ -21,6 +21,9 @@ def launch_all(case: cases.Case, dtype: torch.dtype) -> None:
     values = [torch.empty(shape, dtype=of) for shape in [x.shape[1:2]] * 2 + [x.shape[:2]] * 3]
     y, statistics = ops.group_norm(x, case.groups, *values, "silu", 1e-5)
     ops.group_norm_backward(y, x, statistics, case.groups, *values, "silu", [True] * 6)
+    direction = (x, *values)
+    ops.group_norm_jvp(x, statistics, case.groups, *values, *direction, "silu", 0.0)
+    ops.group_norm_double_backward(y, x, statistics, case.groups, *values, *direction, "silu", [True] * 7, 0.0)
 
 
 def main(wanted: list[Any]) -> None:

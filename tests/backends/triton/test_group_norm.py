@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from gencore.backends import triton as kernels
 from gencore.backends.triton import _group_norm as common
 from gencore.backends.triton import _group_norm_backward as backward
+from gencore.backends.triton import _group_norm_second as second
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("weight", "bias", "scale", "shift", "bias_in")
@@ -283,7 +284,7 @@ def test_nothing_to_do(shape):
     kernels.group_norm(x, 2, *values, "silu", 1e-5, x, False)
 
 
-LIMITS = (forward._LIMITS, backward._LIMITS)
+LIMITS = (forward._LIMITS, backward._LIMITS, second._LIMITS)
 
 
 @pytest.mark.parametrize("element_size", [2, 4, 8])
