@@ -19,7 +19,7 @@ from gencore.ops._general_attention import Settings, attend_generally
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
-# Calls without options whose tensors need no view.
+# Tensors that need no view, and share no heads.
 _EVERYDAY = Contract()
 
 
@@ -125,8 +125,11 @@ def attention(
     if settings.dropout > 0:
         check_elements("the probabilities (heads, T, S)", q.shape[1] * q.shape[2] * k.shape[2])
         settings = settings._replace(key=resolve_key(key, q))
-    if settings[:3] == (None, None, None) and not settings.causal and q.shape[1] == k.shape[1] and k.shape == v.shape:
-        out = attend(q, k, v, _EVERYDAY.remember(settings.scale, q, k, v, scale))[0]
+    is_everyday = q.shape[1] == k.shape[1] and k.shape == v.shape
+    if known is None and is_everyday:
+        _EVERYDAY.remember(settings.scale, q, k, v, scale)
+    if is_everyday and settings[:3] == (None, None, None) and not settings.causal:
+        out = attend(q, k, v, settings.scale)[0]
     else:
         out = attend_generally(q, k, v, settings)
     return out.squeeze(1) if one_head else out
