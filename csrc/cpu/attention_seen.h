@@ -10,10 +10,14 @@ namespace {
 template <class T, class A>
 inline void read_mask(A* row, const void* mask, std::int64_t step, std::int64_t keys) {
   const T* const from = static_cast<const T*>(mask);
+  const auto bias = [](T value) {
+    const A x = static_cast<A>(value_of(value));
+    return x <= static_cast<A>(least_bias) ? -std::numeric_limits<A>::infinity() : x;
+  };
   if (step == 1) {
-    for (std::int64_t i = 0; i < keys; ++i) row[i] = static_cast<A>(value_of(from[i]));
+    for (std::int64_t i = 0; i < keys; ++i) row[i] = bias(from[i]);
   } else {
-    for (std::int64_t i = 0; i < keys; ++i) row[i] = static_cast<A>(value_of(from[i * step]));
+    for (std::int64_t i = 0; i < keys; ++i) row[i] = bias(from[i * step]);
   }
 }
 

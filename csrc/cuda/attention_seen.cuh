@@ -189,7 +189,8 @@ class Sight {
   static __device__ __forceinline__ F bias(unsigned char seen) { return seen != 0 ? F(0) : -F(INFINITY); }
   template <class T>
   static __device__ __forceinline__ F bias(T x) {
-    return static_cast<F>(to_arithmetic(x));
+    const F added = static_cast<F>(to_arithmetic(x));
+    return added <= F(least_bias) ? -F(INFINITY) : added;
   }
 
   __device__ __forceinline__ std::int64_t query(int i, int j) const {

@@ -51,7 +51,9 @@ def empty_with_channels(like: Tensor, channels: int) -> Tensor:
     """An uninitialised tensor like ``like`` but for the last dimension, dense, its dimensions in the same order."""
     if channels == like.shape[-1]:
         return torch.empty_like(like)
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    order = list(range(like.dim()))
+    if 0 not in like.stride():  # An expanded dimension has no place in memory.
+        order.sort(key=like.stride, reverse=True)
     shape = (*like.shape[:-1], channels)
     dense = like.new_empty([shape[dim] for dim in order])
     return dense.permute([order.index(dim) for dim in range(like.dim())])

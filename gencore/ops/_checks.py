@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore._torch import compiled_as_constant, is_distributed, is_faking, lifted
+from gencore._torch import compiled_as_constant, is_distributed, is_fake, is_faking, is_wrapped, lifted
 from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
@@ -92,6 +92,11 @@ _Parameter = torch.nn.Parameter
 
 def _has_kernel(tensor: Tensor) -> bool:
     return (tensor.is_cpu or tensor.is_cuda) and tensor.layout is torch.strided
+
+
+def is_plain_key(key: Any) -> bool:
+    """Whether it is a key, or none is given, and not what stands for one while something is traced."""
+    return key is None or type(key) is Key
 
 
 def known_key(key: Any, tensor: Tensor) -> Tensor | None:
@@ -245,7 +250,7 @@ def check_out(
                     f"{own_name} must be left out where a gradient is wanted: what it would need may be written over"
                 )
             is_plain = is_plain and type(tensor) in PLAIN_TYPES
-    if not (is_plain and is_unobserved()):
+    if not is_plain or torch.compiler.is_compiling() or is_fake(out) or is_wrapped(out):  # It has no memory.
         return
     if (
         0 in out.stride()

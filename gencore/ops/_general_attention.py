@@ -6,6 +6,7 @@ them, the definitions run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,9 @@ def _options(q: Tensor, k: Tensor, settings: Settings) -> reference.Options:
     if settings.key is not None:
         u = uniforms_for(q, settings.key, (*q.shape[:3], k.shape[2]))
         # Of all that are dropped, none would be left to be scaled.
-        kept = (u >= settings.dropout).to(q.dtype) * (0.0 if settings.dropout == 1 else 1 / (1 - settings.dropout))
+        # The bound that kernels have, which compare the 24 bits of a uniform value.
+        bound = math.ceil(settings.dropout * 2**24) * 2.0**-24
+        kept = (u >= bound).to(q.dtype) * (0.0 if settings.dropout == 1 else 1 / (1 - settings.dropout))
     return reference.Options(settings.mask, settings.key_lengths, settings.causal, kept)
 
 
@@ -228,9 +231,12 @@ _attend = define(
 )
 
 
-def attend_generally(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
-    """The result. The ops have no derivative along the mask: where one is wanted, the definition has it."""
-    if settings.mask is not None and _has_derivative(settings.mask):
+def attend_generally(q: Tensor, k: Tensor, v: Tensor, settings: Settings, mask: Tensor | None) -> Tensor:
+    """The result. The ops have no derivative along the mask: where one is wanted, the definition has it.
+
+    ``mask``: as it was given. Transforms of ``torch.func`` wrap every view that they see being made.
+    """
+    if mask is not None and _has_derivative(mask):
         return _attend.defined(q, k, v, *settings)[0]
     return _attend(q, k, v, *settings)[0]
 

@@ -12,9 +12,17 @@ from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import add_noise as reference
 from gencore.noise import Key
-from gencore.ops._checks import Contract, check_elements_of, check_out, check_tensor, known_key, resolve_key
+from gencore.ops._checks import (
+    Contract,
+    check_elements_of,
+    check_out,
+    check_tensor,
+    is_plain_key,
+    known_key,
+    resolve_key,
+)
 from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of
-from gencore.ops._library import Layout, Out, define, widened
+from gencore.ops._library import PLAIN_TYPES, Layout, Out, define, widened
 from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
 
@@ -133,7 +141,9 @@ def add_noise(
 
     Source: Ho et al., "Denoising Diffusion Probabilistic Models" (2020), equation 4.
     """
-    known = _CONTRACT.known(x0, t) if type(schedule) is Schedule else None
+    known = None
+    if type(schedule) is Schedule and is_plain_key(key) and (out is None or type(out) in PLAIN_TYPES):
+        known = _CONTRACT.known(x0, t)
     if known is None:
         if is_overridden(x0, t, schedule, key, out):
             options = {"return_noise": return_noise, "out": out}

@@ -14,7 +14,7 @@ from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.noise import Key
 from gencore.ops._attention import attend, attend_image, compute_image
-from gencore.ops._checks import Contract, autocast_dtype, check_elements, check_tensor, resolve_key
+from gencore.ops._checks import FLOATING, Contract, autocast_dtype, check_elements, check_tensor, resolve_key
 from gencore.ops._general_attention import Settings, attend_generally
 
 _STRIDED = torch.strided
@@ -46,8 +46,8 @@ def attention(
         k: (B, heads, S, d), of q's dtype: of T tokens for self-attention, of as many as there are for
             cross-attention. It may have fewer heads, a divisor of q's: then as many neighbouring heads of q share one.
         v: (B, heads, S, d_v), as k, with any head size d_v.
-        mask: broadcasts to (B, heads, T, S). Boolean: True where query i sees key j. Or of q's dtype or float32: it is
-            added to the logits, where -inf hides a key.
+        mask: broadcasts to (B, heads, T, S). Boolean: True where query i sees key j. Or floating: it is added to
+            the logits, where -2^26 and below hide a key as -inf does.
         causal: whether query i sees the keys j <= i alone.
         key_lengths: int64 (B,): sample b has the first key_lengths[b] keys alone; what follows them is never read.
             Lengths above S count as S.
@@ -105,7 +105,13 @@ def attention(
     known = _EVERYDAY.known(q, k, v, scale)
     if known is not None and torch.is_autocast_enabled(q.device.type):
         known = None
-    if known is not None and mask is key_lengths is None and not (causal or dropout):
+    if (
+        known is not None
+        and mask is key_lengths is None
+        and causal is False
+        and type(dropout) is float
+        and dropout == 0
+    ):
         if known[1]:
             return attend.with_gradient(q, k, v, known[0])[0]
         return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]
@@ -131,7 +137,7 @@ def attention(
     if is_everyday and settings[:3] == (None, None, None) and not settings.causal:
         out = attend(q, k, v, settings.scale)[0]
     else:
-        out = attend_generally(q, k, v, settings)
+        out = attend_generally(q, k, v, settings, mask)
     return out.squeeze(1) if one_head else out
 
 
@@ -229,7 +235,7 @@ def _heads(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
     batch = _broadcast("the batch", (q.shape[0], k.shape[0], v.shape[0]))
     shared = _broadcast("the heads of k and v", (k.shape[1], v.shape[1]))
     heads = shared if q.shape[1] == 1 else q.shape[1]
-    if heads != shared and (shared == 0 or heads % shared):
+    if heads != shared and (heads == 0 or shared == 0 or heads % shared):
         raise ValueError(f"k must have as many heads as q, {heads}, or a divisor of them, got {shared}")
     q, k, v = (
         x.expand(batch, count, *x.shape[2:]) if x.shape[:2] != (batch, count) else x
@@ -258,9 +264,8 @@ def _check_hiding(
             raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
         if mask.is_nested or mask.layout is not _STRIDED:
             raise ValueError("mask must be a dense (strided) tensor")
-        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
-            kinds = " or ".join(dict.fromkeys(str(dtype) for dtype in (torch.bool, q.dtype, torch.float32)))
-            raise TypeError(f"mask must be of {kinds}, got {mask.dtype}")
+        if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
+            raise TypeError(f"mask must be of torch.bool or a floating dtype, got {mask.dtype}")
         if mask.device != q.device:
             raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}")
         wanted = shape[:1] + shape[2:] if one_head else shape

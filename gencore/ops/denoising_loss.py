@@ -14,7 +14,15 @@ from gencore.backends import choice
 from gencore.backends.layout import kept_format
 from gencore.backends.reference import denoising_loss as reference
 from gencore.noise import Key
-from gencore.ops._checks import Contract, check_elements_of, check_same, check_tensor, known_key, resolve_key
+from gencore.ops._checks import (
+    Contract,
+    check_elements_of,
+    check_same,
+    check_tensor,
+    is_plain_key,
+    known_key,
+    resolve_key,
+)
 from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of, widened
 from gencore.ops._library import Layout, define, is_unobserved, pull_back, run_kernel
 from gencore.ops._library import widened as wide
@@ -85,7 +93,8 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     output, x0, table, t, key, noise = ctx.saved_tensors
     error = ctx.__dict__.pop("error", None)
     alone = is_unobserved() and type(grad_loss) is Tensor and not is_batched_gradient(grad_loss)
-    if error is not None and alone and not torch.is_grad_enabled():
+    has_scale = error is not None and choice.has_kernel("denoising_loss_scale", x0)
+    if has_scale and alone and not torch.is_grad_enabled():
         grad_output = choice.kernel("denoising_loss_scale", x0)(grad_loss, error, table, t, key)
     else:
         # The second time, or where it will itself be differentiated.
@@ -173,7 +182,7 @@ def denoising_loss(
     (2022) for v; Hang et al. (2023) for min_snr; Nichol and Dhariwal (2021) for the variance.
     """
     known = None
-    if type(weighting) is str and type(schedule) is Schedule and (key is None) is (noise is not None):
+    if type(weighting) is str and type(schedule) is Schedule and _is_plain_source(key, noise):
         known = _CONTRACT.known(model_output, x0, t, noise, bound_weight)
     if known is None:
         tensors = (model_output, x0, t, schedule, key)
@@ -222,7 +231,7 @@ def variational_bound(
         TypeError, ValueError: an argument is not as above; the message says which.
     """
     known = None
-    if type(schedule) is Schedule and (key is None) is (noise is not None):
+    if type(schedule) is Schedule and _is_plain_source(key, noise):
         known = _CONTRACT.known(model_output, x0, t, noise, 0.0)
     if known is None:
         tensors = (model_output, x0, t, schedule, key)
@@ -260,6 +269,10 @@ def _loss(
     else:
         loss = _denoising_loss(output, x0, rows, index, resolve_key(key, x0), noise)
     return loss
+
+
+def _is_plain_source(key: Any, noise: Any) -> bool:
+    return (key is None) is (noise is not None) and is_plain_key(key)
 
 
 def _check_source(schedule: Any, key: Any, noise: Any) -> None:

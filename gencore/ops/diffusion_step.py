@@ -224,6 +224,7 @@ def diffusion_step(
         threshold is None
         and prediction is None
         and out is None
+        and type(guidance_rescale) in (int, float)
         and guidance_rescale == 0
         and type(history) is tuple
         and (found := _CONTRACT.known(x, output, coefficients, second, known, mask, *history)) is not None

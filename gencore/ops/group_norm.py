@@ -13,7 +13,7 @@ from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.ops._checks import Contract, autocast_dtype, check_out, check_tensor
 from gencore.ops._group_norm import VALUES, normalize
-from gencore.ops._library import widened
+from gencore.ops._library import PLAIN_TYPES, widened
 
 Activation = Literal["silu"]
 
@@ -77,7 +77,9 @@ def group_norm(
     Image Synthesis" (2021), equation 5.
     """
     values: tuple[Tensor | None, ...] = (weight, bias, scale, shift, bias_in)
-    known = _CONTRACT.known(x, num_groups, eps, activation, weight, bias, scale, shift, bias_in)
+    known = None
+    if out is None or type(out) in PLAIN_TYPES:
+        known = _CONTRACT.known(x, num_groups, eps, activation, weight, bias, scale, shift, bias_in)
     if known is not None and out is None:
         (num_groups, eps), wants_gradient = known
         if wants_gradient:

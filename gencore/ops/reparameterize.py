@@ -230,7 +230,8 @@ def reparameterize(
         num_samples: several draws per input: z is then (num_samples, B, ...). Draw s takes the elements from
             4 s ceil(n / 4) on, n the elements of an input, so that more draws begin with the same ones.
         save_noise: keep eps * exp(logvar / 2) / 2, as large as z, for the gradient instead of ``logvar`` and the key.
-            The gradient is then a product, which is faster on CPUs; for half types it is rounded twice.
+            The gradient is then a product, which is faster on CPUs; in bfloat16 it is rounded twice. In float16, whose
+            range is too small for it, nothing is kept.
 
     Returns:
         z: mu's shape, dtype and memory format (contiguous or channels_last). The arithmetic is in float32, for float64
@@ -264,7 +265,8 @@ def reparameterize(
         raise TypeError(f"save_noise must be True or False, got {type(save_noise).__name__}")
     num_samples = _CONTRACT(mu, logvar, num_samples)
     args = mu, logvar, resolve_key(key, mu), num_samples
-    if save_noise and torch.is_grad_enabled() and logvar.requires_grad:
+    # Small derivatives would leave the range of float16.
+    if save_noise and mu.dtype != torch.float16 and torch.is_grad_enabled() and logvar.requires_grad:
         return _reparameterize_and_slope(*args)[0]
     return _reparameterize(*args)
 

@@ -20,6 +20,9 @@ struct AttentionShape {
   std::int64_t key_heads = 0, value_size = 0;
 };
 
+// What is added to a logit hides a key, as minus infinity does, from here down: of such a logit float32 keeps no digit.
+constexpr double least_bias = -67108864.0;
+
 // Which queries see which keys, and which probabilities are dropped. A query that sees no key has the results 0 and
 // minus infinity, and no gradient.
 struct AttentionOptions {

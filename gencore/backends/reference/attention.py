@@ -29,6 +29,8 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+# What is added to a logit hides a key, as minus infinity does, from here down: of such a logit float32 keeps no digit.
+_LEAST_BIAS = -(2.0**26)
 
 
 def attention(
@@ -81,7 +83,9 @@ def _probabilities(q: Tensor, k: Tensor, scale: float | None, options: Options) 
         return torch.softmax(logits, -1), torch.logsumexp(logits, -1)
     mask = options.mask
     if mask is not None:
-        logits = torch.where(mask, logits, -math.inf) if mask.dtype is torch.bool else logits + mask.to(logits.dtype)
+        hides = ~mask if mask.dtype is torch.bool else mask <= _LEAST_BIAS
+        logits = logits if mask.dtype is torch.bool else logits + mask.to(logits.dtype)
+        logits = torch.where(hides, -math.inf, logits)
     if options.causal:
         queries, keys = (torch.arange(size, device=q.device) for size in logits.shape[-2:])
         logits = torch.where(keys <= queries.unsqueeze(-1), logits, -math.inf)

@@ -143,7 +143,9 @@ def logits(
         if mask[0].dtype.element_ty == tl.uint8:
             s = tl.where(value != 0, s * scales, float("-inf"))
         else:
-            s = multiply_add(s, scales, value.to(s.dtype))
+            bias = value.to(s.dtype)
+            # As least_bias of attention.h has it.
+            s = tl.where(bias <= -67108864.0, float("-inf"), multiply_add(s, scales, bias))
     if EDGE:
         if KEYS_FIRST:
             m = tl.arange(0, M)[None, :]
