@@ -12,7 +12,7 @@ from gencore import ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import AttentionCase
 from gencore.bench.limits import Work
-from gencore.bench.suite._images import DTYPES, FORWARD, PRODUCTS
+from gencore.bench.suite._images import DTYPES, FORWARD, PRODUCTS, flops
 from gencore.bench.suite.base import (
     TOLERANCES,
     Benchmark,
@@ -68,7 +68,11 @@ def forward(case: AttentionCase, dtype: torch.dtype, device: str) -> Comparison:
     return Comparison(
         {"ours": ours, **on_backends(ours, device), **bound(others, q, k, v)},
         # Read q, k and v and write as much as q.
-        Work(nbytes=2 * q.nbytes + k.nbytes + v.nbytes, products=round(FORWARD * case.flops * _seen(case))),
+        Work(
+            nbytes=2 * q.nbytes + k.nbytes + v.nbytes,
+            products=round(FORWARD * case.flops * _seen(case)),
+            flops=round(flops(case, backward=False) * _seen(case)),
+        ),
         largest_error(expected, of=lambda out: _first(case, (out, out, out))[0]),
         TOLERANCES[dtype],
     )
@@ -91,6 +95,7 @@ def forward_and_backward(case: AttentionCase, dtype: torch.dtype, device: str) -
         Work(
             nbytes=5 * g.nbytes + 3 * (tensors[1].nbytes + tensors[2].nbytes),
             products=round(PRODUCTS * case.flops * _seen(case)),
+            flops=round(flops(case, backward=True) * _seen(case)),
         ),
         largest_error(expected, of=lambda grads: _first(case, grads)),
         TOLERANCES[dtype],
