@@ -105,13 +105,8 @@ def attention(
     known = _EVERYDAY.known(q, k, v, scale)
     if known is not None and torch.is_autocast_enabled(q.device.type):
         known = None
-    if (
-        known is not None
-        and mask is key_lengths is None
-        and causal is False
-        and type(dropout) is float
-        and dropout == 0
-    ):
+    has_options = mask is not None or key_lengths is not None or causal is not False or type(dropout) is not float
+    if known is not None and not (has_options or dropout):
         if known[1]:
             return attend.with_gradient(q, k, v, known[0])[0]
         return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]

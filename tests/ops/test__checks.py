@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gencore import Key, ops
+from gencore import Key, diffusion, ops
 from gencore.ops import _checks
 from gencore.ops._checks import Contract
 
@@ -115,3 +115,29 @@ def test_ops_refuse_what_is_wrong_after_right_calls():
             ops.diffusion_step(x, x, steps.clone().requires_grad_(), Key(0))
         with pytest.raises(TypeError, match=r"history\[0\] must be a tensor"):
             ops.diffusion_step(x, x, steps, Key(0), history=(None,))
+        with pytest.raises(TypeError, match="guidance_rescale must be a number"):
+            ops.diffusion_step(x, x, steps, Key(0), guidance_rescale=False)
+
+
+@pytest.mark.parametrize("observer", ["a profiler", "a counter", "a default device"])
+def test_tensors_that_overlap_are_refused_whoever_looks_on(observer):
+    observers = {
+        "a profiler": torch.profiler.profile,
+        "a counter": lambda: FlopCounterMode(display=False),
+        "a default device": lambda: torch.device("cpu"),
+    }
+    memory = torch.randn(2, 6, 3)
+    with observers[observer](), pytest.raises(ValueError, match="out must"):
+        ops.group_norm(memory[:, :4], 2, out=memory[:, 2:])
+
+
+def test_a_stand_in_for_a_key_is_traced_after_a_right_call():
+    x, t, schedule = torch.zeros(2, 4), torch.tensor([0, 1]), diffusion.linear(10)
+
+    class Noising(torch.nn.Module):
+        def forward(self, key):
+            return ops.add_noise(x, t, schedule, key)
+
+    for _ in range(2):
+        graph = torch.fx.symbolic_trace(Noising())
+        assert torch.equal(graph(Key(3)), ops.add_noise(x, t, schedule, Key(3)))

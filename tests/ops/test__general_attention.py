@@ -25,6 +25,7 @@ from gencore import Key, _cpu, explain, ops
 from gencore.backends import choice
 from gencore.bench import cases
 from gencore.noise import reference_uniform
+from gencore.ops import _general_attention
 
 KEY = Key(7).stream(3).samples(5)
 
@@ -541,8 +542,11 @@ X, Y = torch.zeros(2, 6, 5, 4), torch.zeros(2, 3, 7, 4)
     ("kwargs", "error", "message"),
     [
         ({"mask": [True]}, TypeError, "mask must be a tensor or None, got list"),
-        ({"mask": torch.ones(5, 7, dtype=torch.int64)}, TypeError, r"mask must be of torch.bool or torch.float32, got"),
-        ({"mask": torch.ones(5, 7).half()}, TypeError, r"mask must be of torch.bool or torch.float32, got"),
+        (
+            {"mask": torch.ones(5, 7, dtype=torch.int64)},
+            TypeError,
+            r"mask must be of torch.bool or a floating dtype, got",
+        ),
         ({"mask": torch.ones(7, 5)}, ValueError, r"mask must broadcast to \(2, 6, 5, 7\), got the shape \(7, 5\)"),
         ({"mask": torch.ones(1, 2, 6, 5, 7)}, ValueError, "mask must broadcast to"),
         ({"mask": torch.ones(5, 7, device="meta")}, ValueError, "mask must be on the device of q, cpu, got meta"),
@@ -569,3 +573,47 @@ def test_explain():
     with mock.patch.object(choice, "runner_of", return_value=None):
         told = str(explain(ops.attention, X, Y, Y, causal=True))
     assert told.startswith("general_attention on cpu: PyTorch's operations")
+
+
+@each_backend
+@pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
+def test_large_negative_numbers_hide_keys(hidden, kernels):
+    """Of whole rows, as of some keys: gradients are those of a boolean mask, to the bit."""
+    seen = torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+    seen[0, :, 2] = False
+    seen = seen.to(kernels.device)
+    q, k, v = (x.requires_grad_() for x in Use((2, 2, 6, 8), (2, 2, 9, 8), 8).tensors(torch.float32, kernels.device))
+    g = torch.ones(2, 2, 6, 8, device=kernels.device)
+    found = []
+    for mask in (seen, torch.where(seen, 0.0, hidden)):
+        out = ops.attention(q, k, v, mask=mask)
+        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), g)])
+    for boolean, added in zip(*found, strict=True):
+        assert torch.isfinite(added).all()
+        torch.testing.assert_close(added, boolean, rtol=0, atol=1e-6)
+
+
+def test_a_constant_mask_is_the_kernels_under_transforms():
+    q, k, v = Use((1, 2, 6, 8), (1, 2, 9, 8), 8).tensors(torch.float32)
+    mask = torch.randn(6, 9)
+    with mock.patch.object(_general_attention._attend, "defined", side_effect=AssertionError):
+        torch.func.jvp(lambda q: ops.attention(q, k, v, mask=mask), (q,), (q,))
+        torch.func.grad(lambda q: ops.attention(q, k, v, mask=mask).sum())(q)
+        with pytest.raises(AssertionError):
+            torch.func.grad(lambda mask: ops.attention(q, k, v, mask=mask).sum())(mask)
+
+
+def test_a_mask_of_another_floating_dtype(kernels):
+    q, k, v = Use((1, 2, 6, 8), (1, 2, 9, 8), 8).tensors(torch.bfloat16, kernels.device)
+    mask = torch.randn(6, 9).half().to(kernels.device)
+    assert torch.equal(ops.attention(q, k, v, mask=mask), ops.attention(q, k, v, mask=mask.float()))
+
+
+def test_options_are_looked_at_after_a_call_without():
+    q = torch.randn(1, 2, 5, 8)
+    ops.attention(q, q, q)
+    for options in ({"causal": 0}, {"causal": None}, {"dropout": False}, {"dropout": None}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            ops.attention(q, q, q, **options)
+    with pytest.raises(ValueError, match="k must have as many heads as q, 0"):
+        ops.attention(q[:, :0], q, q)
