@@ -260,7 +260,7 @@ def check_attention(found: dict[str, Any], capability: int, size: int, layout: s
         has_lengths = "general" in kernel and "lengths" not in found["constants"]
         assert has_lengths or not any(name.endswith(("b16", "u16")) for name in accesses), why
         wide = sum(n for name, n in accesses.items() if name.endswith(("v4.b32", "v2.b64")))
-        # With options the gradient of keys takes every tile of queries as if it were the last, whose end may be anywhere.
+        # With options the gradient of keys takes every tile of queries as if it were the last, which may end anywhere.
         assert wide > 0 or (kernel == "general_keys_kernel" and layout == "contiguous"), why
 
 
