@@ -156,7 +156,7 @@ def test_explain_says_it(cudnn):
 
 def test_explain_of_a_kernel_that_the_first_backend_lacks(cudnn):
     q, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
-    told = explain(torch.ops.gencore.attention_jvp, q, q, q, q, lse, q, None, None, SCALE)
+    told = explain(torch.ops.gencore.attention_jvp.default, q, q, q, q, lse, q, None, None, SCALE)
     assert told.chosen == "triton"
     assert told.reasons["cuda"] == "it has no kernel for it"
 

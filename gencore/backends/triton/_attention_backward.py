@@ -375,7 +375,8 @@ def _launch(
     grad_q, grad_k, grad_v = into
     tensors, tokens = {"grad_out": grad_out, "q": q, "k": k, "v": v}, {"queries": queries, "keys": keys}
     with device_of(q):
-        delta = None if grad_q is None and grad_k is None else delta_of(grad_out, out)
+        # The gradient of values alone does not read it.
+        delta = lse if grad_q is None and grad_k is None else delta_of(grad_out, out)
         if grad_k is not None or grad_v is not None:
             work, tiles, together = plan_of_keys(size, q.dtype, has_warpgroups(q))
             grid = (batch * heads * work.parts * triton.cdiv(keys, tiles.keys),)

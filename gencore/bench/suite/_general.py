@@ -12,7 +12,7 @@ from gencore import ops
 from gencore.bench import cases, peers
 from gencore.bench.cases import AttentionCase
 from gencore.bench.limits import Work
-from gencore.bench.suite._images import DTYPES, FORWARD, PRODUCTS, flops
+from gencore.bench.suite._images import DTYPES, FORWARD, PRODUCTS, flops, is_image
 from gencore.bench.suite.base import (
     TOLERANCES,
     Benchmark,
@@ -111,8 +111,14 @@ def _learns(case: AttentionCase, dtype: torch.dtype) -> bool:
     return _wanted(case, dtype) and case.queries > 1
 
 
+def _is_of_heads(case: AttentionCase) -> bool:
+    return not is_image(case)
+
+
 _CASES = cases.GENERAL_ATTENTION
 BENCHMARKS = (
-    Benchmark("attention", "options, forward", forward, _CASES, DTYPES, wanted=_wanted),
-    Benchmark("attention", "options, forward and backward", forward_and_backward, _CASES, DTYPES, wanted=_learns),
+    Benchmark("attention", "options, forward", forward, _CASES, DTYPES, _is_of_heads, _wanted),
+    Benchmark(
+        "attention", "options, forward and backward", forward_and_backward, _CASES, DTYPES, _is_of_heads, _learns
+    ),
 )
