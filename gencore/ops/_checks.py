@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore._torch import compiled_as_constant, is_distributed, is_fake, is_faking, is_wrapped, lifted
+from gencore._torch import (
+    compiled_as_constant,
+    is_batched_gradient,
+    is_distributed,
+    is_fake,
+    is_faking,
+    is_wrapped,
+    lifted,
+)
 from gencore.backends import choice
 from gencore.noise import MAX_ELEMENTS_PER_SAMPLE, Key
 from gencore.ops._library import PLAIN_TYPES, is_unobserved
@@ -62,7 +70,8 @@ class Contract:
                 if arg is None:
                     form.append(None)
                 elif (kind := type(arg)) is Tensor or kind is _Parameter:
-                    if arg.is_neg():
+                    # Views with a negative bit, and tensors without memory, which only the dispatcher knows to serve.
+                    if arg.is_neg() or is_batched_gradient(arg) or is_wrapped(arg):
                         return None
                     form += (arg.dtype, arg.shape, arg.layout)
                     if not arg.is_cpu:

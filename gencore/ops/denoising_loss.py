@@ -84,7 +84,7 @@ def _keeping_error(
     """
     key, noise = key_and_noise
     if noise is None and output.shape == x0.shape and choice.has_kernel("denoising_loss_and_error", x0):
-        loss, ctx.error = choice.kernel("denoising_loss_and_error", x0)(output, x0, table, t, key)
+        loss, ctx.error = run_kernel("denoising_loss_and_error", (output, x0, table, t, key))
         return loss
     return run_kernel("denoising_loss", (output, x0, table, t, key, noise))
 

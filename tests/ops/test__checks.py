@@ -141,3 +141,38 @@ def test_a_stand_in_for_a_key_is_traced_after_a_right_call():
     for _ in range(2):
         graph = torch.fx.symbolic_trace(Noising())
         assert torch.equal(graph(Key(3)), ops.add_noise(x, t, schedule, Key(3)))
+
+
+class Normed(torch.autograd.Function):
+    """Its gradient goes through an op of ours."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ops.group_norm(grad, 2)
+
+
+def test_batched_gradients_are_served_in_every_call():
+    x, rows = torch.randn(2, 4, 3, requires_grad=True), torch.randn(5, 2, 4, 3)
+    want = torch.stack([ops.group_norm(row, 2) for row in rows])
+    for _ in range(2):
+        (got,) = torch.autograd.grad(Normed.apply(x), x, rows, is_grads_batched=True)
+        torch.testing.assert_close(got, want)
+
+
+def test_what_left_a_transform_is_served_in_every_call():
+    x0, t, schedule = torch.randn(2, 4), torch.tensor([0, 1]), diffusion.linear(10)
+    left = []
+
+    def remembered(x):
+        left.append(x * 2)
+        return x.sum()
+
+    torch.func.grad(remembered)(x0)
+    want = ops.denoising_loss(x0 * 2, x0, t, schedule, Key(0))
+    for leaf in (left[0], left[0].detach().requires_grad_()):
+        for _ in range(2):
+            torch.testing.assert_close(ops.denoising_loss(leaf, x0, t, schedule, Key(0)).detach(), want)
