@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.compiled import (
-    ACTIVATION,
     CompiledOps,
     attention_sizes,
     channel_values,
