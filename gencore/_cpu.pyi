@@ -275,3 +275,41 @@ def group_norm_double_backward(
     threads: int,
     /,
 ) -> None: ...
+def bias_act(
+    x: int,
+    y: int,
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    values: list[tuple[int, int, int] | None],
+    threads: int,
+    /,
+) -> None: ...
+def bias_act_backward(
+    grad: int,
+    at: int,
+    product: int,
+    sums: int,
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    at_output: bool,
+    values: list[tuple[int, int, int] | None],
+    threads: int,
+    /,
+) -> None: ...
+def bias_act_double_backward(
+    tensors: list[int],
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    values: list[tuple[int, int, int] | None],
+    threads: int,
+    /,
+) -> None: ...

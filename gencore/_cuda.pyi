@@ -230,3 +230,47 @@ def group_norm_backward(
     /,
     workspace: int = 0,
 ) -> None: ...
+def bias_act_workspace(dtype: int, outer: int, channels: int, inner: int, /) -> int: ...
+def bias_act(
+    x: int,
+    y: int,
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    values: list[tuple[int, int, int] | None],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def bias_act_backward(
+    grad: int,
+    at: int,
+    product: int,
+    sums: int,
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    at_output: bool,
+    values: list[tuple[int, int, int] | None],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def bias_act_double_backward(
+    tensors: list[int],
+    dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    settings: tuple[int, float, float, float],
+    values: list[tuple[int, int, int] | None],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...

@@ -5,8 +5,10 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
 
@@ -256,6 +258,36 @@ inline GroupNormDoubleBackward group_norm_double_backward_arguments(std::uintptr
           pointer(grads[4]),
           pointer(grads[5]),
           pointer(grads[6])};
+}
+
+// None or (address, dtype, stride).
+inline ChannelValues channel_value(const pybind11::handle& value) {
+  if (value.is_none()) return {nullptr, DType::float32, 0};
+  const auto words = value.cast<std::array<std::int64_t, 3>>();
+  return {reinterpret_cast<const void*>(words[0]), DType(static_cast<int>(words[1])), words[2]};
+}
+
+// Activation, slope, gain, clamp.
+inline BiasActSettings bias_act_settings(const std::tuple<int, double, double, double>& given) {
+  return {Activation(std::get<0>(given)), std::get<1>(given), std::get<2>(given), std::get<3>(given)};
+}
+
+// tensors: the addresses of grad, x, direction, grad_grad, grad_x and sums, 0 where there is none.
+inline BiasActDoubleBackward bias_act_double_backward_arguments(const std::array<std::uintptr_t, 6>& tensors, int dtype,
+                                                                const BiasActShape& shape,
+                                                                const std::tuple<int, double, double, double>& settings,
+                                                                const std::array<pybind11::object, 2>& values) {
+  return {pointer(tensors[0]),
+          pointer(tensors[1]),
+          pointer(tensors[2]),
+          pointer(tensors[3]),
+          pointer(tensors[4]),
+          pointer(tensors[5]),
+          DType(dtype),
+          shape,
+          bias_act_settings(settings),
+          channel_value(values[0]),
+          channel_value(values[1])};
 }
 
 }  // namespace gencore

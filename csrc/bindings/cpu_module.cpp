@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "arguments.h"
 #include "gencore/add_noise.h"
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -317,5 +319,40 @@ PYBIND11_MODULE(_cpu, m) {
               grad_y, x, statistics, dtype, group_norm_shape(shape, groups, channels_last), activation, values,
               group_norm_direction(d_x, d_values), grads);
           run("group_norm_double_backward", [&] { return cpu::group_norm_double_backward(args, threads); });
+        });
+  using ActSettings = std::tuple<int, double, double, double>;
+  m.def("bias_act",
+        [](std::uintptr_t x, std::uintptr_t y, int dtype, std::int64_t outer, std::int64_t channels, std::int64_t inner,
+           const ActSettings& settings, const std::array<py::object, 1>& values, int threads) {
+          const BiasAct args{pointer(x),
+                             pointer(y),
+                             DType(dtype),
+                             {outer, channels, inner},
+                             bias_act_settings(settings),
+                             channel_value(values[0])};
+          run("bias_act", [&] { return cpu::bias_act(args, threads); });
+        });
+  m.def("bias_act_backward",
+        [](std::uintptr_t grad, std::uintptr_t at, std::uintptr_t product, std::uintptr_t sums, int dtype,
+           std::int64_t outer, std::int64_t channels, std::int64_t inner, const ActSettings& settings, bool at_output,
+           const std::array<py::object, 2>& values, int threads) {
+          const BiasActBackward args{pointer(grad),
+                                     pointer(at),
+                                     pointer(product),
+                                     pointer(sums),
+                                     DType(dtype),
+                                     {outer, channels, inner},
+                                     bias_act_settings(settings),
+                                     at_output,
+                                     channel_value(values[0]),
+                                     channel_value(values[1])};
+          run("bias_act_backward", [&] { return cpu::bias_act_backward(args, threads); });
+        });
+  m.def("bias_act_double_backward",
+        [](const std::array<std::uintptr_t, 6>& tensors, int dtype, std::int64_t outer, std::int64_t channels,
+           std::int64_t inner, const ActSettings& settings, const std::array<py::object, 2>& values, int threads) {
+          const BiasActDoubleBackward args =
+              bias_act_double_backward_arguments(tensors, dtype, {outer, channels, inner}, settings, values);
+          run("bias_act_double_backward", [&] { return cpu::bias_act_double_backward(args, threads); });
         });
 }

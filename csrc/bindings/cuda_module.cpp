@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "arguments.h"
 #include "gencore/add_noise.h"
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -81,6 +83,11 @@ std::string described(const AttentionShape& shape, DType dtype) {
   return std::to_string(shape.batch) + " x " + std::to_string(shape.heads) + " heads of " + std::to_string(shape.size) +
          " " + described(dtype) + " channels, " + std::to_string(shape.queries) + " queries and " +
          std::to_string(shape.keys) + " keys";
+}
+
+std::string described(const BiasActShape& shape, DType dtype) {
+  return std::to_string(shape.outer) + " x " + std::to_string(shape.channels) + " channels x " +
+         std::to_string(shape.inner) + " " + described(dtype) + " values";
 }
 
 // Launches kernels; an error becomes an exception that names the op and its shapes.
@@ -320,4 +327,51 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
       py::arg(), py::arg(), py::arg("workspace") = 0);
+  using ActSettings = std::tuple<int, double, double, double>;
+  m.def("bias_act_workspace", [](int dtype, std::int64_t outer, std::int64_t channels, std::int64_t inner) {
+    return cuda::bias_act_workspace(DType(dtype), {outer, channels, inner});
+  });
+  m.def("bias_act",
+        [](std::uintptr_t x, std::uintptr_t y, int dtype, std::int64_t outer, std::int64_t channels, std::int64_t inner,
+           const ActSettings& settings, const std::array<py::object, 1>& values, int device, std::uintptr_t stream) {
+          const BiasAct args{pointer(x),
+                             pointer(y),
+                             DType(dtype),
+                             {outer, channels, inner},
+                             bias_act_settings(settings),
+                             channel_value(values[0])};
+          run("bias_act", args.dtype, args.shape, device, [&] { return cuda::bias_act(args, stream_at(stream)); });
+        });
+  m.def(
+      "bias_act_backward",
+      [](std::uintptr_t grad, std::uintptr_t at, std::uintptr_t product, std::uintptr_t sums, int dtype,
+         std::int64_t outer, std::int64_t channels, std::int64_t inner, const ActSettings& settings, bool at_output,
+         const std::array<py::object, 2>& values, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const BiasActBackward args{pointer(grad),
+                                   pointer(at),
+                                   pointer(product),
+                                   pointer(sums),
+                                   DType(dtype),
+                                   {outer, channels, inner},
+                                   bias_act_settings(settings),
+                                   at_output,
+                                   channel_value(values[0]),
+                                   channel_value(values[1])};
+        run("bias_act_backward", args.dtype, args.shape, device,
+            [&] { return cuda::bias_act_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def(
+      "bias_act_double_backward",
+      [](const std::array<std::uintptr_t, 6>& tensors, int dtype, std::int64_t outer, std::int64_t channels,
+         std::int64_t inner, const ActSettings& settings, const std::array<py::object, 2>& values, int device,
+         std::uintptr_t stream, std::uintptr_t workspace) {
+        const BiasActDoubleBackward args =
+            bias_act_double_backward_arguments(tensors, dtype, {outer, channels, inner}, settings, values);
+        run("bias_act_double_backward", args.dtype, args.shape, device,
+            [&] { return cuda::bias_act_double_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
 }

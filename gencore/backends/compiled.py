@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
@@ -468,6 +470,99 @@ class CompiledOps:
         del dense
         return tuple(grads)
 
+    def bias_act(
+        self, x: Tensor, bias: Tensor | None, activation: str, slope: float, gain: float, clamp: float | None,
+        y: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``y``: where to write to, with the strides of ``x`` in its format."""
+        memory_format = _CONTIGUOUS
+        if not x.is_contiguous():
+            memory_format = suggested_format(x)
+            x = x.contiguous(memory_format=memory_format)
+        if y is None:
+            y = self._empty_like(x)
+        dense, values = channel_values(bias)
+        self._module.bias_act(
+            x.data_ptr(), y.data_ptr(), *planes_of(x, memory_format), act_settings(activation, slope, gain, clamp),
+            values, *self._place(x),
+        )  # fmt: skip
+        del dense
+        return y
+
+    def bias_act_backward(
+        self,
+        grad: Tensor | None,
+        at: Tensor,
+        bias: Tensor | None,
+        shift: Tensor | None,
+        activation: str,
+        slope: float,
+        gain: float,
+        clamp: float | None,
+        at_output: bool,
+        wanted: list[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        memory_format = suggested_format(at)
+        grad, at = in_format(memory_format, grad, at)
+        grad, at = None if grad is None else self._aligned(grad), self._aligned(at)
+        product = self._empty_like(at) if wanted[0] else None
+        sums = channel_sums(at) if wanted[1] else None
+        dense, values = channel_values(bias, shift)
+        sizes = planes_of(at, memory_format)
+        workspace = self._workspace("bias_act", at, *sizes) if wanted[1] else ()
+        self._module.bias_act_backward(
+            0 if grad is None else grad.data_ptr(), at.data_ptr(), 0 if product is None else product.data_ptr(),
+            0 if sums is None else sums.data_ptr(), *sizes, act_settings(activation, slope, gain, clamp), at_output,
+            values, *self._place(at), *map(_address, workspace),
+        )  # fmt: skip
+        del dense
+        return product, sums
+
+    def bias_act_double_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        direction: Tensor | None,
+        shift: Tensor | None,
+        activation: str,
+        slope: float,
+        gain: float,
+        clamp: float | None,
+        wanted: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        memory_format = suggested_format(x)
+        grad, x, direction = in_format(memory_format, grad, x, direction)
+        grad, x = self._aligned(grad), self._aligned(x)
+        direction = None if direction is None else self._aligned(direction)
+        results = [self._empty_like(x) if want else None for want in wanted[:2]]
+        sums = channel_sums(x) if wanted[2] else None
+        dense, values = channel_values(bias, shift)
+        sizes = planes_of(x, memory_format)
+        workspace = self._workspace("bias_act", x, *sizes) if wanted[2] else ()
+        self._module.bias_act_double_backward(
+            [0 if tensor is None else tensor.data_ptr() for tensor in (grad, x, direction, *results, sums)],
+            *sizes, act_settings(activation, slope, gain, clamp), values, *self._place(x), *map(_address, workspace),
+        )  # fmt: skip
+        del dense
+        return *results, sums
+
+
+def planes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
+    """Of a tensor in its format: dtype, and so many times so many channels of so many elements side by side."""
+    channels = x.shape[1] if x.dim() > 1 else 1
+    outer = x.shape[0] if memory_format is _CONTIGUOUS else x.numel() // max(channels, 1)
+    return DTYPE[x.dtype], outer, channels, x.numel() // max(outer * channels, 1)
+
+
+def act_settings(activation: str, slope: float, gain: float, clamp: float | None) -> tuple[int, float, float, float]:
+    return ACTIVATION[activation], slope, gain, math.inf if clamp is None else clamp
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """An uninitialised tensor for a sum over each channel."""
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
 
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
     """Of a tensor in its format: dtype, samples, elements of a sample, channels."""
@@ -499,9 +594,6 @@ def _copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None
 def attention_sizes(q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
     """The dtype, and batch, heads, queries, keys, channels of a head."""
     return DTYPE[q.dtype], (*q.shape[:3], k.shape[2], q.shape[3])
-
-
-ACTIVATION = {None: 0, "silu": 1}
 
 
 def group_norm_sizes(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> tuple[Any, ...]:
