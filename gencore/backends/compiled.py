@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,16 @@ import torch
 from torch import Tensor
 
 from gencore.backends.activations import NUMBERS as ACTIVATION
+from gencore.backends.activations import act_settings
 from gencore.backends.layout import (
+    channel_sums,
     empty_draws,
     empty_gradients,
     empty_with_channels,
     in_format,
     kept_format,
     memory_format_of,
+    planes_of,
     suggested_format,
 )
 
@@ -483,8 +485,8 @@ class CompiledOps:
             y = self._empty_like(x)
         dense, values = channel_values(bias)
         self._module.bias_act(
-            x.data_ptr(), y.data_ptr(), *planes_of(x, memory_format), act_settings(activation, slope, gain, clamp),
-            values, *self._place(x),
+            x.data_ptr(), y.data_ptr(), DTYPE[x.dtype], *planes_of(x, memory_format),
+            act_settings(activation, slope, gain, clamp), values, *self._place(x),
         )  # fmt: skip
         del dense
         return y
@@ -495,24 +497,20 @@ class CompiledOps:
         at: Tensor,
         bias: Tensor | None,
         shift: Tensor | None,
-        activation: str,
-        slope: float,
-        gain: float,
-        clamp: float | None,
-        at_output: bool,
-        wanted: list[bool],
+        *settings_and_wanted: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
+        *settings, at_output, wanted = settings_and_wanted
         memory_format = suggested_format(at)
         grad, at = in_format(memory_format, grad, at)
-        grad, at = None if grad is None else self._aligned(grad), self._aligned(at)
+        grad, at = (None if tensor is None else self._aligned(tensor) for tensor in (grad, at))
         product = self._empty_like(at) if wanted[0] else None
         sums = channel_sums(at) if wanted[1] else None
         dense, values = channel_values(bias, shift)
-        sizes = planes_of(at, memory_format)
+        sizes = DTYPE[at.dtype], *planes_of(at, memory_format)
         workspace = self._workspace("bias_act", at, *sizes) if wanted[1] else ()
         self._module.bias_act_backward(
             0 if grad is None else grad.data_ptr(), at.data_ptr(), 0 if product is None else product.data_ptr(),
-            0 if sums is None else sums.data_ptr(), *sizes, act_settings(activation, slope, gain, clamp), at_output,
+            0 if sums is None else sums.data_ptr(), *sizes, act_settings(*settings), at_output,
             values, *self._place(at), *map(_address, workspace),
         )  # fmt: skip
         del dense
@@ -525,43 +523,23 @@ class CompiledOps:
         bias: Tensor | None,
         direction: Tensor | None,
         shift: Tensor | None,
-        activation: str,
-        slope: float,
-        gain: float,
-        clamp: float | None,
-        wanted: list[bool],
+        *settings_and_wanted: Any,
     ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
         memory_format = suggested_format(x)
         grad, x, direction = in_format(memory_format, grad, x, direction)
-        grad, x = self._aligned(grad), self._aligned(x)
-        direction = None if direction is None else self._aligned(direction)
+        grad, x, direction = (None if tensor is None else self._aligned(tensor) for tensor in (grad, x, direction))
         results = [self._empty_like(x) if want else None for want in wanted[:2]]
         sums = channel_sums(x) if wanted[2] else None
         dense, values = channel_values(bias, shift)
-        sizes = planes_of(x, memory_format)
+        sizes = DTYPE[x.dtype], *planes_of(x, memory_format)
         workspace = self._workspace("bias_act", x, *sizes) if wanted[2] else ()
         self._module.bias_act_double_backward(
             [0 if tensor is None else tensor.data_ptr() for tensor in (grad, x, direction, *results, sums)],
-            *sizes, act_settings(activation, slope, gain, clamp), values, *self._place(x), *map(_address, workspace),
+            *sizes, act_settings(*settings), values, *self._place(x), *map(_address, workspace),
         )  # fmt: skip
         del dense
         return *results, sums
-
-
-def planes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
-    """Of a tensor in its format: dtype, and so many times so many channels of so many elements side by side."""
-    channels = x.shape[1] if x.dim() > 1 else 1
-    outer = x.shape[0] if memory_format is _CONTIGUOUS else x.numel() // max(channels, 1)
-    return DTYPE[x.dtype], outer, channels, x.numel() // max(outer * channels, 1)
-
-
-def act_settings(activation: str, slope: float, gain: float, clamp: float | None) -> tuple[int, float, float, float]:
-    return ACTIVATION[activation], slope, gain, math.inf if clamp is None else clamp
-
-
-def channel_sums(x: Tensor) -> Tensor:
-    """An uninitialised tensor for a sum over each channel."""
-    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from gencore._torch import hand_over, is_overridden
 from gencore.backends import choice
 from gencore.backends.activations import Activation as Activation
 from gencore.backends.activations import is_piecewise_linear, output_tells
-from gencore.backends.layout import suggested_format
+from gencore.backends.layout import channel_sums, suggested_format
 from gencore.backends.reference import bias_act as reference
 from gencore.ops._checks import Contract, autocast_dtype, check_channel_values, check_out, check_tensor
 from gencore.ops._library import PLAIN_TYPES, Layout, Out, define, widened
@@ -27,8 +27,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _sums_like(tensor: Tensor, wanted: bool) -> Tensor:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.new_empty(tensor.shape[1], dtype=dtype) if wanted else tensor.new_empty(0)
+    return channel_sums(tensor) if wanted else tensor.new_empty(0)
 
 
 def _fake_backward(grad: Tensor | None, at: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -267,7 +266,7 @@ def bias_act(
     Returns:
         y: x's shape, dtype and memory format (contiguous or channels_last). The arithmetic is in float32, for float64
         inputs in float64, and y is rounded once. In float32 act is within 8 units in the last place of the real value
-        (gelu for t > -13; below, that value is less than 1e-36). NaN and infinities propagate as in PyTorch.
+        (silu within |t| / 3 below -24), where that is above 1e-36. NaN and infinities propagate as in PyTorch.
 
     All derivatives are kernels, one pass each: the gradient with the sum for the bias, the gradient of the gradient,
     and forward mode; beyond the second order of a smooth activation it is PyTorch's operations. For ``linear``,

@@ -113,7 +113,8 @@ def test_activations(activation, kernels):
     for gain in (1.0, -1.5):
         y = ops.bias_act(x, None, activation, gain=gain)
         want = reference.bias_act(wide_x, None, activation, 0.2, gain, None)
-        assert close(y, want, want.detach().abs(), torch.float32)
+        # The sigmoid in silu takes an exponential that is within |t| / 3 units.
+        assert close(y, want, want.detach().abs() * (1 + wide_x.detach().abs() / 24), torch.float32)
         (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         first = reference.derivative(1, wide_x, None, activation, 0.2, gain, None)
         # The definition is right itself.

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gencore.backends.activations import form_of
-from gencore.backends.layout import in_format, suggested_format
+from gencore.backends.layout import channel_sums, in_format, planes_of, suggested_format
 from gencore.backends.triton._activations import first_of, second_of, value_of
 from gencore.backends.triton._group_norm import aligned
 from gencore.backends.triton._tiles import device_of
@@ -197,10 +197,7 @@ def channels_kernel(partial, sums, groups: tl.int64, pieces: tl.int64, channels:
 def _cut_of(x: Tensor, memory_format: torch.memory_format, with_channels: bool) -> _Cut:
     if not with_channels:
         return _cut(1, 1, x.numel(), x.element_size())
-    samples, channels = x.shape[:2]
-    pixels = x.numel() // (samples * channels)
-    sizes = (samples, channels, pixels) if memory_format is torch.contiguous_format else (samples * pixels, channels, 1)
-    return _cut(*sizes, x.element_size())
+    return _cut(*planes_of(x, memory_format), x.element_size())
 
 
 def _dense(values: Tensor | None) -> Tensor | None:
@@ -273,19 +270,16 @@ def bias_act_double_backward(
 
 def _derivative(grad, at, direction, results, values, form, memory_format, at_output, with_sums):
     """Launches the kernel, and gives the sums over channels if they are wanted."""
-    sums = partial = None
-    dtype = torch.float64 if at.dtype == torch.float64 else torch.float32
-    if with_sums:
-        sums = at.new_zeros(at.shape[1], dtype=dtype)
+    sums, partial = channel_sums(at) if with_sums else None, None
     if not at.numel():
-        return sums
+        return sums if sums is None else sums.zero_()
     if with_sums:
         # Which threads add up what depends on how wide the accesses are, and that on the address.
         grad, at, direction = (None if tensor is None else aligned(tensor) for tensor in (grad, at, direction))
     function, *numbers = form
     work = _cut_of(at, memory_format, with_sums or any(value is not None for value in values))
     if with_sums:
-        partial = at.new_empty(work.groups * at.shape[1] * work.pieces, dtype=dtype)
+        partial = sums.new_empty(work.groups * at.shape[1] * work.pieces)
     bounded = math.isfinite(form.lower) or math.isfinite(form.upper)
     with device_of(at):
         derivative_kernel[(work.programs,)](
