@@ -52,7 +52,7 @@ def probe(
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure how well a linear classifier tells classes by the codes, by as many principal components and by pixels."""
+    """Measure how well a linear classifier tells classes by codes, by as many principal components and by pixels."""
     loaded = load(directory, ema, device)
     parts = []
     for split in ("train", "test"):
