@@ -68,7 +68,7 @@ def nearest_normal(p: Distribution, direction: Literal["forward", "reverse"], st
     if direction != "reverse":
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
     place = mean.clone() if start is None else torch.tensor(start, dtype=torch.float64)
-    spread = (deviation / 2).log()
+    spread = (deviation / 4).log()
     place.requires_grad_()
     spread.requires_grad_()
     # The same places in units of q's deviation at every step, so that the gradient is that of the quadrature itself.

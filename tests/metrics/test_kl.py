@@ -51,7 +51,7 @@ def test_forward_seeks_the_mean_and_reverse_a_mode():
     forward = nearest_normal(p, "forward")
     assert float(forward.mean) == pytest.approx(0.0, abs=1e-12)
     assert float(forward.stddev) == pytest.approx(float(p.stddev))
-    for start, mode, deviation in ((-1.0, -3.0, 0.5), (1.0, 3.0, 0.8)):
+    for start, mode, deviation in ((-2.0, -3.0, 0.5), (2.0, 3.0, 0.8)):
         reverse = nearest_normal(p, "reverse", start)
         # The other mode lies nine deviations and more away, and moves neither.
         assert float(reverse.mean) == pytest.approx(mode, abs=1e-2)
