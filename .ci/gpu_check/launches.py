@@ -105,6 +105,24 @@ def normed(*shape: int, groups: int, memory_format: torch.memory_format | None =
     return run
 
 
+def norm_derived(*shape: int, groups: int, memory_format: torch.memory_format | None = None):
+    """Group norm in forward mode, and the gradients of its gradients."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        given, along = ([draw(*shape, memory_format=memory_format), draw(shape[1]), draw(shape[1])] for _ in range(2))
+
+        def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return ops.group_norm(x, groups, weight, bias, activation="silu")
+
+        along = [x.detach() for x in along]
+        forwards = torch.func.jvp(normed, tuple(x.detach() for x in given), tuple(along))
+        g = draw(*shape, memory_format=memory_format)
+        grads = torch.autograd.grad(normed(*given), given, g, create_graph=True)
+        return [*forwards, *torch.autograd.grad(grads, (g, *given), along)]
+
+    return run
+
+
 def activated(*shape: int, activation: str, memory_format: torch.memory_format | None = None):
     """With derivatives of first and second order."""
 
@@ -192,6 +210,8 @@ LAUNCHES = (
     Launch("group_norm, pieces", normed(1, 2, 110, 111, groups=2), F32, _SUMS),
     Launch("group_norm, channels_last", normed(2, 64, 16, 16, groups=8, memory_format=CL), BF16, _HALF),
     Launch("group_norm, whole groups", normed(4, 64, 20, 20, groups=32, adaptive=True), F16, _HALF),
+    Launch("group_norm's derivatives", norm_derived(2, 20, 24, 24, groups=2), F32, 4 * _SUMS),
+    Launch("group_norm's derivatives, rows", norm_derived(2, 64, 9, 9, groups=8, memory_format=CL), BF16, _HALF),
     Launch("bias_act, from y", activated(2, 20, 9, 9, activation="leaky_relu"), F32, _SUMS),
     Launch("bias_act", activated(4, 64, 32, 32, activation="gelu"), BF16, _HALF),
     Launch("bias_act, channels_last", activated(2, 64, 16, 16, activation="elu", memory_format=CL), F16, _HALF),

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from gencore.backends.activations import NUMBERS as ACTIVATION
-from gencore.backends.activations import act_settings
 from gencore.backends.layout import (
-    channel_sums,
     empty_draws,
     empty_gradients,
     empty_with_channels,
     in_format,
     kept_format,
     memory_format_of,
-    planes_of,
     suggested_format,
 )
 
@@ -472,74 +469,80 @@ class CompiledOps:
         del dense
         return tuple(grads)
 
-    def bias_act(
-        self, x: Tensor, bias: Tensor | None, activation: str, slope: float, gain: float, clamp: float | None,
-        y: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """``y``: where to write to, with the strides of ``x`` in its format."""
-        memory_format = _CONTIGUOUS
-        if not x.is_contiguous():
-            memory_format = suggested_format(x)
-            x = x.contiguous(memory_format=memory_format)
-        if y is None:
-            y = self._empty_like(x)
-        dense, values = channel_values(bias)
-        self._module.bias_act(
-            x.data_ptr(), y.data_ptr(), DTYPE[x.dtype], *planes_of(x, memory_format),
-            act_settings(activation, slope, gain, clamp), values, *self._place(x),
-        )  # fmt: skip
-        del dense
-        return y
-
-    def bias_act_backward(
+    def group_norm_jvp(
         self,
-        grad: Tensor | None,
-        at: Tensor,
-        bias: Tensor | None,
-        shift: Tensor | None,
-        *settings_and_wanted: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        *settings, at_output, wanted = settings_and_wanted
-        memory_format = suggested_format(at)
-        grad, at = in_format(memory_format, grad, at)
-        grad, at = (None if tensor is None else self._aligned(tensor) for tensor in (grad, at))
-        product = self._empty_like(at) if wanted[0] else None
-        sums = channel_sums(at) if wanted[1] else None
-        dense, values = channel_values(bias, shift)
-        sizes = DTYPE[at.dtype], *planes_of(at, memory_format)
-        workspace = self._workspace("bias_act", at, *sizes) if wanted[1] else ()
-        self._module.bias_act_backward(
-            0 if grad is None else grad.data_ptr(), at.data_ptr(), 0 if product is None else product.data_ptr(),
-            0 if sums is None else sums.data_ptr(), *sizes, act_settings(*settings), at_output,
-            values, *self._place(at), *map(_address, workspace),
-        )  # fmt: skip
-        del dense
-        return product, sums
-
-    def bias_act_double_backward(
-        self,
-        grad: Tensor,
         x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
         bias: Tensor | None,
-        direction: Tensor | None,
+        scale: Tensor | None,
         shift: Tensor | None,
-        *settings_and_wanted: Any,
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+    ) -> Tensor:
+        """``eps``: what the statistics hold already."""
         memory_format = suggested_format(x)
-        grad, x, direction = in_format(memory_format, grad, x, direction)
-        grad, x, direction = (None if tensor is None else self._aligned(tensor) for tensor in (grad, x, direction))
-        results = [self._empty_like(x) if want else None for want in wanted[:2]]
-        sums = channel_sums(x) if wanted[2] else None
-        dense, values = channel_values(bias, shift)
-        sizes = DTYPE[x.dtype], *planes_of(x, memory_format)
-        workspace = self._workspace("bias_act", x, *sizes) if wanted[2] else ()
-        self._module.bias_act_double_backward(
-            [0 if tensor is None else tensor.data_ptr() for tensor in (grad, x, direction, *results, sums)],
-            *sizes, act_settings(*settings), values, *self._place(x), *map(_address, workspace),
+        x, d_x = in_format(memory_format, x, d_x)
+        x, d_x = self._aligned(x), None if d_x is None else self._aligned(d_x)
+        statistics, d_y = statistics.contiguous(), self._empty_like(x)
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        held, values = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        workspace = self._workspace("group_norm_jvp", x, *sizes)
+        self._module.group_norm_jvp(
+            x.data_ptr(), d_y.data_ptr(), statistics.data_ptr(), *sizes, ACTIVATION[activation], values,
+            0 if d_x is None else d_x.data_ptr(), d_values, *self._place(x), *map(_address, workspace),
         )  # fmt: skip
-        del dense
-        return *results, sums
+        del held, d_held
+        return d_y
+
+    def group_norm_double_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        wanted: list[bool],
+        eps: float,
+    ) -> tuple[Tensor | None, ...]:
+        """``eps``: what the statistics hold already."""
+        memory_format = suggested_format(x)
+        grad_y, x, d_x = in_format(memory_format, grad_y, x, d_x)
+        grad_y, x, d_x = self._aligned(grad_y), self._aligned(x), None if d_x is None else self._aligned(d_x)
+        statistics = statistics.contiguous()
+        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
+        grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
+        sizes = group_norm_sizes(x, num_groups, memory_format)
+        held, values = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        workspace = self._workspace("group_norm_double_backward", x, *sizes)
+        self._module.group_norm_double_backward(
+            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *sizes, ACTIVATION[activation], values,
+            0 if d_x is None else d_x.data_ptr(), d_values,
+            [0 if grad is None else grad.data_ptr() for grad in grads], *self._place(x), *map(_address, workspace),
+        )  # fmt: skip
+        del held, d_held
+        return tuple(grads)
 
 
 def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int, int]:
