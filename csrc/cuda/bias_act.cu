@@ -46,11 +46,13 @@ BiasActWork make_work(const BiasActShape& shape, int n) {
 
 template <class T>
 bool is_wide(const BiasActShape& shape) {
+  // Two results of binary64's functions at once would not fit in registers.
+  if (std::is_same_v<T, double>) return false;
   return (shape.inner == 1 && shape.channels > 1 ? shape.channels : shape.inner) % Vector<T>::size == 0;
 }
 
 template <class T, bool wide>
-constexpr int vector_size = wide ? Vector<T>::size : 1;
+constexpr int vector_size = wide && !std::is_same_v<T, double> ? Vector<T>::size : 1;
 
 template <class T, int n, class F>
 __device__ __forceinline__ void load_vector(const T* p, F (&x)[n]) {
@@ -221,23 +223,30 @@ __global__ void __launch_bounds__(block_threads)
   using F = typename P::F;
   constexpr int n = vector_size<T, wide>;
   for_each_vector<T, wide>(work, bias, shift, sums, [&](std::int64_t at, const F(&b)[n], const F(&s)[n], F(&terms)[n]) {
-    F t[n], w[n], g[n], first[n];
+    F t[n], w[n], g[n], first[n], second[n];
     load_vector(tensors.at + at, t);
-    if (tensors.direction != nullptr) load_vector(tensors.direction + at, w);
-    if constexpr (twice) load_vector(tensors.grad + at, g);
+    const auto load_others = [&] {
+      if (tensors.direction != nullptr) load_vector(tensors.direction + at, w);
+      if constexpr (twice) load_vector(tensors.grad + at, g);
+    };
+    // The library's functions of binary64 are called, and leave registers for little else.
+    if constexpr (!std::is_same_v<T, double>) load_others();
     form.with_function([&](const auto& function) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const F factor = form.numbers.factor, of = tensors.direction != nullptr ? P::add(w[i], s[i]) : s[i];
-        const F argument = at_output ? t[i] : P::add(t[i], b[i]);
-        const F y = at_output || !form.bounded ? argument : P::mul(factor, function.value(argument));
-        first[i] = form.within(y, P::mul(P::mul(factor, function.first(argument)), of));
-        terms[i] = first[i];
-        if constexpr (twice) {
-          terms[i] = form.within(y, P::mul(P::mul(P::mul(factor, function.second(argument)), g[i]), of));
-        }
+        const F factor = form.numbers.factor, argument = at_output ? t[i] : P::add(t[i], b[i]);
+        first[i] = P::mul(factor, function.first(argument));
+        if constexpr (twice) second[i] = P::mul(factor, function.second(argument));
+        t[i] = at_output || !form.bounded ? argument : P::mul(factor, function.value(argument));
       }
     });
+    if constexpr (std::is_same_v<T, double>) load_others();
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const F of = tensors.direction != nullptr ? P::add(w[i], s[i]) : s[i];
+      first[i] = terms[i] = form.within(t[i], P::mul(first[i], of));
+      if constexpr (twice) terms[i] = form.within(t[i], P::mul(P::mul(second[i], g[i]), of));
+    }
     if (tensors.first != nullptr) store_vector(tensors.first + at, first);
     if (twice && tensors.second != nullptr) store_vector(tensors.second + at, terms);
   });
