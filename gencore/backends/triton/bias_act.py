@@ -97,6 +97,12 @@ def of_channels(values, x, row, column, rows, width, channels, COLUMNS: tl.const
 
 
 @triton.jit
+def number(value, t):
+    """An argument of the launch in the type of t; the interpreter has it as a float of Python's."""
+    return tl.full((1, 1), value, t.dtype)
+
+
+@triton.jit
 def reaches(y, lower, upper):
     """Where y has reached a bound, if there is one: no change of its argument changes it."""
     return ((y >= upper) & (upper < float("inf"))) | ((y <= lower) & (lower > float("-inf")))
@@ -116,9 +122,9 @@ def bias_act_kernel(
         t = load(x + row * width + column, inside)
         if bias is not None:
             t += of_channels(bias, x, row, column, rows, width, channels, COLUMNS)
-        value = factor.to(t.dtype) * value_of(t, x, slope.to(t.dtype), FUNCTION)
-        value = tl.minimum(upper.to(t.dtype), value, propagate_nan=tl.PropagateNan.ALL)
-        value = tl.maximum(lower.to(t.dtype), value, propagate_nan=tl.PropagateNan.ALL)
+        value = number(factor, t) * value_of(t, x, number(slope, t), FUNCTION)
+        value = tl.minimum(number(upper, t), value, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(number(lower, t), value, propagate_nan=tl.PropagateNan.ALL)
         tl.store(y + row * width + column, value.to(y.dtype.element_ty), inside)
         if COLUMNS:
             row += A
@@ -151,7 +157,7 @@ def derivative_kernel(
             w += load(direction + offset, inside)
         if shift is not None:
             w += of_channels(shift, at, row, column, rows, width, channels, COLUMNS)
-        own_slope, own_factor = slope.to(dtype), factor.to(dtype)
+        own_slope, own_factor = number(slope, t), number(factor, t)
         result = own_factor * first_of(t, at, own_slope, FUNCTION) * w
         if TWICE:
             terms = own_factor * second_of(t, at, own_slope, FUNCTION) * load(grad + offset, inside) * w
@@ -159,7 +165,7 @@ def derivative_kernel(
             terms = result
         if BOUNDED:
             reached = t if AT_OUTPUT else own_factor * value_of(t, at, own_slope, FUNCTION)
-            beyond = reaches(reached, lower.to(dtype), upper.to(dtype))
+            beyond = reaches(reached, number(lower, t), number(upper, t))
             result = tl.where(beyond, 0.0, result)
             terms = tl.where(beyond, 0.0, terms)
         if product is not None:
