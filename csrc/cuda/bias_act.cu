@@ -212,8 +212,8 @@ struct DerivativeTensors {
   T *first, *second;
 };
 
-// first = f' w, with w = direction + shift; twice: second = f'' grad w. The last of them is summed.
-template <class T, bool wide, bool twice>
+// first = f' w, with w = direction + shift; second = f'' grad w. The last of those that are made is summed.
+template <class T, bool wide, bool once, bool twice>
 __global__ void __launch_bounds__(block_threads)
     bias_act_derivative_kernel(const DerivativeTensors<T> tensors, typename Arithmetic<T>::F* sums,
                                const ChannelValues bias, const ChannelValues shift,
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(block_threads)
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const F factor = form.numbers.factor, argument = at_output ? t[i] : P::add(t[i], b[i]);
-        first[i] = P::mul(factor, function.first(argument));
+        if constexpr (once) first[i] = P::mul(factor, function.first(argument));
         if constexpr (twice) second[i] = P::mul(factor, function.second(argument));
         t[i] = at_output || !form.bounded ? argument : P::mul(factor, function.value(argument));
       }
@@ -244,10 +244,10 @@ __global__ void __launch_bounds__(block_threads)
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const F of = tensors.direction != nullptr ? P::add(w[i], s[i]) : s[i];
-      first[i] = terms[i] = form.within(t[i], P::mul(first[i], of));
+      if constexpr (once) first[i] = terms[i] = form.within(t[i], P::mul(first[i], of));
       if constexpr (twice) terms[i] = form.within(t[i], P::mul(P::mul(second[i], g[i]), of));
     }
-    if (tensors.first != nullptr) store_vector(tensors.first + at, first);
+    if (once && tensors.first != nullptr) store_vector(tensors.first + at, first);
     if (twice && tensors.second != nullptr) store_vector(tensors.second + at, terms);
   });
 }
@@ -314,9 +314,18 @@ cudaError_t derivative(const void* grad, const void* at, const void* direction, 
                                              static_cast<const T*>(direction), static_cast<T*>(first),
                                              static_cast<T*>(second)};
           F* const partial = sums == nullptr ? nullptr : static_cast<F*>(workspace);
-          const cudaError_t error =
-              launch(bias_act_derivative_kernel<T, wide, twice>, blocks_for(work.tasks << work.team_log2),
-                     block_threads, 0, stream, tensors, partial, bias, shift, DeviceForm<T>(settings), at_output, work);
+          const auto run = [&](auto kernel) {
+            return launch(kernel, blocks_for(work.tasks << work.team_log2), block_threads, 0, stream, tensors, partial,
+                          bias, shift, DeviceForm<T>(settings), at_output, work);
+          };
+          cudaError_t error;
+          if constexpr (twice && std::is_same_v<T, double>) {
+            // One after the other: both at once do not fit in registers. The second writes its sums over the first's.
+            error = run(bias_act_derivative_kernel<T, wide, true, false>);
+            if (error == cudaSuccess) error = run(bias_act_derivative_kernel<T, wide, false, true>);
+          } else {
+            error = run(bias_act_derivative_kernel<T, wide, true, twice>);
+          }
           if (error != cudaSuccess || sums == nullptr) return error;
           return launch(sum_channels_kernel<F>, blocks_for(work.channels * block_threads), block_threads, 0, stream,
                         static_cast<const F*>(partial), static_cast<F*>(sums), work.sum_groups(), work.channels,
