@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import struct
 from typing import Any, get_args
 
 import torch
@@ -184,24 +183,24 @@ def _number(name: str, value: Any) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
 
+# Bits of a float's 53 that tensors of a type lack.
+_LACKING = {torch.float64: 0, torch.float32: 29, torch.float16: 42, torch.bfloat16: 45}
+
+
 def _in_type(value: float, dtype: torch.dtype) -> float:
-    """A number as tensors of a type hold it, so that what reached it is known by being equal."""
-    if dtype == torch.float64 or isinstance(value, torch.SymFloat):
+    """A number as tensors of a type hold it, so that what reached it is known by being equal; it is not subnormal.
+
+    Dekker's, "A Floating-Point Technique for Extending the Available Precision" (1971): the compiler can follow it.
+    """
+    if not _LACKING[dtype]:
         return value
-    if dtype == torch.bfloat16:
-        bits = struct.unpack("<I", struct.pack("<f", value))[0]
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-        return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-    code = "<e" if dtype == torch.float16 else "<f"
-    try:
-        return float(struct.unpack(code, struct.pack(code, value))[0])
-    except OverflowError:
-        return math.inf
+    scaled = value * (2.0 ** _LACKING[dtype] + 1)
+    return scaled - (scaled - value)
 
 
 def _check(x: Any, activation: Any, slope: Any, gain: Any, clamp: Any, bias: Any) -> tuple[float, float, float | None]:

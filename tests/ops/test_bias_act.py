@@ -133,6 +133,9 @@ def test_what_users_write_instead(activation, kernels):
     inf = math.inf
     x = torch.tensor([[math.nan, inf, -inf, 0.0, 3e38, -3e38, 1.5, -1.5]], device=kernels.device).requires_grad_()
     y, want = (op(x, None, activation, gain=1.5, clamp=2.0) for op in (ops.bias_act, plain))
+    if activation == "gelu":
+        # PyTorch's is NaN there on some processors.
+        want = torch.where(x == inf, 2.0, want)
     torch.testing.assert_close(y, want, equal_nan=True, rtol=1e-6, atol=1e-6)
     grads = [torch.autograd.grad(op(x, None, activation).sum(), x)[0][0, 3:] for op in (ops.bias_act, plain)]
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
