@@ -11,6 +11,7 @@ from gencore.metrics.classes import (
 )
 from gencore.metrics.frechet import FRECHET_NAME, frechet_distance
 from gencore.metrics.likelihood import LikelihoodBound, likelihood_bound
+from gencore.metrics.probe import linear_probe
 
 __all__ = [
     "FRECHET_NAME",
@@ -22,6 +23,7 @@ __all__ = [
     "draw_samples",
     "frechet_distance",
     "likelihood_bound",
+    "linear_probe",
     "sample_batches",
     "train_classifier",
 ]
