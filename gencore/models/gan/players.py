@@ -22,7 +22,7 @@ from gencore.models.gan.networks.mlp import MLPDiscriminator, MLPGenerator
 from gencore.models.gan.networks.norms import Norm
 from gencore.models.gan.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from gencore.models.gan.networks.resnet import ResNetDiscriminator, ResNetGenerator
-from torch.nn.utils.parametrizations import spectral_norm
+from gencore.nn import spectral_norm
 from gencore.noise import Key
 
 __all__ = ["ARCHITECTURES", "Architecture", "Discriminator", "Generator"]

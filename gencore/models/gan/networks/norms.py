@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gencore.models.gan.config import NormKind
-from gencore.nn import GroupNorm
+from gencore.nn import ConditionalBatchNorm2d, GroupNorm
 
 
 class Norm(nn.Module):
@@ -41,16 +41,3 @@ class Norm(nn.Module):
             return hidden
         output: Tensor = self.norm(hidden, labels) if self.is_conditional else self.norm(hidden)
         return output
-
-
-class ConditionalBatchNorm2d(nn.Module):
-    def __init__(self, channels, classes):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.weight = nn.Embedding(classes, channels)
-        self.bias = nn.Embedding(classes, channels)
-        nn.init.ones_(self.weight.weight)
-        nn.init.zeros_(self.bias.weight)
-
-    def forward(self, x, labels):
-        return self.norm(x) * self.weight(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
