@@ -83,7 +83,8 @@ class TrainConfig(Config):
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """What multiplies every learning rate in the step after ``step`` finished ones: a pure function of both.
 
-        Linear warm-up to 1, then constant, or half a cosine down to ``schedule_end`` (Loshchilov and Hutter 2017, eq. 5).
+        Linear warm-up to 1, then constant, or half a cosine down to ``schedule_end`` (Loshchilov and Hutter 2017,
+        equation 5).
         """
         if step < self.warmup:
             return (step + 1) / self.warmup

@@ -316,7 +316,8 @@ def test_there_is_no_choice_of_sampling():
 
 
 def test_config_round_trip():
-    config = GANConfig.from_settings({"objective": "minimax", "generator_optimizer.lr": "1e-3", "discriminator_steps": "2"})
+    settings = {"objective": "minimax", "generator_optimizer.lr": "1e-3", "discriminator_steps": "2"}
+    config = GANConfig.from_settings(settings)
     assert config.generator_optimizer.beta1 == 0.5
     assert GANConfig.from_dict(config.to_dict()) == config
     assert plugin.config is GANConfig
@@ -371,7 +372,11 @@ def test_settings_that_do_not_go_together(fault):
             DataSpec((1, 8, 8), (Condition("kind", "class", ("only",)),)),
             "conditioning: must be none or auto for images of one class, which says nothing, was projection",
         ),
-        ({"conditioning": "embedding"}, SPEC, "conditioning: must be none or auto for images of no classes, was embedding"),
+        (
+            {"conditioning": "embedding"},
+            SPEC,
+            "conditioning: must be none or auto for images of no classes, was embedding",
+        ),
         (
             {"augmentation": {"target": None}},
             DataSpec((3, 8, 12)),
@@ -393,7 +398,8 @@ def test_one_class_is_no_condition_where_it_is_a_matter_of_choice():
 def test_finds_both_modes_of_a_small_distribution(loss):
     """Half the images are (0.2, 0.8), half (0.8, 0.2), with a little noise: samples must be near each, about evenly."""
     model = build(
-        DataSpec((1, 1, 2)), latent_size=2, objective=loss, generator_sizes=(32, 32), discriminator_sizes=(32, 32), r1=2.0,
+        DataSpec((1, 1, 2)), latent_size=2, objective=loss, r1=2.0, generator_sizes=(32, 32),
+        discriminator_sizes=(32, 32),
     )  # fmt: skip
     optimizers = [torch.optim.Adam(p.optimizer.parameters, lr=2e-3, betas=(0.5, 0.999)) for p in model.phases()]
     modes = torch.tensor([[0.2, 0.8], [0.8, 0.2]])

@@ -193,13 +193,10 @@ def test_the_penalty_has_the_derivative_that_finite_differences_have(network, se
 
     value, *_ = penalty(0.0)
     gradients = torch.autograd.grad(value, weights.values(), allow_unused=True)
-    ours = sum(
-        (g * direction[name]).sum().item() for name, g in zip(weights, gradients, strict=True) if g is not None
-    )
+    ours = sum((g * direction[name]).sum().item() for name, g in zip(weights, gradients, strict=True) if g is not None)
     theirs = (penalty(1e-6)[0] - penalty(-1e-6)[0]).item() / 2e-6
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert abs(ours) > 1e-3
     x = images.clone().requires_grad_()
     ours = squared_gradient(functional_call(discriminator, weights, (x,)), x).mean().item()
     assert ours == pytest.approx(value.item(), rel=1e-4)
-

@@ -50,7 +50,10 @@ def test_every_parameter_is_trained_and_all_is_a_function_of_the_key(name, spec)
         assert loss.value.isfinite()
         gradients = torch.autograd.grad(loss.value, phase.optimizer.parameters)
         assert all(gradient.isfinite().all() for gradient in gradients)
-        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        moved = [gradient.abs().max().item() > 0 for gradient in gradients]
+        # Some objectives are of differences of outputs, in which the last bias cancels out.
+        cancels = phase.name == "discriminator" and model.config.objective in ("wasserstein", "relativistic")
+        assert moved.count(False) == (1 if cancels else 0)
     images = model.sample(3, Key(0))
     assert images.shape == (3, *spec.image_shape)
     assert images.min() >= 0
@@ -121,14 +124,22 @@ def test_weights_are_clipped_in_training(tmp_path):
 @pytest.mark.parametrize("name", ["sngan", "r3gan"])
 def test_a_run_goes_on_to_the_same_bits(tmp_path, name):
     """Of what has a state of its own: spectral norm, batch norm, and the augmentation's probability."""
-    settings = {"augmentation": {"target": 0.5, "final": None, "images": 40, "every": 2, "transforms": ("flip", "cutout")}}
+    augmentation = {
+        "target": 0.9,
+        "probability": 0.5,
+        "final": None,
+        "images": 100,
+        "every": 2,
+        "transforms": ("flip", "cutout"),
+    }
+    settings = {"augmentation": augmentation}
     settings |= {"train.schedule": "constant", "discriminator_steps": 1, "train.average.decay": 0.9}
     whole = digits(name, tmp_path / "whole", steps=5, **settings).state_dict()
     digits(name, tmp_path / "parts", steps=3, **settings)
     parts = training.train(
         name, out=tmp_path / "parts", steps=5, resume=True, device="cpu", progress=False
     ).state_dict()
-    assert whole["augmentation.probability"] > 0
+    assert 0 < whole["augmentation.probability"] < 0.5
     for key, tensor in whole.items():
         assert torch.equal(tensor, parts[key]), key
     # What is moving average above is not what goes on.

@@ -6,6 +6,7 @@ papers where docs/gan.md says so.
 """
 
 import dataclasses
+from typing import Any
 
 from gencore.models.base import ModelPlugin
 from gencore.models.gan.config import GANConfig, GANSettings, WGANConfig
@@ -34,7 +35,7 @@ plugin = ModelPlugin(
     summary="generative adversarial network of many networks, objectives and penalties",
 )
 
-_CONVOLUTIONAL = {"network": "dcgan", "latent_size": 100, "r1": 0.0}
+_CONVOLUTIONAL: dict[str, Any] = {"network": "dcgan", "latent_size": 100, "r1": 0.0}
 
 
 def _adam(lr: float, beta1: float, beta2: float) -> dict[str, dict[str, float]]:

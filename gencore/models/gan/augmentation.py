@@ -46,7 +46,7 @@ class AugmentationConfig(Config):
     images: int = field(500_000, ge=1, doc="images over which it moves from 0 to 1, at the quickest")
     every: int = field(4, ge=1, doc="minibatches between two moves")
     final: float | None = field(
-        None, ge=0, le=1, doc="target=none: the probability at the end of the training, by half a cosine; none: constant"
+        None, ge=0, le=1, doc="target=none: the probability at the end, by half a cosine; none: constant"
     )
 
     def check(self) -> Iterable[str]:

@@ -41,11 +41,13 @@ class GANSettings(ModelConfig):
     generator_sizes: tuple[int, ...] = field((256, 512), ge=1, le=1 << 16, doc="mlp: units of the hidden layers")
     discriminator_sizes: tuple[int, ...] = field((512, 256), ge=1, le=1 << 16, doc="mlp: units of the hidden layers")
     generator_channels: tuple[int, ...] = field(
-        (32, 64, 128), ge=1, le=1 << 14, doc="others: at each resolution, the finest first; the last for all coarser ones"
+        (32, 64, 128), ge=1, le=1 << 14, doc="others: at each resolution, the finest first; the last for coarser ones"
     )
-    discriminator_channels: tuple[int, ...] = field((32, 64, 128), ge=1, le=1 << 14, doc="the same of the discriminator")
+    discriminator_channels: tuple[int, ...] = field((32, 64, 128), ge=1, le=1 << 14, doc="the discriminator's")
     blocks_per_level: int = field(1, ge=1, le=64, doc="r3gan: residual blocks at each resolution")
-    generator_norm: NormKind = field("layer", doc="of hidden layers; batch makes images depend on each other in training")
+    generator_norm: NormKind = field(
+        "layer", doc="of hidden layers; with batch, images depend on each other in training"
+    )
     discriminator_norm: NormKind = field("none", doc="of hidden layers, but for the first")
     spectral_norm: bool = field(False, doc="divide each of the discriminator's weights by its largest singular value")
     dropout: float = field(0.0, ge=0, lt=1, doc="mlp, dcgan: fraction of the discriminator's hidden values left out")
@@ -93,15 +95,15 @@ class GANSettings(ModelConfig):
             for name, weight in penalties.items():
                 if weight:
                     yield (
-                        f"{name}: must be 0 for discriminator_norm=batch, with which the gradient of an image is one of "
-                        f"others too, was {weight:g}"
+                        f"{name}: must be 0 for discriminator_norm=batch, with which the gradient of an image is "
+                        f"one of others too, was {weight:g}"
                     )
         if self.penalty_every > 1 and not any(penalties.values()):
             yield f"penalty_every: must be 1 without a penalty, was {self.penalty_every}"
         if self.augmentation is not None and self.augmentation.target is not None and not objective.has_sides:
             yield (
-                f"augmentation.target: must be none for objective={self.objective}, whose scores have no sign to go by, "
-                f"was {self.augmentation.target:g}"
+                f"augmentation.target: must be none for objective={self.objective}, whose scores have no sign to go "
+                f"by, was {self.augmentation.target:g}"
             )
 
     def faults_with(self, spec: DataSpec) -> Iterable[str]:

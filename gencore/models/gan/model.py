@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gencore import ops
 from gencore.config import ConfigError
 from gencore.models._checks import check_latents
-from gencore.models.base import NO_CONDITIONS, Draw, GenerativeModel, Loss, Phase, Step
+from gencore.models.base import Draw, GenerativeModel, Loss, Phase, Step
 from gencore.models.gan.augmentation import Augmentation, cosine
 from gencore.models.gan.config import GANConfig, WGANConfig
-from gencore.models.gan.players import Discriminator, Generator
 from gencore.models.gan.objectives import OBJECTIVES, figures
 from gencore.models.gan.penalties import clip_weights, gradient_penalty, squared_gradient
+from gencore.models.gan.players import Discriminator, Generator
 from gencore.models.optimizers import Optimizer
 from gencore.noise import Key
 from gencore.spec import Batch, Conditions, DataSpec
@@ -96,8 +96,8 @@ class GAN(GenerativeModel):
     def phases(self) -> Sequence[Phase]:
         """Algorithm 1: the discriminator, ``discriminator_steps`` times, then the generator.
 
-        With a lazy penalty, a phase of it every few steps is in between; it shares the discriminator's optimiser (Karras
-        et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020), appendix B).
+        A lazy penalty is a phase of its own in between, every few steps, with the discriminator's optimiser (Karras et
+        al., "Analyzing and Improving the Image Quality of StyleGAN" (2020), appendix B).
         """
         config = self.config
         optimizer = Optimizer(self.discriminator.parameters(), config.discriminator_optimizer)
@@ -132,7 +132,7 @@ class GAN(GenerativeModel):
         """The classes that are given; those that are not, drawn from the key."""
         if not self.num_classes:
             return None
-        # The rounded product is below the number of classes: uniform() is at most 1 - 2^-24, and the product in float64.
+        # In float64, the product stays below the number of classes: uniform() is at most 1 - 2^-24.
         draws = ops.uniform((n,), key.stream(STREAM_LABELS), dtype=torch.float64, device=self.device)
         drawn = (draws * self.num_classes).long()
         given = conditions.get(self.class_condition)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gencore.models.gan.config import Conditioning, GANSettings
-from gencore.models.gan.networks.conditions import LabelPlane, LabelledLatents
+from gencore.models.gan.networks.conditions import LabelledLatents, LabelPlane
 from gencore.models.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from gencore.models.gan.networks.mlp import MLPDiscriminator, MLPGenerator
 from gencore.models.gan.networks.norms import Norm

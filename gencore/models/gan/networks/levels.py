@@ -26,8 +26,8 @@ def size_fault(name: str, height: int, width: int) -> str | None:
     near = [max((s for s in sides if s <= shorter), default=None), min((s for s in sides if s > shorter), default=None)]
     told = " or ".join(f"{side}x{side}" for side in near if side is not None)
     return (
-        f"network: {name} makes images whose sides are 4 to 7 times a power of two (the longer one any multiple of it), "
-        f"such as {told} pixels, but the data set's are {height}x{width}"
+        f"network: {name} makes images whose sides are 4 to 7 times a power of two (the longer one any multiple of "
+        f"it), such as {told} pixels, but the data set's are {height}x{width}"
     )
 
 

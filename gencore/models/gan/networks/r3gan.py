@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,8 @@ class R3GANGenerator(nn.Module):
         self.weigh = nn.Linear(latent_size, widths[0], bias=False)
         nn.init.normal_(self.weigh.weight, std=1 / math.sqrt(latent_size))
         depth = blocks * len(widths)
-        self.ups = nn.ModuleList(_change(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.levels = nn.ModuleList(nn.ModuleList(_Block(width, depth) for _ in range(blocks)) for width in widths)
+        self.ups = nn.ModuleList(_change(a, b) for a, b in pairwise(widths))
+        self.levels = nn.ModuleList(_level(width, blocks, depth) for width in widths)
         self.last = nn.Conv2d(widths[-1], image_shape[0], 1, bias=False)
         _scaled(self.last, 1 / _GAIN)
 
@@ -78,8 +79,7 @@ class R3GANGenerator(nn.Module):
         for i, level in enumerate(self.levels):
             if i:
                 hidden = self.ups[i - 1](_doubled(hidden))
-            for block in level:
-                hidden = block(hidden)
+            hidden = level(hidden)
         output: Tensor = self.last(hidden)
         return output
 
@@ -96,8 +96,8 @@ class R3GANDiscriminator(nn.Module):
         depth = blocks * len(widths)
         self.first = nn.Conv2d(image_shape[0], widths[0], 1, bias=False)
         _scaled(self.first, 1 / _GAIN)
-        self.levels = nn.ModuleList(nn.ModuleList(_Block(width, depth) for _ in range(blocks)) for width in widths)
-        self.downs = nn.ModuleList(_change(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.levels = nn.ModuleList(_level(width, blocks, depth) for width in widths)
+        self.downs = nn.ModuleList(_change(a, b) for a, b in pairwise(widths))
         self.basis = nn.Conv2d(widths[-1], widths[-1], (height, width), groups=widths[-1], bias=False)
         _scaled(self.basis, 1 / _GAIN)
 
@@ -106,10 +106,14 @@ class R3GANDiscriminator(nn.Module):
         for i, level in enumerate(self.levels):
             if i:
                 hidden = self.downs[i - 1](_halved(hidden))
-            for block in level:
-                hidden = block(hidden)
+            hidden = level(hidden)
         output: Tensor = self.basis(hidden)
         return output.flatten(1)
+
+
+def _level(channels: int, blocks: int, depth: int) -> nn.Sequential:
+    """The blocks of a resolution."""
+    return nn.Sequential(*(_Block(channels, depth) for _ in range(blocks)))
 
 
 def _change(channels_in: int, channels_out: int) -> nn.Module:

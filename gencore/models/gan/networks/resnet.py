@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +83,7 @@ class ResNetGenerator(nn.Module):
         widths = [channels_at(channels, level) for level in range(levels, -1, -1)]
         self.start = (widths[0], height, width)
         self.project = nn.Linear(latent_size, widths[0] * height * width)
-        self.blocks = nn.ModuleList(_UpBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(_UpBlock(a, b, norm) for a, b in pairwise(widths))
         self.norm = norm(widths[-1])
         self.last = _conv(widths[-1], image_shape[0], 3)
         _reset(self)
@@ -106,8 +107,7 @@ class ResNetDiscriminator(nn.Module):
         widths = [image_shape[0], *(channels_at(channels, level) for level in range(downs + _FLAT_BLOCKS))]
         self.features = widths[-1]
         self.blocks = nn.ModuleList(
-            _DownBlock(a, b, norm, is_first=i == 0, is_down=i < downs)
-            for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            _DownBlock(a, b, norm, is_first=i == 0, is_down=i < downs) for i, (a, b) in enumerate(pairwise(widths))
         )
         _reset(self)
 
