@@ -117,7 +117,7 @@ sngan = plugin.preset(
 r3gan = plugin.preset(
     "r3gan",
     "residual GAN without norms, relativistic pairs, penalties R1 and R2",
-    train={"schedule": "cosine", "schedule_end": 0.25, "average": {"decay": 0.999}},
+    train={"batch_size": 64, "schedule": "cosine", "schedule_end": 0.25, "average": {"decay": 0.999}},
     network="r3gan",
     generator_norm="none",
     conditioning="none",

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from gencore import ops
 from gencore.config import ConfigError
@@ -62,7 +61,7 @@ class GAN(GenerativeModel):
         # Convolutions are quicker in this order of memory, on CPUs and on GPUs.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.augmentation = None if config.augmentation is None else Augmentation(config.augmentation)
-        self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.modules())
+        self._has_batch_norm = any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in self.modules())
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
