@@ -1,4 +1,9 @@
-"""What the compiled modules have in common: outputs are allocated, addresses and sizes are passed."""
+"""What the compiled modules have in common: outputs are allocated, addresses and sizes are passed.
+
+The functions of the modules take the fields of a struct of ``csrc/include/gencore`` by name, and ``place``: where to
+compute. What is not there is None. Structs within the struct are made by functions with their names; None is one with
+nothing in it.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,25 @@ from gencore.backends.layout import (
     suggested_format,
 )
 
+try:
+    from gencore._cpu import (
+        AttentionOptions,
+        AttentionShape,
+        ChannelValues,
+        Coefficients,
+        GroupNormShape,
+        HeadsTensor,
+        NoiseKey,
+        NoiseShape,
+    )
+except ImportError as error:
+    raise ImportError(
+        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
+        "from another folder or install with `pip install -e .`)"
+    ) from error
+
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
 
 
 def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
@@ -522,3 +540,498 @@ def channel_values(*values: Tensor | None) -> tuple[list[Tensor], tuple[Any, ...
         dense.append(value)
         described.append((value.data_ptr(), DTYPE[value.dtype], 0 if value.dim() == 1 else value.stride(0)))
     return dense, tuple(described)
+class CompiledOps:
+    """The ops by the names that the library knows them by.
+
+    In these methods the names keep what ``contiguous`` returns alive until the kernel has its address.
+    """
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
+        """The key where the kernel for ``tensor`` can read it."""
+        raise NotImplementedError
+
+    def _is_key_on_device(self, key: Tensor) -> bool:
+        """Whether kernels read this key in the memory of a device."""
+        return False
+
+    def _words(self, key: Tensor) -> Any:
+        """What kernels take of the key, which the caller holds."""
+        return NoiseKey(
+            words=key.data_ptr(), rows=0 if key.dim() == 1 else len(key), on_device=self._is_key_on_device(key)
+        )
+
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> Any:
+        """Where to compute what is of ``tensor``, and the memory that a kernel wants for itself."""
+        raise NotImplementedError
+
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
+        """Whether kernels read these coefficients in the memory of a device."""
+        return False
+
+    def _coefficients(
+        self, table: Tensor, index: Tensor | None, tensor: Tensor
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
+        """Tensors for the caller to hold, and what the kernel for ``tensor`` takes of them."""
+        on_device = self._is_on_device(table, index)
+        place = tensor.device if on_device else torch.device("cpu")
+        table = table.to(place, non_blocking=on_device).contiguous()
+        if index is not None:
+            index = index.to(place, non_blocking=on_device).contiguous()
+        return (table, index), Coefficients(
+            values=table.data_ptr(), rows=len(table), index=None if index is None else index.data_ptr(),
+            on_device=on_device,
+        )  # fmt: skip
+
+    def _is_aligned(self, tensor: Tensor) -> bool:
+        """Whether the address lets kernels read as wide as the shape does: their sums are in an order of that."""
+        return True
+
+    def _aligned(self, tensor: Tensor) -> Tensor:
+        return tensor if self._is_aligned(tensor) else tensor.clone()
+
+    def _workspace(self, op: str, tensor: Tensor, shape: Any) -> Tensor | None:
+        """Memory for what a kernel hands on within the call, where it needs some."""
+        return None
+
+    def _fill(self, kernel: Any, out: Tensor, key: Tensor) -> None:
+        memory_format, dense, key = _CONTIGUOUS, out, self._key(key, out)
+        if not out.is_contiguous():
+            memory_format = memory_format_of(out)
+            if memory_format is _CONTIGUOUS:
+                dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        kernel(
+            out=dense.data_ptr(), dtype=DTYPE[dense.dtype], shape=noise_shape(dense, memory_format),
+            key=self._words(key), place=self._place(out),
+        )  # fmt: skip
+        if dense is not out:
+            out.copy_(dense)
+
+    def normal_(self, out: Tensor, key: Tensor) -> None:
+        self._fill(self._module.normal, out, key)
+
+    def uniform_(self, out: Tensor, key: Tensor) -> None:
+        self._fill(self._module.uniform, out, key)
+
+    def reparameterize(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        key: Tensor,
+        num_samples: int | None = None,
+        kl: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> Tensor:
+        """``kl``, ``slope``: where to write what else is wanted; the latter is like the result."""
+        memory_format = _CONTIGUOUS
+        if not (mu.is_contiguous() and logvar.is_contiguous()):
+            memory_format = memory_format_of(mu)
+            mu, logvar = in_format(memory_format, mu, logvar)
+        key = self._key(key, mu)
+        z = self._empty_like(mu) if num_samples is None else empty_draws(mu, num_samples)
+        shape = noise_shape(mu, memory_format, 1 if num_samples is None else num_samples)
+        workspace = None if kl is None else self._workspace("reparameterize", mu, shape)
+        self._module.reparameterize(
+            mu=mu.data_ptr(), logvar=logvar.data_ptr(), z=z.data_ptr(),
+            slope=None if slope is None else slope.data_ptr(), kl=None if kl is None else kl.data_ptr(),
+            dtype=DTYPE[mu.dtype], shape=shape, key=self._words(key), place=self._place(mu, workspace),
+        )  # fmt: skip
+        return z
+
+    def reparameterize_kl(
+        self, mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+        kl = torch.empty(mu.shape[0], dtype=dtype, device=mu.device)
+        return self.reparameterize(mu, logvar, key, num_samples, kl), kl
+
+    def reparameterize_and_slope(
+        self, mu: Tensor, logvar: Tensor, key: Tensor, num_samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        slope = empty_draws(mu, num_samples)
+        return self.reparameterize(mu, logvar, key, num_samples, slope=slope), slope
+
+    def reparameterize_backward(
+        self,
+        grad_z: Tensor | None,
+        grad_kl: Tensor | None,
+        mu: Tensor | None,
+        logvar: Tensor,
+        key: Tensor,
+        num_samples: int | None,
+        with_grad_mu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        memory_format = memory_format_of(logvar)
+        if grad_z is not None and num_samples is not None:
+            grad_z = grad_z.flatten(0, 1)
+        grad_z, mu, logvar = in_format(memory_format, grad_z, mu, logvar)
+        key = self._key(key, logvar)
+        if grad_kl is not None:
+            grad_kl = grad_kl.contiguous()
+        grad_logvar = self._empty_like(logvar)
+        grad_mu = self._empty_like(logvar) if with_grad_mu else logvar.new_empty(0)
+        self._module.reparameterize_backward(
+            grad_z=None if grad_z is None else grad_z.data_ptr(),
+            grad_kl=None if grad_kl is None else grad_kl.data_ptr(), mu=None if mu is None else mu.data_ptr(),
+            logvar=logvar.data_ptr(), grad_mu=grad_mu.data_ptr() if with_grad_mu else None,
+            grad_logvar=grad_logvar.data_ptr(), dtype=DTYPE[logvar.dtype],
+            shape=noise_shape(logvar, memory_format, 1 if num_samples is None else num_samples), key=self._words(key),
+            place=self._place(logvar),
+        )  # fmt: skip
+        return grad_mu, grad_logvar
+
+    def add_noise(
+        self, x0: Tensor, table: Tensor, t: Tensor | None, key: Tensor, with_noise: bool, x_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``x_t``: where to write to, with the strides of ``x0`` in its format."""
+        memory_format = kept_format(x0)
+        (x0,) = in_format(memory_format, x0)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        if x_t is None:
+            x_t = self._empty_like(x0)
+        noise = self._empty_like(x0) if with_noise else None
+        self._module.add_noise(
+            x0=x0.data_ptr(), x_t=x_t.data_ptr(), noise=None if noise is None else noise.data_ptr(),
+            dtype=DTYPE[x0.dtype], shape=noise_shape(x0, memory_format), table=coefficients, key=self._words(key),
+            place=self._place(x0),
+        )  # fmt: skip
+        del held
+        return x_t, noise
+
+    def denoising_loss(
+        self,
+        output: Tensor,
+        x0: Tensor,
+        table: Tensor,
+        t: Tensor | None,
+        key: Tensor,
+        noise: Tensor | None = None,
+        error: Tensor | None = None,
+    ) -> Tensor:
+        """``error``: where to write prediction - target, for backends that can."""
+        memory_format = kept_format(output, x0)
+        output, x0, noise = in_format(memory_format, output, x0, noise)
+        shape = noise_shape(x0, memory_format)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        loss = torch.empty(x0.shape[0], dtype=dtype, device=x0.device)
+        workspace = self._workspace("denoising_loss", x0, shape)
+        self._module.denoising_loss(
+            output=output.data_ptr(), x0=x0.data_ptr(), noise=None if noise is None else noise.data_ptr(),
+            loss=loss.data_ptr(), dtype=DTYPE[x0.dtype], shape=shape, learned=output.shape != x0.shape,
+            table=coefficients, key=self._words(key), error=None if error is None else error.data_ptr(),
+            place=self._place(x0, workspace),
+        )  # fmt: skip
+        del held
+        return loss
+
+    def denoising_loss_backward(
+        self,
+        grad_loss: Tensor,
+        output: Tensor,
+        x0: Tensor,
+        table: Tensor,
+        t: Tensor | None,
+        key: Tensor,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        memory_format = kept_format(output, x0)
+        output, x0, noise = in_format(memory_format, output, x0, noise)
+        key, (held, coefficients) = self._key(key, x0), self._coefficients(table, t, x0)
+        grad_loss, grad_output = grad_loss.contiguous(), self._empty_like(output)
+        self._module.denoising_loss_backward(
+            grad_loss=grad_loss.data_ptr(), output=output.data_ptr(), x0=x0.data_ptr(),
+            noise=None if noise is None else noise.data_ptr(), grad_output=grad_output.data_ptr(),
+            dtype=DTYPE[x0.dtype], shape=noise_shape(x0, memory_format), learned=output.shape != x0.shape,
+            table=coefficients, key=self._words(key), place=self._place(x0),
+        )  # fmt: skip
+        del held
+        return grad_output
+
+    def diffusion_step(
+        self,
+        x: Tensor,
+        output: Tensor | None,
+        second: Tensor | None,
+        history0: Tensor | None,
+        history1: Tensor | None,
+        known: Tensor | None,
+        mask: Tensor | None,
+        rows: Tensor,
+        key: Tensor,
+        y: Tensor | None = None,
+        prediction: Tensor | None = None,
+    ) -> Tensor:
+        """``y``, ``prediction``: where to write to, with the strides of ``x`` in its format."""
+        memory_format = kept_format(x)
+        x, output, second, history0, history1, known, mask = in_format(
+            memory_format, x, output, second, history0, history1, known, mask
+        )
+        key, (held, coefficients) = self._key(key, x), self._coefficients(rows, None, x)
+        if y is None:
+            y = self._empty_like(x)
+        self._module.diffusion_step(
+            x=x.data_ptr(), output=None if output is None else output.data_ptr(),
+            second=None if second is None else second.data_ptr(),
+            history0=None if history0 is None else history0.data_ptr(),
+            history1=None if history1 is None else history1.data_ptr(),
+            known=None if known is None else known.data_ptr(), mask=None if mask is None else mask.data_ptr(),
+            y=y.data_ptr(), prediction=None if prediction is None else prediction.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=noise_shape(x, memory_format), learned=output is not None and output.shape != x.shape,
+            second_learned=second is not None and second.shape != x.shape, table=coefficients, key=self._words(key),
+            place=self._place(x),
+        )  # fmt: skip
+        del held
+        return y
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor (B, heads, tokens, channels), or a copy with strides that the kernel for attention takes."""
+        return tensor
+
+    def _writable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or one in its place that the kernel for attention can write to, to be copied."""
+        return tensor
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        out: Tensor | None = None,
+        with_lse: bool = True,
+        options: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``out``: where to write to, with strides as those of a readable tensor; ``with_lse``: whether to keep it.
+
+        ``options``, here and below: what :meth:`_options` says of them.
+        """
+        if out is None:
+            out = self._empty_like(q)
+        into = self._writable(out)
+        q, k, v = self._readable(q), self._readable(k), self._readable(v)
+        lse = log_sums(q) if with_lse else None
+        shape = attention_shape(q, k, v)
+        workspace = self._workspace("attention", q, shape)
+        self._module.attention(
+            q=heads(q), k=heads(k), v=heads(v), out=heads(into), lse=None if lse is None else lse.data_ptr(),
+            dtype=DTYPE[q.dtype], shape=shape, scale=scale, options=options, place=self._place(q, workspace),
+        )  # fmt: skip
+        return out if into is out else out.copy_(into), lse
+
+    def attention_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        wanted: Sequence[bool],
+        grads: tuple[Tensor, Tensor, Tensor] | None = None,
+        options: Any = None,
+    ) -> tuple[Tensor | None, ...]:
+        """``grads``: where to write to, with strides as those of readable tensors; all of them are then wanted."""
+        results = grads or self._gradients((q, k, v), wanted)
+        grad_q, grad_k, grad_v = into = [None if result is None else self._writable(result) for result in results]
+        grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
+        lse = lse.contiguous()
+        shape = attention_shape(q, k, v)
+        workspace = self._workspace("attention_backward", q, shape)
+        self._module.attention_backward(
+            grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
+            grad_q=heads(grad_q), grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=shape,
+            scale=scale, options=options, place=self._place(q, workspace),
+        )  # fmt: skip
+        for result, written in zip(results, into, strict=True):
+            if result is not None and written is not None and written is not result:
+                result.copy_(written)
+        return results
+
+    def general_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *settings: Any, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """``settings``, here and below: mask, key_lengths, key, scale, causal, dropout."""
+        held, scale, options = self._options(q, *settings)
+        results = self.attention(q, k, v, scale, empty_with_channels(q, v.shape[3]), with_lse, options)
+        del held
+        return results
+
+    def general_attention_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        held, scale, options = self._options(q, *settings)
+        grads = self.attention_backward(grad_out, q, k, v, out, lse, scale, wanted, options=options)
+        del held
+        return grads
+
+    def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
+
+    def _options(
+        self,
+        q: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        key: Tensor | None,
+        scale: float,
+        causal: bool,
+        dropout: float,
+    ) -> tuple[tuple[Tensor | None, ...], float, Any]:
+        """Tensors for the caller to hold, the scale, and the options of attention as the kernels take them."""
+        key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        key = None if key is None else self._key(key, q)
+        read, is_boolean = None, mask is not None and mask.dtype is torch.bool
+        if mask is not None:
+            # Along a dimension of one element, the same is read again.
+            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
+            read = (mask.data_ptr(), *steps)
+        options = AttentionOptions(
+            mask=read, mask_is_boolean=is_boolean, mask_dtype=0 if mask is None or is_boolean else DTYPE[mask.dtype],
+            key_lengths=None if key_lengths is None else key_lengths.data_ptr(), causal=causal, dropout=dropout,
+            key=None if key is None else self._words(key),
+        )  # fmt: skip
+        return (key_lengths, key), scale, options
+
+    def group_norm(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+        y: Tensor | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y``: where to write to, with the strides of ``x`` in its format; ``statistics``: whether to keep them."""
+        memory_format = _CONTIGUOUS
+        if not x.is_contiguous():
+            memory_format = suggested_format(x)
+            x = x.contiguous(memory_format=memory_format)
+        x, given = self._aligned(x), y
+        if y is None or not self._is_aligned(y):
+            y = self._empty_like(x)
+        kept = x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float64) if statistics else None
+        if kept is not None and not x.numel():
+            kept.zero_()
+        shape = group_norm_shape(x, num_groups, memory_format)
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        workspace = self._workspace("group_norm", x, shape)
+        self._module.group_norm(
+            x=x.data_ptr(), y=y.data_ptr(), statistics=None if kept is None else kept.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=shape, eps=eps, activation=ACTIVATION[activation], weight=weight, bias=bias, scale=scale, shift=shift,
+            bias_in=bias_in, place=self._place(x, workspace),
+        )  # fmt: skip
+        del held
+        if given is not None and given is not y:
+            y = given.copy_(y)
+        return y, kept
+
+    def group_norm_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        activation: str | None,
+        wanted: list[bool],
+        eps: float = 0.0,
+    ) -> tuple[Tensor | None, ...]:
+        """``eps``: what the statistics hold already."""
+        memory_format = _CONTIGUOUS
+        if not (x.is_contiguous() and grad_y.is_contiguous()):
+            memory_format = suggested_format(x)
+            grad_y, x = in_format(memory_format, grad_y, x)
+        grad_y, x, statistics = self._aligned(grad_y), self._aligned(x), statistics.contiguous()
+        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[1:])
+        grads = [self._empty_like(x) if wanted[0] else None, *of_values]
+        shape = group_norm_shape(x, num_groups, memory_format)
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_bias_in = addresses(grads)
+        workspace = self._workspace("group_norm_backward", x, shape)
+        self._module.group_norm_backward(
+            grad_y=grad_y.data_ptr(), x=x.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=shape, activation=ACTIVATION[activation], weight=weight, bias=bias, scale=scale, shift=shift,
+            bias_in=bias_in, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, grad_scale=grad_scale,
+            grad_shift=grad_shift, grad_bias_in=grad_bias_in, place=self._place(x, workspace),
+        )  # fmt: skip
+        del held
+        return tuple(grads)
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def noise_shape(x: Tensor, memory_format: torch.memory_format, draws: int = 1) -> Any:
+    """The sizes of a tensor in its format, one sample after the other."""
+    samples = x.shape[0]
+    return NoiseShape(
+        samples=samples, draws=draws, elements=x.numel() // samples if samples else 0,
+        channels=_channels(x, memory_format),
+    )  # fmt: skip
+
+
+def heads(tensor: Tensor | None) -> Any:
+    """The HeadsTensor of a tensor (B, heads, tokens, channels): its address, then its strides in this order."""
+    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
+
+
+def log_sums(q: Tensor) -> Tensor:
+    """An uninitialised tensor for the logarithms of attention's denominators."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def attention_shape(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    batch, heads, queries, size = q.shape
+    _, key_heads, keys, _ = k.shape
+    return AttentionShape(
+        batch=batch, heads=heads, queries=queries, keys=keys, size=size, key_heads=key_heads, value_size=v.shape[3]
+    )
+
+
+ACTIVATION = {None: 0, "silu": 1}
+
+
+def group_norm_shape(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> Any:
+    samples, channels = x.shape[0], x.shape[1]
+    planes = samples * channels
+    return GroupNormShape(
+        samples=samples, channels=channels, pixels=x.numel() // planes if planes else 0, groups=num_groups,
+        channels_last=memory_format is not _CONTIGUOUS,
+    )  # fmt: skip
+
+
+def channel_values(*values: Tensor | None) -> tuple[list[Tensor], list[Any]]:
+    """The values, dense along channels, for the caller to hold, and what kernels take of each."""
+    dense: list[Tensor] = []
+    described: list[Any] = []
+    for value in values:
+        if value is None:
+            described.append(None)
+            continue
+        if not value.is_contiguous() and value.stride(-1) != 1:
+            value = value.contiguous()
+        dense.append(value)
+        described.append(
+            ChannelValues(
+                data=value.data_ptr(), dtype=DTYPE[value.dtype], stride=0 if value.dim() == 1 else value.stride(0)
+            )
+        )
+    return dense, described

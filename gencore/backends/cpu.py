@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gencore import _cpu
 from gencore.backends.compiled import (
     ACTIVATION,
+    DTYPE,
     CompiledOps,
-    attention_sizes,
+    addresses,
+    attention_shape,
     channel_values,
-    group_norm_sizes,
+    group_norm_shape,
     heads,
-    heads_or_none,
     log_sums,
-    sizes_of,
+    noise_shape,
 )
 from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
-
-try:
-    from gencore import _cpu
-except ImportError as error:
-    raise ImportError(
-        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
-        "from another folder or install with `pip install -e .`)"
-    ) from error
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
 _LARGE = 6 << 20
@@ -82,11 +77,11 @@ class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
-    def _place(self, tensor: Tensor) -> tuple[int, ...]:
-        return (torch.get_num_threads(),)
+    def _words(self, key: Tensor) -> Any:
+        return _cpu.NoiseKey(words=key.data_ptr(), rows=0 if key.dim() == 1 else len(key), on_device=False)
 
-    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
-        return key.data_ptr(), 0 if key.dim() == 1 else len(key), torch.get_num_threads()
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> int:
+        return torch.get_num_threads()
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         empty = torch.empty_like(tensor)
@@ -96,10 +91,13 @@ class CpuOps(CompiledOps):
 
     def _coefficients(
         self, table: Tensor, index: Tensor | None, tensor: Tensor
-    ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, bool]]:
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         # As they nearly always are.
         if table.is_cpu and table.is_contiguous() and (index is None or (index.is_cpu and index.is_contiguous())):
-            return (table, index), (table.data_ptr(), table.shape[0], 0 if index is None else index.data_ptr(), False)
+            return (table, index), _cpu.Coefficients(
+                values=table.data_ptr(), rows=table.shape[0], index=None if index is None else index.data_ptr(),
+                on_device=False,
+            )  # fmt: skip
         return super()._coefficients(table, index, tensor)
 
     def denoising_loss_and_error(
@@ -107,7 +105,7 @@ class CpuOps(CompiledOps):
     ) -> tuple[Tensor, Tensor]:
         """The loss, and prediction - target, which the gradient is a multiple of."""
         error = torch.empty_like(output, memory_format=kept_format(output, x0))
-        return self.denoising_loss(output, x0, table, t, key, None, error=error.data_ptr()), error
+        return self.denoising_loss(output, x0, table, t, key, None, error), error
 
     def denoising_loss_scale(
         self, grad_loss: Tensor, error: Tensor, table: Tensor, t: Tensor | None, key: Tensor
@@ -116,8 +114,9 @@ class CpuOps(CompiledOps):
         key, (held, coefficients) = self._key(key, error), self._coefficients(table, t, error)
         grad_loss = grad_loss.contiguous()
         self._module.denoising_loss_scale(
-            grad_loss.data_ptr(), error.data_ptr(), *sizes_of(error, kept_format(error)), coefficients,
-            *self._noise(key, error),
+            grad_loss=grad_loss.data_ptr(), output=None, x0=None, noise=None, grad_output=error.data_ptr(),
+            dtype=DTYPE[error.dtype], shape=noise_shape(error, kept_format(error)), learned=False, table=coefficients,
+            key=self._words(key), place=self._place(error),
         )  # fmt: skip
         del held
         return error
@@ -134,6 +133,7 @@ class CpuOps(CompiledOps):
         dv: Tensor | None,
         scale: float,
         d_out: Tensor | None = None,
+        options: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """``d_out``: where to write to."""
         if d_out is None:
@@ -141,8 +141,9 @@ class CpuOps(CompiledOps):
         lse = lse.contiguous()
         d_lse = torch.empty_like(lse)
         self._module.attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *attention_sizes(q, k), scale, *self._place(q),
+            q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(), dq=heads(dq), dk=heads(dk),
+            dv=heads(dv), d_out=heads(d_out), d_lse=d_lse.data_ptr(), dtype=DTYPE[q.dtype],
+            shape=attention_shape(q, k, v), scale=scale, options=options, place=self._place(q),
         )  # fmt: skip
         return d_out, d_lse
 
@@ -158,19 +159,60 @@ class CpuOps(CompiledOps):
         dk: Tensor | None,
         dv: Tensor | None,
         scale: float,
-        wanted: list[bool],
+        wanted: Sequence[bool],
         grads: tuple[Tensor, ...] | None = None,
+        options: Any = None,
     ) -> tuple[Tensor | None, ...]:
         """``grads``: where to write to; all of them are then wanted."""
         lse = lse.contiguous()
-        results: tuple[Tensor | None, ...] = grads or tuple(
-            self._empty_like(tensor) if want else None for tensor, want in zip((grad_out, q, k, v), wanted, strict=True)
-        )
+        results = grads or self._gradients((grad_out, q, k, v), wanted)
+        grad_grad_out, grad_q, grad_k, grad_v = results
         self._module.attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
-            heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
+            grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
+            dq=heads(dq), dk=heads(dk), dv=heads(dv), grad_grad_out=heads(grad_grad_out), grad_q=heads(grad_q),
+            grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=attention_shape(q, k, v),
+            scale=scale, options=options, place=self._place(q),
         )  # fmt: skip
         return results
+
+    def general_attention_jvp(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        held, scale, options = self._options(q, *settings)
+        d_out = empty_with_channels(q, v.shape[3])
+        results = self.attention_jvp(q, k, v, out, lse, dq, dk, dv, scale, d_out, options)
+        del held
+        return results
+
+    def general_attention_double_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        *settings_and_wanted: Any,
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        held, scale, options = self._options(q, *settings)
+        grads = self.attention_double_backward(
+            grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options
+        )
+        del held
+        return grads
 
     def group_norm_jvp(
         self,
@@ -195,11 +237,12 @@ class CpuOps(CompiledOps):
         memory_format = suggested_format(x)
         x, d_x = in_format(memory_format, x, d_x)
         statistics, d_y = statistics.contiguous(), self._empty_like(x)
-        held, values = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
         self._module.group_norm_jvp(
-            x.data_ptr(), d_y.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
-            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values, *self._place(x),
+            x=x.data_ptr(), d_y=d_y.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=group_norm_shape(x, num_groups, memory_format), activation=ACTIVATION[activation], weight=weight,
+            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, place=self._place(x),
         )  # fmt: skip
         del held, d_held
         return d_y
@@ -231,60 +274,26 @@ class CpuOps(CompiledOps):
         statistics = statistics.contiguous()
         of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
         grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
-        held, values = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        grad_grad_y, grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_bias_in = addresses(grads)
         self._module.group_norm_double_backward(
-            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
-            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values,
-            [0 if grad is None else grad.data_ptr() for grad in grads], *self._place(x),
+            grad_y=grad_y.data_ptr(), x=x.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=group_norm_shape(x, num_groups, memory_format), activation=ACTIVATION[activation], weight=weight,
+            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, grad_grad_y=grad_grad_y,
+            grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, grad_scale=grad_scale, grad_shift=grad_shift,
+            grad_bias_in=grad_bias_in, place=self._place(x),
         )  # fmt: skip
         del held, d_held
         return tuple(grads)
 
-    def general_attention_jvp(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings: Any,
-    ) -> tuple[Tensor, Tensor]:
-        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), log_sums(q)
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *given,
-        )  # fmt: skip
-        del held
-        return d_out, d_lse
 
-    def general_attention_double_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings_and_wanted: Any,
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
-        grads = self._gradients((grad_out, q, k, v), wanted)
-        lse = lse.contiguous()
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
-            heads_or_none(*grads), *given,
-        )  # fmt: skip
-        del held
-        return grads
+def group_norm_direction(d_x: Tensor | None, *d_values: Tensor | None) -> tuple[list[Tensor], Any]:
+    """The changes of the values, dense along channels, for the caller to hold, and what kernels take of a direction."""
+    held, (weight, bias, scale, shift, bias_in) = channel_values(*d_values)
+    return held, _cpu.GroupNormDirection(
+        x=None if d_x is None else d_x.data_ptr(), weight=weight, bias=bias, scale=scale, shift=shift, bias_in=bias_in
+    )
 
 
 ops = CpuOps(_cpu)
