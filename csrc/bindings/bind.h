@@ -113,7 +113,7 @@ class Signature {
 
 template <class Struct>
 void bind_struct(py::module_& m, const char* name) {
-  constexpr std::size_t size = field_count<Struct>;
+  static constexpr std::size_t size = field_count<Struct>;
   const auto call = [](PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* keywords) {
     return guarded([&] {
       PyObject* fields[size];
@@ -137,7 +137,7 @@ Args arguments_of(Result (*)(const Args&, Others...));
 template <auto kernel, class Backend>
 void bind(py::module_& m, const char* name) {
   using Args = decltype(arguments_of(kernel));
-  constexpr std::size_t size = field_count<Args>;
+  static constexpr std::size_t size = field_count<Args>;
   static constexpr std::string_view place = "place";
   std::array<std::string_view, size + 1> names{};
   std::copy_n(field_names<Args>.begin(), size, names.begin());

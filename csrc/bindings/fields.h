@@ -76,6 +76,9 @@ constexpr auto field_addresses(const Struct& x) {
 #undef GENCORE_FIELDS
 }
 
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wundefined-var-template"
+#endif
 // An object that is nowhere: only its fields' addresses are spoken of.
 template <class Struct>
 struct Example {
@@ -86,6 +89,7 @@ struct Example {
 // A template takes the address of a part of an object only inside of a class.
 template <class Pointer>
 struct Held {
+  constexpr explicit Held(Pointer given) : pointer(given) {}
   Pointer pointer;
 };
 

@@ -20,7 +20,6 @@ from gencore.backends.compiled import (
     channel_values,
     group_norm_shape,
     heads,
-    log_sums,
     noise_shape,
 )
 from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
@@ -208,9 +207,7 @@ class CpuOps(CompiledOps):
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
         held, scale, options = self._options(q, *settings)
-        grads = self.attention_double_backward(
-            grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options
-        )
+        grads = self.attention_double_backward(grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options)
         del held
         return grads
 
