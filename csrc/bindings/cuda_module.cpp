@@ -169,10 +169,14 @@ PYBIND11_MODULE(_cuda, m) {
   bind<&cuda::attention_backward>(m, "attention_backward");
   bind<&cuda::group_norm>(m, "group_norm");
   bind<&cuda::group_norm_backward>(m, "group_norm_backward");
+  bind<&cuda::group_norm_jvp>(m, "group_norm_jvp");
+  bind<&cuda::group_norm_double_backward>(m, "group_norm_double_backward");
   bind_workspace(m, "reparameterize_workspace", &cuda::reparameterize_workspace);
   bind_workspace(m, "denoising_loss_workspace", &cuda::denoising_loss_workspace);
   bind_workspace(m, "attention_workspace", &cuda::attention_workspace);
   bind_workspace(m, "attention_backward_workspace", &cuda::attention_backward_workspace);
   bind_workspace(m, "group_norm_workspace", &cuda::group_norm_workspace);
   bind_workspace(m, "group_norm_backward_workspace", &cuda::group_norm_backward_workspace);
+  bind_workspace(m, "group_norm_jvp_workspace", &cuda::group_norm_jvp_workspace);
+  bind_workspace(m, "group_norm_double_backward_workspace", &cuda::group_norm_double_backward_workspace);
 }

@@ -1,8 +1,7 @@
 """What the compiled modules have in common: outputs are allocated, addresses and sizes are passed.
 
 The functions of the modules take the fields of a struct of ``csrc/include/gencore`` by name, and ``place``: where to
-compute. What is not there is None. Structs within the struct are made by functions with their names; None is one with
-nothing in it.
+compute. What is not there is None. ``structs.py`` makes the structs within.
 """
 
 from __future__ import annotations
@@ -22,30 +21,22 @@ from gencore.backends.layout import (
     memory_format_of,
     suggested_format,
 )
+from gencore.backends.structs import (
+    ACTIVATION,
+    DTYPE,
+    AttentionOptions,
+    Coefficients,
+    NoiseKey,
+    addresses,
+    attention_shape,
+    channel_values,
+    group_norm_direction,
+    group_norm_shape,
+    heads,
+    noise_shape,
+)
 
-try:
-    from gencore._cpu import (
-        AttentionOptions,
-        AttentionShape,
-        ChannelValues,
-        Coefficients,
-        GroupNormShape,
-        NoiseKey,
-        NoiseShape,
-    )
-except ImportError as error:
-    raise ImportError(
-        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
-        "from another folder or install with `pip install -e .`)"
-    ) from error
-
-DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CONTIGUOUS = torch.contiguous_format
-
-
-def _channels(tensor: Tensor, memory_format: torch.memory_format) -> int:
-    """The channels of a channels-last tensor; 0 says that elements lie in logical order."""
-    return 0 if memory_format is _CONTIGUOUS else tensor.shape[1]
 
 
 class CompiledOps:
@@ -482,64 +473,86 @@ class CompiledOps:
         del held
         return tuple(grads)
 
+    def group_norm_jvp(
+        self,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        eps: float,
+    ) -> Tensor:
+        """``eps``: what the statistics hold already."""
+        memory_format = suggested_format(x)
+        x, d_x = in_format(memory_format, x, d_x)
+        x, d_x = self._aligned(x), None if d_x is None else self._aligned(d_x)
+        statistics, d_y = statistics.contiguous(), self._empty_like(x)
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        shape = group_norm_shape(x, num_groups, memory_format)
+        workspace = self._workspace("group_norm_jvp", x, shape)
+        self._module.group_norm_jvp(
+            x=x.data_ptr(), d_y=d_y.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=shape, activation=ACTIVATION[activation], weight=weight,
+            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, place=self._place(x, workspace),
+        )  # fmt: skip
+        del held, d_held
+        return d_y
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def noise_shape(x: Tensor, memory_format: torch.memory_format, draws: int = 1) -> Any:
-    """The sizes of a tensor in its format, one sample after the other."""
-    samples = x.shape[0]
-    return NoiseShape(
-        samples=samples, draws=draws, elements=x.numel() // samples if samples else 0,
-        channels=_channels(x, memory_format),
-    )  # fmt: skip
-
-
-def heads(tensor: Tensor | None) -> Any:
-    """The HeadsTensor of a tensor (B, heads, tokens, channels): its address, then its strides in this order."""
-    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
+    def group_norm_double_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        bias_in: Tensor | None,
+        d_x: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_scale: Tensor | None,
+        d_shift: Tensor | None,
+        d_bias_in: Tensor | None,
+        activation: str | None,
+        wanted: list[bool],
+        eps: float,
+    ) -> tuple[Tensor | None, ...]:
+        """``eps``: what the statistics hold already."""
+        memory_format = suggested_format(x)
+        grad_y, x, d_x = in_format(memory_format, grad_y, x, d_x)
+        grad_y, x, d_x = self._aligned(grad_y), self._aligned(x), None if d_x is None else self._aligned(d_x)
+        statistics = statistics.contiguous()
+        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
+        grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
+        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
+        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
+        grad_grad_y, grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_bias_in = addresses(grads)
+        shape = group_norm_shape(x, num_groups, memory_format)
+        workspace = self._workspace("group_norm_double_backward", x, shape)
+        self._module.group_norm_double_backward(
+            grad_y=grad_y.data_ptr(), x=x.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
+            shape=shape, activation=ACTIVATION[activation], weight=weight,
+            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, grad_grad_y=grad_grad_y,
+            grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, grad_scale=grad_scale, grad_shift=grad_shift,
+            grad_bias_in=grad_bias_in, place=self._place(x, workspace),
+        )  # fmt: skip
+        del held, d_held
+        return tuple(grads)
 
 
 def log_sums(q: Tensor) -> Tensor:
     """An uninitialised tensor for the logarithms of attention's denominators."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def attention_shape(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    batch, heads, queries, size = q.shape
-    _, key_heads, keys, _ = k.shape
-    return AttentionShape(
-        batch=batch, heads=heads, queries=queries, keys=keys, size=size, key_heads=key_heads, value_size=v.shape[3]
-    )
-
-
-ACTIVATION = {None: 0, "silu": 1}
-
-
-def group_norm_shape(x: Tensor, num_groups: int, memory_format: torch.memory_format) -> Any:
-    samples, channels = x.shape[0], x.shape[1]
-    planes = samples * channels
-    return GroupNormShape(
-        samples=samples, channels=channels, pixels=x.numel() // planes if planes else 0, groups=num_groups,
-        channels_last=memory_format is not _CONTIGUOUS,
-    )  # fmt: skip
-
-
-def channel_values(*values: Tensor | None) -> tuple[list[Tensor], list[Any]]:
-    """The values, dense along channels, for the caller to hold, and what kernels take of each."""
-    dense: list[Tensor] = []
-    described: list[Any] = []
-    for value in values:
-        if value is None:
-            described.append(None)
-            continue
-        if not value.is_contiguous() and value.stride(-1) != 1:
-            value = value.contiguous()
-        dense.append(value)
-        described.append(
-            ChannelValues(
-                data=value.data_ptr(), dtype=DTYPE[value.dtype], stride=0 if value.dim() == 1 else value.stride(0)
-            )
-        )
-    return dense, described

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from gencore import _cpu
-from gencore.backends.compiled import (
-    ACTIVATION,
-    DTYPE,
-    CompiledOps,
-    addresses,
-    attention_shape,
-    channel_values,
-    group_norm_shape,
-    heads,
-    noise_shape,
-)
-from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
+from gencore.backends.compiled import CompiledOps
+from gencore.backends.layout import empty_with_channels, kept_format
+from gencore.backends.structs import DTYPE, attention_shape, heads, noise_shape
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
 _LARGE = 6 << 20
@@ -210,87 +201,6 @@ class CpuOps(CompiledOps):
         grads = self.attention_double_backward(grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options)
         del held
         return grads
-
-    def group_norm_jvp(
-        self,
-        x: Tensor,
-        statistics: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        bias_in: Tensor | None,
-        d_x: Tensor | None,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias_in: Tensor | None,
-        activation: str | None,
-        eps: float,
-    ) -> Tensor:
-        """``eps``: what the statistics hold already."""
-        memory_format = suggested_format(x)
-        x, d_x = in_format(memory_format, x, d_x)
-        statistics, d_y = statistics.contiguous(), self._empty_like(x)
-        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
-        self._module.group_norm_jvp(
-            x=x.data_ptr(), d_y=d_y.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
-            shape=group_norm_shape(x, num_groups, memory_format), activation=ACTIVATION[activation], weight=weight,
-            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, place=self._place(x),
-        )  # fmt: skip
-        del held, d_held
-        return d_y
-
-    def group_norm_double_backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor,
-        statistics: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        bias_in: Tensor | None,
-        d_x: Tensor | None,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias_in: Tensor | None,
-        activation: str | None,
-        wanted: list[bool],
-        eps: float,
-    ) -> tuple[Tensor | None, ...]:
-        """``eps``: what the statistics hold already."""
-        memory_format = suggested_format(x)
-        grad_y, x, d_x = in_format(memory_format, grad_y, x, d_x)
-        statistics = statistics.contiguous()
-        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
-        grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
-        held, (weight, bias, scale, shift, bias_in) = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, direction = group_norm_direction(d_x, d_weight, d_bias, d_scale, d_shift, d_bias_in)
-        grad_grad_y, grad_x, grad_weight, grad_bias, grad_scale, grad_shift, grad_bias_in = addresses(grads)
-        self._module.group_norm_double_backward(
-            grad_y=grad_y.data_ptr(), x=x.data_ptr(), statistics=statistics.data_ptr(), dtype=DTYPE[x.dtype],
-            shape=group_norm_shape(x, num_groups, memory_format), activation=ACTIVATION[activation], weight=weight,
-            bias=bias, scale=scale, shift=shift, bias_in=bias_in, direction=direction, grad_grad_y=grad_grad_y,
-            grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, grad_scale=grad_scale, grad_shift=grad_shift,
-            grad_bias_in=grad_bias_in, place=self._place(x),
-        )  # fmt: skip
-        del held, d_held
-        return tuple(grads)
-
-
-def group_norm_direction(d_x: Tensor | None, *d_values: Tensor | None) -> tuple[list[Tensor], Any]:
-    """The changes of the values, dense along channels, for the caller to hold, and what kernels take of a direction."""
-    held, (weight, bias, scale, shift, bias_in) = channel_values(*d_values)
-    return held, _cpu.GroupNormDirection(
-        x=None if d_x is None else d_x.data_ptr(), weight=weight, bias=bias, scale=scale, shift=shift, bias_in=bias_in
-    )
 
 
 ops = CpuOps(_cpu)
