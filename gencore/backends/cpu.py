@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore import _cpu
+# Before what else needs it.
+try:
+    from gencore import _cpu
+except ImportError as error:
+    raise ImportError(
+        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
+        "from another folder or install with `pip install -e .`)"
+    ) from error
+
 from gencore.backends.compiled import CompiledOps
 from gencore.backends.layout import empty_with_channels, kept_format
 from gencore.backends.structs import DTYPE, attention_shape, heads, noise_shape

@@ -11,28 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from gencore._cpu import (
-        AttentionOptions as AttentionOptions,
-    )
-    from gencore._cpu import (
-        AttentionShape,
-        ChannelValues,
-        GroupNormDirection,
-        GroupNormShape,
-        NoiseShape,
-    )
-    from gencore._cpu import (
-        Coefficients as Coefficients,
-    )
-    from gencore._cpu import (
-        NoiseKey as NoiseKey,
-    )
-except ImportError as error:
-    raise ImportError(
-        "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
-        "from another folder or install with `pip install -e .`)"
-    ) from error
+from gencore._cpu import (
+    AttentionOptions as AttentionOptions,
+)
+from gencore._cpu import (
+    AttentionShape,
+    ChannelValues,
+    GroupNormDirection,
+    GroupNormShape,
+    NoiseShape,
+)
+from gencore._cpu import (
+    Coefficients as Coefficients,
+)
+from gencore._cpu import (
+    NoiseKey as NoiseKey,
+)
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATION = {None: 0, "silu": 1}
