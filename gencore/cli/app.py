@@ -16,12 +16,16 @@ from gencore.bench.results import ReportError
 from gencore.cli import (
     bench,
     codes,
+    compare,
+    curve,
     data,
     edit,
     evaluate,
     info,
     latents,
     list_plugins,
+    measure,
+    neighbours,
     profile,
     quickstart,
     runs,
@@ -31,6 +35,7 @@ from gencore.cli import (
 from gencore.cli.common import UserError, begin, one_line
 from gencore.config import ConfigError
 from gencore.data import DataError
+from gencore.metrics import MissingWeightsError
 from gencore.pictures import NotFiniteError
 from gencore.plugins import PluginError
 from gencore.processes import OtherProcessError, is_joined, leave, started
@@ -94,9 +99,13 @@ app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("sample")(sample.command)
 app.command("evaluate")(evaluate.command)
+app.command("measure")(measure.command)
+app.command("neighbours")(neighbours.command)
+app.command("compare")(compare.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("curve")(curve.command)
 app.command("map")(codes.latent_map)
 app.command("probe")(codes.probe)
 app.command("edit")(edit.command)
@@ -115,6 +124,7 @@ _TOLD = (
     PluginError,
     DataError,
     CheckpointError,
+    MissingWeightsError,
     TrainingError,
     NotEnoughMemoryError,
     NotFiniteError,
