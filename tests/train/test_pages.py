@@ -31,6 +31,16 @@ def test_a_model_is_trained_loaded_and_sampled(tmp_path, monkeypatch, page):
     assert (tmp_path / "runs" / "vae" / "run.json").exists()
 
 
+def test_a_gan_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = snippet("docs/gan.md", "from gencore.train import")
+    shorter = code.replace("steps=500", "steps=3")
+    assert shorter != code
+    names: dict = {}
+    exec(shorter, names)
+    assert names["images"].shape == (64, 1, 8, 8)
+
+
 def test_a_data_set_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()

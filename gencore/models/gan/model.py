@@ -140,7 +140,8 @@ class GAN(GenerativeModel):
     def _fakes(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Samples in [-1, 1], and their classes, which are those of the minibatch."""
         n = len(step.batch)
-        if self.training and self._has_batch_norm and n == 1 and not dist.is_initialized():
+        is_alone = not (dist.is_available() and dist.is_initialized())
+        if self.training and self._has_batch_norm and n == 1 and is_alone:
             raise ConfigError(
                 self.plugin_name or "gan",
                 ["train.batch_size: must be at least 2 images for each part of a minibatch with batch norm, was 1"],
@@ -161,7 +162,7 @@ class GAN(GenerativeModel):
         """The objective's, and the penalties unless they are lazy."""
         config = self.config
         if self.augmentation is not None:
-            self.augmentation.schedule(step.number / max(step.total - 1, 1))
+            self.augmentation.schedule(_progress(step))
         with torch.no_grad():
             fakes, labels = self._fakes(step)
         images, is_penalised = _centred(step.batch), config.penalty_every == 1
@@ -197,7 +198,7 @@ class GAN(GenerativeModel):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the penalties, and the figure of each; real and fake are images with D's outputs."""
         config = self.config
-        share = cosine(1.0, config.penalty_final, step.number / max(step.total - 1, 1))
+        share = 1.0 if config.penalty_final == 1 else cosine(1.0, config.penalty_final, _progress(step))
         total, told = real[0].new_zeros(()), {}
         for name, gamma, (images, outputs) in (("r1", config.r1, real), ("r2", config.r2, fake)):
             if gamma and outputs is not None:
@@ -216,7 +217,7 @@ class GAN(GenerativeModel):
     def _generator_loss(self, step: Step) -> Loss:
         """The objective's; one of pairs judges the minibatch's images too, without a gradient."""
         if self.augmentation is not None:
-            self.augmentation.schedule(step.number / max(step.total - 1, 1))
+            self.augmentation.schedule(_progress(step))
         fakes, labels = self._fakes(step)
         fake = self._judged(fakes, labels, step.key, _FAKE)
         real = fake.detach()
@@ -233,6 +234,11 @@ class GAN(GenerativeModel):
     def _clip(self) -> None:
         if self.config.weight_clip is not None:
             clip_weights(self.discriminator.parameters(), self.config.weight_clip)
+
+
+def _progress(step: Step) -> float:
+    """From 0 in the first step to 1 in the last one."""
+    return step.number / max(step.total - 1, 1)
 
 
 def _centred(batch: Batch) -> Tensor:
