@@ -14,6 +14,7 @@ import typer
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import (
+    arithmetic,
     bench,
     codes,
     data,
@@ -23,6 +24,7 @@ from gencore.cli import (
     latents,
     list_plugins,
     profile,
+    project,
     quickstart,
     runs,
     sample,
@@ -97,6 +99,8 @@ app.command("evaluate")(evaluate.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("arithmetic")(arithmetic.command)
+app.command("project")(project.command)
 app.command("map")(codes.latent_map)
 app.command("probe")(codes.probe)
 app.command("edit")(edit.command)
