@@ -122,6 +122,19 @@ def diffusion_step(
     threads: int,
     /,
 ) -> None: ...
+def upfirdn2d(
+    x: int,
+    filter: int,
+    y: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    separable: bool,
+    flip: bool,
+    gain: float,
+    threads: int,
+    /,
+) -> None: ...
 def attention(
     q: tuple[int, ...],
     k: tuple[int, ...],

@@ -138,6 +138,20 @@ def diffusion_step(
     stream: int,
     /,
 ) -> None: ...
+def upfirdn2d(
+    x: int,
+    filter: int,
+    y: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    channels_last: bool,
+    separable: bool,
+    flip: bool,
+    gain: float,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def attention_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
 def attention_backward_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
 def attention(

@@ -9,6 +9,7 @@
 #include "gencore/attention.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
+#include "gencore/upfirdn2d.h"
 
 namespace gencore {
 
@@ -142,6 +143,24 @@ inline DiffusionStep diffusion_step_arguments(const std::array<std::uintptr_t, 9
           second_learned,
           table,
           key};
+}
+
+// sizes: samples and channels, then of rows and of columns those of a ResampledAxis.
+inline Upfirdn2d upfirdn2d_arguments(std::uintptr_t x, std::uintptr_t filter, std::uintptr_t y, int dtype,
+                                     const std::array<std::int64_t, 14>& sizes, bool channels_last, bool separable,
+                                     bool flip, double gain) {
+  return {pointer(x),
+          pointer(filter),
+          pointer(y),
+          DType(dtype),
+          sizes[0],
+          sizes[1],
+          {sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]},
+          {sizes[8], sizes[9], sizes[10], sizes[11], sizes[12], sizes[13]},
+          channels_last,
+          separable,
+          flip,
+          gain};
 }
 
 // The shape of a tensor, samples and channels first.

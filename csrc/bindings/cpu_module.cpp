@@ -20,6 +20,7 @@
 #include "gencore/reparameterize.h"
 #include "gencore/simd.h"
 #include "gencore/uniform.h"
+#include "gencore/upfirdn2d.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -227,6 +228,13 @@ PYBIND11_MODULE(_cpu, m) {
         diffusion_step_arguments(addresses, dtype, {samples, 1, elements, channels}, learned, second_learned,
                                  checked_coefficients(table, samples), noise_key(key, key_rows));
     run("diffusion_step", [&] { return cpu::diffusion_step(args, threads); });
+  });
+  m.def("upfirdn2d", [](std::uintptr_t x, std::uintptr_t filter, std::uintptr_t y, int dtype,
+                        const std::array<std::int64_t, 14>& sizes, bool channels_last, bool separable, bool flip,
+                        double gain, int threads) {
+    const Upfirdn2d args =
+        upfirdn2d_arguments(x, filter, y, dtype, sizes, channels_last, separable, flip, gain);
+    run("upfirdn2d", [&] { return cpu::upfirdn2d(args, threads); });
   });
   m.def("attention",
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,

@@ -19,6 +19,7 @@
 #include "gencore/normal.h"
 #include "gencore/reparameterize.h"
 #include "gencore/uniform.h"
+#include "gencore/upfirdn2d.h"
 
 namespace py = pybind11;
 using namespace gencore;
@@ -81,6 +82,15 @@ std::string described(const AttentionShape& shape, DType dtype) {
   return std::to_string(shape.batch) + " x " + std::to_string(shape.heads) + " heads of " + std::to_string(shape.size) +
          " " + described(dtype) + " channels, " + std::to_string(shape.queries) + " queries and " +
          std::to_string(shape.keys) + " keys";
+}
+
+std::string described(const Upfirdn2d& args, DType dtype) {
+  const auto axis = [](const ResampledAxis& a) {
+    return std::to_string(a.size) + " (up " + std::to_string(a.up) + ", " + std::to_string(a.taps) + " taps, down " +
+           std::to_string(a.down) + ")";
+  };
+  return std::to_string(args.samples) + " x " + std::to_string(args.channels) + " x " + axis(args.rows) + " x " +
+         axis(args.columns) + " " + described(dtype) + " values" + (args.channels_last ? ", channels_last" : "");
 }
 
 // Launches kernels; an error becomes an exception that names the op and its shapes.
@@ -295,6 +305,12 @@ PYBIND11_MODULE(_cuda, m) {
         [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
           return cuda::group_norm_backward_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
         });
+  m.def("upfirdn2d", [](std::uintptr_t x, std::uintptr_t filter, std::uintptr_t y, int dtype,
+                        const std::array<std::int64_t, 14>& sizes, bool channels_last, bool separable, bool flip,
+                        double gain, int device, std::uintptr_t stream) {
+    const Upfirdn2d args = upfirdn2d_arguments(x, filter, y, dtype, sizes, channels_last, separable, flip, gain);
+    run("upfirdn2d", args.dtype, args, device, [&] { return cuda::upfirdn2d(args, stream_at(stream)); });
+  });
   m.def(
       "group_norm",
       [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t statistics, int dtype, const py::tuple& sizes,

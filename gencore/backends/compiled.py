@@ -57,8 +57,12 @@ class CompiledOps:
         rows = 0 if key.dim() == 1 else len(key)
         return key.data_ptr(), rows, *self._place_of_key(key), *self._place(tensor)
 
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        """A new tensor, which the kernel is about to fill."""
+        return tensor
+
     def _empty_like(self, tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor)
+        return self._prepared(torch.empty_like(tensor))
 
     def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
         """Whether kernels read these coefficients in the memory of a device."""
@@ -273,6 +277,33 @@ class CompiledOps:
             addresses, *sizes, *learned, coefficients, *self._noise(key, x),
         )  # fmt: skip
         del held
+        return y
+
+    def upfirdn2d(
+        self,
+        x: Tensor,
+        filter: Tensor,
+        up: Sequence[int],
+        down: Sequence[int],
+        start: Sequence[int],
+        size: Sequence[int],
+        flip_filter: bool,
+        gain: float,
+    ) -> Tensor:
+        memory_format = suggested_format(x)
+        x, filter = x.contiguous(memory_format=memory_format), filter.contiguous()
+        samples, channels, height, width = x.shape
+        shape = (samples, channels, *size)
+        y = self._prepared(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
+        taps = filter.shape
+        sizes = (
+            samples, channels, height, size[0], taps[0], up[0], down[0], start[0],
+            width, size[1], taps[-1], up[1], down[1], start[1],
+        )  # fmt: skip
+        self._module.upfirdn2d(
+            x.data_ptr(), filter.data_ptr(), y.data_ptr(), DTYPE[x.dtype], sizes, memory_format is not _CONTIGUOUS,
+            len(taps) == 1, flip_filter, gain, *self._place(x),
+        )  # fmt: skip
         return y
 
     def _readable(self, tensor: Tensor) -> Tensor:
