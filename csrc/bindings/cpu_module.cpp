@@ -232,8 +232,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("upfirdn2d", [](std::uintptr_t x, std::uintptr_t filter, std::uintptr_t y, int dtype,
                         const std::array<std::int64_t, 14>& sizes, bool channels_last, bool separable, bool flip,
                         double gain, int threads) {
-    const Upfirdn2d args =
-        upfirdn2d_arguments(x, filter, y, dtype, sizes, channels_last, separable, flip, gain);
+    const Upfirdn2d args = upfirdn2d_arguments(x, filter, y, dtype, sizes, channels_last, separable, flip, gain);
     run("upfirdn2d", [&] { return cpu::upfirdn2d(args, threads); });
   });
   m.def("attention",

@@ -2,11 +2,13 @@
 //
 // Where neighbours in memory are pixels, a row of x is taken apart into `down` rows of every down-th pixel, as float32
 // with zeros at both ends. Then a tap of a phase of the output reads neighbours, whatever `up` and `down` are. The few
-// rows that an output row needs stand in a ring. Where neighbours are channels, these are a vector's lanes.
+// rows that an output row needs stand in a ring. Where neighbours are channels, these are a vector's lanes; images so
+// small that their rows fill no vector are transposed, so that planes are.
 
 #include "gencore/upfirdn2d.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "half.h"
@@ -23,24 +25,70 @@ constexpr std::int64_t of_task = 1 << 15;
 
 inline std::int64_t divide_down(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0); }
 
-template <class E, class A>
-struct Term {
-  const E* from;
-  A weight;
+// Where a tap reads, behind the first element of a row.
+struct Reading {
+  std::int64_t at, tap;
 };
 
-template <class E, class A>
-using Terms = std::vector<Term<E, A>>;
+// Readings of several outputs: those of number n are from first[n] to first[n + 1].
+struct Readings {
+  std::vector<Reading> all;
+  std::vector<std::int64_t> first{0};
 
-// result[i] = sum of terms, for `count` vectors from `at` on.
+  void end() { first.push_back(static_cast<std::int64_t>(all.size())); }
+};
+
+// The filter in the order in which taps meet pixels.
+template <class A>
+struct Weights {
+  std::vector<A> all;
+  std::int64_t row_size;
+
+  explicit Weights(const Upfirdn2d& args) : row_size(args.columns.taps) {
+    const std::int64_t size = args.separable ? row_size : args.rows.taps * row_size;
+    const A* const filter = static_cast<const A*>(args.filter);
+    all.assign(filter, filter + size);
+    if (!args.flip) std::reverse(all.begin(), all.end());
+  }
+
+  const A* row(std::int64_t ky) const { return all.data() + ky * row_size; }
+};
+
+// Rows that an output row is made of, and the weights for the readings of each.
+template <class E, class A>
+struct Rows {
+  std::vector<const E*> from;
+  std::vector<const A*> weights;
+};
+
+// sums = sum over rows and readings of weight * element, for `count` vectors from `at` on.
 template <class P, int count, class E, class A>
-inline void add_up(const Term<E, A>* terms, std::int64_t n, std::int64_t at, typename P::F (&result)[count]) {
-  for (auto& one : result) one = P::set(0);
-  for (std::int64_t term = 0; term < n; ++term) {
-    const typename P::F weight = P::set(terms[term].weight);
-    const E* const from = terms[term].from + at;
+inline void add_up(const Rows<E, A>& rows, const Readings& readings, std::int64_t number, std::int64_t at,
+                   typename P::F (&sums)[count]) {
+  for (auto& sum : sums) sum = P::set(0);
+  const Reading* const begin = readings.all.data() + readings.first[number];
+  const Reading* const end = readings.all.data() + readings.first[number + 1];
+  for (std::size_t row = 0; row < rows.from.size(); ++row) {
+    const E* const from = rows.from[row] + at;
+    const A* const weights = rows.weights[row];
+    for (const Reading* reading = begin; reading < end; ++reading) {
+      const typename P::F weight = P::set(weights[reading->tap]);
+      const E* const elements = from + reading->at;
+      GENCORE_UNROLL
+      for (int i = 0; i < count; ++i) sums[i] = P::fma(weight, P::load(elements + i * P::width), sums[i]);
+    }
+  }
+}
+
+// The same of one element of each row, each of whose weights is one.
+template <class P, int count, class E, class A>
+inline void add_rows(const Rows<E, A>& rows, std::int64_t at, typename P::F (&sums)[count]) {
+  for (auto& sum : sums) sum = P::set(0);
+  for (std::size_t row = 0; row < rows.from.size(); ++row) {
+    const typename P::F weight = P::set(*rows.weights[row]);
+    const E* const elements = rows.from[row] + at;
     GENCORE_UNROLL
-    for (int i = 0; i < count; ++i) result[i] = P::fma(weight, P::load(from + i * P::width), result[i]);
+    for (int i = 0; i < count; ++i) sums[i] = P::fma(weight, P::load(elements + i * P::width), sums[i]);
   }
 }
 
@@ -50,23 +98,6 @@ inline void for_blocks(std::int64_t n, Body&& body) {
   std::int64_t at = 0;
   for (; at + vectors * P::width <= n; at += vectors * P::width) body(std::integral_constant<int, vectors>{}, at);
   for (; at < n; at += P::width) body(std::integral_constant<int, 1>{}, at);
-}
-
-// The weight that tap k multiplies with.
-template <class A>
-struct Weights {
-  const A* data;
-  std::int64_t taps;
-  bool flip;
-
-  A operator[](std::int64_t k) const { return data[flip ? k : taps - 1 - k]; }
-};
-
-template <class A>
-Weights<A> weights_of_row(const Upfirdn2d& args, std::int64_t ky) {
-  const std::int64_t taps = args.columns.taps;
-  const std::int64_t row = args.separable ? 0 : args.flip ? ky : args.rows.taps - 1 - ky;
-  return {static_cast<const A*>(args.filter) + row * taps, taps, args.flip};
 }
 
 // How the work is cut: a task is a band of output rows of a plane, or, where neighbours are channels, of a sample.
@@ -108,40 +139,36 @@ struct Bands {
 
 // ----------------------------------------------------------------------------------------- neighbours are pixels
 
-// Where tap `tap` of a phase reads: part `part` of a row that was taken apart, `offset` behind the output's number.
-struct Reading {
-  std::int64_t tap, part, offset;
-};
-
 // What every row has in common.
 template <class P>
 struct RowPlan {
   const ResampledAxis& axis;
-  // By phases: those of phase r are from first[r] to first[r + 1].
-  std::vector<Reading> readings;
-  std::vector<std::int64_t> first;
-  // Where a part begins, zeros before it included, and how long it is with those behind.
+  // Of phases.
+  Readings readings;
+  // Zeros before a part, and how long it is with these and those behind.
   std::int64_t before, part_size;
 
   explicit RowPlan(const ResampledAxis& axis_) : axis(axis_) {
     std::int64_t least = 0, most = 0;
+    // First by parts and offsets in them, as the size of a part follows from these.
+    std::vector<std::int64_t> parts;
     for (std::int64_t phase = 0; phase < axis.up; ++phase) {
-      first.push_back(static_cast<std::int64_t>(readings.size()));
       for (std::int64_t k = 0; k < axis.taps; ++k) {
         const std::int64_t at = phase * axis.down + k - axis.start;
         if (at % axis.up != 0) continue;
         const std::int64_t pixel = at / axis.up, offset = divide_down(pixel, axis.down);
         // Padding and crops may be of any size.
         if (offset >= divide_up(axis.size, axis.down) || offset + outputs() <= 0) continue;
-        readings.push_back({k, pixel - offset * axis.down, offset});
+        readings.all.push_back({offset, k});
+        parts.push_back(pixel - offset * axis.down);
         least = std::min(least, offset);
         most = std::max(most, offset);
       }
+      readings.end();
     }
-    first.push_back(static_cast<std::int64_t>(readings.size()));
     before = -least;
-    const std::int64_t held = before + rounded(divide_up(axis.size, axis.down));
-    part_size = rounded(std::max(held, before + most + rounded(outputs())));
+    part_size = rounded(before + std::max(rounded(divide_up(axis.size, axis.down)), most + rounded(outputs())));
+    for (std::size_t i = 0; i < parts.size(); ++i) readings.all[i].at += parts[i] * part_size + before;
   }
 
   static std::int64_t rounded(std::int64_t n) { return divide_up(n, P::width) * P::width; }
@@ -183,9 +210,8 @@ void take_apart(const RowPlan<P>& plan, PixelRow<const T> row, A* parts) {
   const std::int64_t size = plan.axis.size, down = plan.axis.down;
   A* const first = parts + plan.before;
   if (row.stride == 1 && down == 1) {
-    for_vectors<P>(size, [&](std::int64_t i, std::int64_t count) {
-      P::store(first + i, load_part<P>(row.data + i, count));
-    });
+    for_vectors<P>(size,
+                   [&](std::int64_t i, std::int64_t count) { P::store(first + i, load_part<P>(row.data + i, count)); });
     return;
   }
   if constexpr (P::width > 1) {
@@ -210,20 +236,15 @@ void take_apart(const RowPlan<P>& plan, PixelRow<const T> row, A* parts) {
 
 // The outputs of each phase next to those of the others: line[m * up + phase].
 template <class P, class A>
-void filter_row(const RowPlan<P>& plan, const Terms<A, A>& terms, const std::vector<std::int64_t>& first,
-                A* phase_line, A* line) {
+void filter_row(const RowPlan<P>& plan, const Rows<A, A>& rows, A* phase_line, A* line) {
   using F = typename P::F;
   const std::int64_t up = plan.axis.up, n = RowPlan<P>::rounded(plan.outputs());
-  const auto of_phase = [&](std::int64_t phase) { return first[phase + 1] - first[phase]; };
-  const auto sum_up = [&]<int count>(std::int64_t phase, std::int64_t at, F(&sums)[count]) {
-    add_up<P>(terms.data() + first[phase], of_phase(phase), at, sums);
-  };
   if constexpr (P::width > 1) {
     if (up == 2) {
       for_blocks<P>(n, [&](auto count, std::int64_t at) {
         F even[count], odd[count];
-        sum_up(0, at, even);
-        sum_up(1, at, odd);
+        add_up<P>(rows, plan.readings, 0, at, even);
+        add_up<P>(rows, plan.readings, 1, at, odd);
         for (int i = 0; i < count; ++i) {
           F low, high;
           P::interleave(even[i], odd[i], low, high);
@@ -238,7 +259,7 @@ void filter_row(const RowPlan<P>& plan, const Terms<A, A>& terms, const std::vec
     A* const to = up == 1 ? line : phase_line;
     for_blocks<P>(n, [&](auto count, std::int64_t at) {
       F sums[count];
-      sum_up(phase, at, sums);
+      add_up<P>(rows, plan.readings, phase, at, sums);
       for (int i = 0; i < count; ++i) P::store(to + at + i * P::width, sums[i]);
     });
     if (up == 1) return;
@@ -256,8 +277,8 @@ class PixelWorker {
     return (slots(args) + 1) * plan.row_size() + (plan.axis.up + 1) * RowPlan<P>::rounded(plan.outputs());
   }
 
-  PixelWorker(const Upfirdn2d& args, const RowPlan<P>& plan, A* space)
-      : args_(args), plan_(plan), ring_(space), combined_(ring_ + slots(args) * plan.row_size()) {
+  PixelWorker(const Upfirdn2d& args, const Weights<A>& weights, const RowPlan<P>& plan, A* space)
+      : args_(args), weights_(weights), plan_(plan), ring_(space), combined_(ring_ + slots(args) * plan.row_size()) {
     phase_line_ = combined_ + plan.row_size();
     line_ = phase_line_ + RowPlan<P>::rounded(plan.outputs());
     // The zeros around rows stay.
@@ -280,12 +301,15 @@ class PixelWorker {
       for (; next < met.first + met.end; ++next) {
         take_apart<P>(plan_, PixelRow<const T>{x + next * columns.size * stride, stride}, row(next));
       }
-      if (args_.separable) {
-        combine_rows(met);
-      } else {
-        gather_terms(met);
+      met_.from.clear();
+      met_.weights.clear();
+      for (int i = met.begin; i < met.end; ++i) {
+        const std::int64_t ky = met.first_tap + i * rows.up;
+        met_.from.push_back(row(met.first + i));
+        met_.weights.push_back(args_.separable ? weights_.row(0) + ky : weights_.row(ky));
       }
-      filter_row(plan_, terms_, first_, phase_line_, line_);
+      if (args_.separable) combine_rows();
+      filter_row(plan_, met_, phase_line_, line_);
       store({y + out * columns.out_size * stride, stride});
     }
   }
@@ -297,43 +321,15 @@ class PixelWorker {
 
   A* row(std::int64_t number) const { return ring_ + number % slots(args_) * plan_.row_size(); }
 
-  // A term for each of the filter's taps that meet rows.
-  void gather_terms(const MetTaps& met) {
-    terms_.clear();
-    first_.clear();
-    for (std::int64_t phase = 0; phase < plan_.axis.up; ++phase) {
-      first_.push_back(static_cast<std::int64_t>(terms_.size()));
-      for (int i = met.begin; i < met.end; ++i) {
-        add_terms(phase, row(met.first + i), weights_of_row<A>(args_, met.first_tap + i * args_.rows.up));
-      }
-    }
-    first_.push_back(static_cast<std::int64_t>(terms_.size()));
-  }
-
-  void add_terms(std::int64_t phase, const A* parts, const Weights<A>& weights) {
-    for (std::int64_t i = plan_.first[phase]; i < plan_.first[phase + 1]; ++i) {
-      const Reading& reading = plan_.readings[i];
-      const A* const part = parts + reading.part * plan_.part_size + plan_.before;
-      terms_.push_back({part + reading.offset, weights[reading.tap]});
-    }
-  }
-
   // The rows become one, which is filtered along itself.
-  void combine_rows(const MetTaps& met) {
-    const Weights<A> weights = weights_of_row<A>(args_, 0);
-    terms_.clear();
-    for (int i = met.begin; i < met.end; ++i) {
-      terms_.push_back({row(met.first + i), weights[met.first_tap + i * args_.rows.up]});
-    }
-    const std::int64_t n = plan_.row_size(), terms = static_cast<std::int64_t>(terms_.size());
-    for_blocks<P>(n, [&](auto count, std::int64_t at) {
+  void combine_rows() {
+    for_blocks<P>(plan_.row_size(), [&](auto count, std::int64_t at) {
       typename P::F sums[count];
-      add_up<P>(terms_.data(), terms, at, sums);
+      add_rows<P>(met_, at, sums);
       for (int i = 0; i < count; ++i) P::store(combined_ + at + i * P::width, sums[i]);
     });
-    terms_.clear();
-    for (std::int64_t phase = 0; phase < plan_.axis.up; ++phase) add_terms(phase, combined_, weights);
-    first_ = plan_.first;
+    met_.from.assign(1, combined_);
+    met_.weights.assign(1, weights_.row(0));
   }
 
   void store(PixelRow<T> to) const {
@@ -350,10 +346,10 @@ class PixelWorker {
   }
 
   const Upfirdn2d& args_;
+  const Weights<A>& weights_;
   const RowPlan<P>& plan_;
   A *ring_, *combined_, *phase_line_, *line_;
-  Terms<A, A> terms_;
-  std::vector<std::int64_t> first_;
+  Rows<A, A> met_;
 };
 
 template <class T>
@@ -361,31 +357,48 @@ Status along_pixels(const Upfirdn2d& args, int threads) {
   using P = Arithmetic<T>;
   using A = Accumulator<T>;
   const RowPlan<P> plan(args.columns);
+  const Weights<A> weights(args);
   const Bands bands(args.samples * args.channels, args.rows.out_size, args.columns.out_size);
   const int team = bands.team(threads);
   const Workspace<A> space(team, PixelWorker<T>::space(args, plan));
   if (!space.ok()) return Status::out_of_memory;
-  bands.for_each(team, [&](int thread) { return PixelWorker<T>(args, plan, space.of_thread(thread)); });
+  bands.for_each(team, [&](int thread) { return PixelWorker<T>(args, weights, plan, space.of_thread(thread)); });
   return Status::ok;
 }
 
 // --------------------------------------------------------------------------------------- neighbours are channels
 
+// Channels of a block, of a row of which the sums over rows of the filter stay in cache.
+template <class P>
+std::int64_t channels_of_block(const Upfirdn2d& args) {
+  constexpr std::int64_t most = 1 << 13;
+  const std::int64_t wanted = std::clamp<std::int64_t>(most / args.columns.size, P::width, args.channels);
+  return wanted / P::width * P::width;
+}
+
+// Of every output along a row whose pixels are `channels` elements apart.
+inline Readings readings_of_pixels(const ResampledAxis& axis, std::int64_t channels) {
+  Readings readings;
+  for (int output = 0; output < axis.out_size; ++output) {
+    const MetTaps met = met_taps(axis, output);
+    for (int j = met.begin; j < met.end; ++j) {
+      readings.all.push_back({(met.first + j) * channels, met.first_tap + j * axis.up});
+    }
+    readings.end();
+  }
+  return readings;
+}
+
+// T may be the type of the sums where those of a tensor are of another.
 template <class T>
 class ChannelWorker {
   using P = Arithmetic<T>;
   using A = Accumulator<T>;
 
  public:
-  // Channels of a block, of a row of which the sums over rows of the filter stay in cache.
-  static std::int64_t block(const Upfirdn2d& args) {
-    constexpr std::int64_t most = 1 << 13;
-    const std::int64_t wanted = std::clamp<std::int64_t>(most / args.columns.size, P::width, args.channels);
-    return wanted / P::width * P::width;
-  }
-
-  ChannelWorker(const Upfirdn2d& args, const std::vector<MetTaps>& columns, A* space)
-      : args_(args), columns_(columns), combined_(space) {}
+  // readings: of pixels that are all channels apart, or, of a separable filter, those of a block.
+  ChannelWorker(const Upfirdn2d& args, const Weights<A>& weights, const Readings& readings, A* space)
+      : args_(args), weights_(weights), readings_(readings), combined_(space) {}
 
   void operator()(std::int64_t sample, std::int64_t begin, std::int64_t end) {
     const ResampledAxis &rows = args_.rows, &columns = args_.columns;
@@ -394,69 +407,52 @@ class ChannelWorker {
     T* const y = static_cast<T*>(args_.y) + sample * rows.out_size * out_row;
     for (std::int64_t out = begin; out < end; ++out) {
       const MetTaps met = met_taps(rows, static_cast<int>(out));
+      met_.from.clear();
+      met_.weights.clear();
+      for (int i = met.begin; i < met.end; ++i) {
+        const std::int64_t ky = met.first_tap + i * rows.up;
+        met_.from.push_back(x + (met.first + i) * row);
+        met_.weights.push_back(args_.separable ? weights_.row(0) + ky : weights_.row(ky));
+      }
       if (args_.separable) {
-        one_after_another(met, x, y + out * out_row);
+        one_after_another(y + out * out_row);
       } else {
-        at_once(met, x, y + out * out_row);
+        for (std::int64_t ox = 0; ox < columns.out_size; ++ox) {
+          write(met_, ox, args_.channels, y + out * out_row + ox * args_.channels);
+        }
       }
     }
   }
 
  private:
-  void at_once(const MetTaps& met, const T* x, T* y) {
-    const std::int64_t channels = args_.channels, row = args_.columns.size * channels;
-    for (const MetTaps& column : columns_) {
-      pixels_.clear();
-      for (int i = met.begin; i < met.end; ++i) {
-        const Weights<A> weights = weights_of_row<A>(args_, met.first_tap + i * args_.rows.up);
-        for (int j = column.begin; j < column.end; ++j) {
-          pixels_.push_back({x + (met.first + i) * row + (column.first + j) * channels,
-                             weights[column.first_tap + j * args_.columns.up]});
-        }
-      }
-      write(pixels_, channels, y);
-      y += channels;
-    }
-  }
-
-  void one_after_another(const MetTaps& met, const T* x, T* y) {
-    const std::int64_t channels = args_.channels, width = args_.columns.size, size = block(args_);
-    const Weights<A> weights = weights_of_row<A>(args_, 0);
+  void one_after_another(T* y) {
+    const std::int64_t channels = args_.channels, size = channels_of_block<P>(args_);
+    row_.from.assign(1, combined_);
+    row_.weights.assign(1, weights_.row(0));
     for (std::int64_t begin = 0; begin < channels; begin += size) {
       // The last block begins earlier, and some channels are made twice.
       const std::int64_t channel = std::min(begin, channels - size);
-      for (std::int64_t ix = 0; ix < width; ++ix) {
-        pixels_.clear();
-        for (int i = met.begin; i < met.end; ++i) {
-          pixels_.push_back({x + ((met.first + i) * width + ix) * channels + channel,
-                             weights[met.first_tap + i * args_.rows.up]});
-        }
-        const std::int64_t terms = static_cast<std::int64_t>(pixels_.size());
+      for (std::int64_t ix = 0; ix < args_.columns.size; ++ix) {
         for_blocks<P>(size, [&](auto count, std::int64_t at) {
           typename P::F sums[count];
-          add_up<P>(pixels_.data(), terms, at, sums);
+          add_rows<P>(met_, ix * channels + channel + at, sums);
           for (int i = 0; i < count; ++i) P::store(combined_ + ix * size + at + i * P::width, sums[i]);
         });
       }
-      for (std::size_t ox = 0; ox < columns_.size(); ++ox) {
-        const MetTaps& column = columns_[ox];
-        sums_.clear();
-        for (int j = column.begin; j < column.end; ++j) {
-          sums_.push_back({combined_ + (column.first + j) * size, weights[column.first_tap + j * args_.columns.up]});
-        }
-        write(sums_, size, y + static_cast<std::int64_t>(ox) * channels + channel);
+      for (std::int64_t ox = 0; ox < args_.columns.out_size; ++ox) {
+        write(row_, ox, size, y + ox * channels + channel);
       }
     }
   }
 
   // At least a vector of channels.
   template <class E>
-  void write(const Terms<E, A>& terms, std::int64_t channels, T* y) const {
+  void write(const Rows<E, A>& rows, std::int64_t ox, std::int64_t channels, T* y) const {
     const auto gain = P::set(static_cast<A>(args_.gain));
-    const std::int64_t n = static_cast<std::int64_t>(terms.size()), even = channels / P::width * P::width;
+    const std::int64_t even = channels / P::width * P::width;
     const auto block = [&](auto count, std::int64_t at) {
       typename P::F sums[count];
-      add_up<P>(terms.data(), n, at, sums);
+      add_up<P>(rows, readings_, ox, at, sums);
       for (int i = 0; i < count; ++i) P::store(y + at + i * P::width, P::mul(gain, sums[i]));
     };
     for_blocks<P>(even, block);
@@ -464,23 +460,107 @@ class ChannelWorker {
   }
 
   const Upfirdn2d& args_;
-  const std::vector<MetTaps>& columns_;
+  const Weights<A>& weights_;
+  const Readings& readings_;
   A* combined_;
-  Terms<T, A> pixels_;
-  Terms<A, A> sums_;
+  Rows<T, A> met_;
+  Rows<A, A> row_;
 };
+
+template <class P>
+std::int64_t space_of_channels(const Upfirdn2d& args) {
+  return args.separable ? args.columns.size * channels_of_block<P>(args) : 0;
+}
+
+template <class P>
+Readings readings_of_channels(const Upfirdn2d& args) {
+  return readings_of_pixels(args.columns, args.separable ? channels_of_block<P>(args) : args.channels);
+}
 
 template <class T>
 Status along_channels(const Upfirdn2d& args, int threads) {
+  using P = Arithmetic<T>;
   using A = Accumulator<T>;
-  std::vector<MetTaps> columns;
-  for (std::int64_t ox = 0; ox < args.columns.out_size; ++ox) columns.push_back(met_taps(args.columns, static_cast<int>(ox)));
+  const Readings readings = readings_of_channels<P>(args);
+  const Weights<A> weights(args);
   const Bands bands(args.samples, args.rows.out_size, args.columns.out_size * args.channels);
   const int team = bands.team(threads);
-  const std::int64_t combined = args.separable ? args.columns.size * ChannelWorker<T>::block(args) : 0;
-  const Workspace<A> space(team, combined);
+  const Workspace<A> space(team, space_of_channels<P>(args));
   if (!space.ok()) return Status::out_of_memory;
-  bands.for_each(team, [&](int thread) { return ChannelWorker<T>(args, columns, space.of_thread(thread)); });
+  bands.for_each(team, [&](int thread) { return ChannelWorker<T>(args, weights, readings, space.of_thread(thread)); });
+  return Status::ok;
+}
+
+// ------------------------------------------------------------------------------- small images, neighbours are planes
+
+// Elements of planes, one plane after another, to or from a tile of the planes' values for each pixel.
+template <class T>
+void gather_planes(const T* planes, std::int64_t count, std::int64_t pixels, std::int64_t lanes, float* tile) {
+  for (std::int64_t lane = 0; lane < lanes; lane += V::width) {
+    for (std::int64_t pixel = 0; pixel < pixels; pixel += V::width) {
+      const std::int64_t there = std::min<std::int64_t>(V::width, pixels - pixel);
+      V::F values[V::width];
+      for (int i = 0; i < V::width; ++i) {
+        values[i] = lane + i < count ? load_part<V>(planes + (lane + i) * pixels + pixel, there) : V::set(0);
+      }
+      V::transpose(values);
+      for (int i = 0; i < there; ++i) V::store(tile + (pixel + i) * lanes + lane, values[i]);
+    }
+  }
+}
+
+template <class T>
+void scatter_planes(const float* tile, std::int64_t count, std::int64_t pixels, std::int64_t lanes, T* planes) {
+  for (std::int64_t lane = 0; lane < lanes; lane += V::width) {
+    for (std::int64_t pixel = 0; pixel < pixels; pixel += V::width) {
+      const std::int64_t there = std::min<std::int64_t>(V::width, pixels - pixel);
+      V::F values[V::width];
+      for (int i = 0; i < V::width; ++i) {
+        values[i] = i < there ? V::load(tile + (pixel + i) * lanes + lane) : V::set(0);
+      }
+      V::transpose(values);
+      for (int i = 0; i < V::width && lane + i < count; ++i) {
+        store_part<V>(planes + (lane + i) * pixels + pixel, values[i], there);
+      }
+    }
+  }
+}
+
+// Planes that are made at once, 0 where they are too large.
+inline std::int64_t planes_at_once(const Upfirdn2d& args) {
+  if (V::width == 1 || args.channels_last || args.samples * args.channels < V::width) return 0;
+  if (divide_up(args.columns.out_size, args.columns.up) >= V::width) return 0;
+  constexpr std::int64_t most = 1 << 15;
+  const std::int64_t pixels = args.rows.size * args.columns.size + args.rows.out_size * args.columns.out_size;
+  return std::min<std::int64_t>(most / pixels / V::width, vectors) * V::width;
+}
+
+template <class T>
+Status along_planes(const Upfirdn2d& args, std::int64_t lanes, int threads) {
+  const std::int64_t planes = args.samples * args.channels, pixels = args.rows.size * args.columns.size;
+  const std::int64_t made = args.rows.out_size * args.columns.out_size;
+  Upfirdn2d of_tile = args;
+  of_tile.samples = 1;
+  of_tile.channels = lanes;
+  of_tile.channels_last = true;
+  const Readings readings = readings_of_channels<V>(of_tile);
+  const Weights<float> weights(args);
+  const Bands bands(divide_up(planes, lanes), 1, lanes * made);
+  const int team = bands.team(threads);
+  const Workspace<float> space(team, lanes * (pixels + made) + space_of_channels<V>(of_tile));
+  if (!space.ok()) return Status::out_of_memory;
+  bands.for_each(team, [&](int thread) {
+    float *const x = space.of_thread(thread), *const y = x + lanes * pixels, *const rest = y + lanes * made;
+    return [&, x, y, rest](std::int64_t tile, std::int64_t, std::int64_t) {
+      Upfirdn2d own = of_tile;
+      own.x = x;
+      own.y = y;
+      const std::int64_t first = tile * lanes, count = std::min(lanes, planes - first);
+      gather_planes(static_cast<const T*>(args.x) + first * pixels, count, pixels, lanes, x);
+      ChannelWorker<float>(own, weights, readings, rest)(0, 0, args.rows.out_size);
+      scatter_planes(y, count, made, lanes, static_cast<T*>(args.y) + first * made);
+    };
+  });
   return Status::ok;
 }
 
@@ -489,8 +569,11 @@ Status along_channels(const Upfirdn2d& args, int threads) {
 Status upfirdn2d(const Upfirdn2d& args, int threads) {
   return with_type_of_level(args.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool fills_vectors = args.channels_last && args.channels >= Arithmetic<T>::width;
-    return fills_vectors ? along_channels<T>(args, threads) : along_pixels<T>(args, threads);
+    if (args.channels_last && args.channels >= Arithmetic<T>::width) return along_channels<T>(args, threads);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (const std::int64_t lanes = planes_at_once(args)) return along_planes<T>(args, lanes, threads);
+    }
+    return along_pixels<T>(args, threads);
   });
 }
 

@@ -3,7 +3,6 @@
 // Where up, down and the taps are the usual ones, these are constants, and what the pixels of a row share is read once.
 
 #include "gencore/upfirdn2d.h"
-
 #include "lane.cuh"
 #include "launch.cuh"
 
@@ -34,7 +33,8 @@ template <int width, class Body>
 __device__ __forceinline__ void for_each_unit(const UpfirdnWork& work, Body&& body) {
   const int across = 1 << work.across_log2, rows = block_threads >> work.across_log2;
   const int in_line = static_cast<int>(threadIdx.x) & (across - 1);
-  std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * rows + (static_cast<int>(threadIdx.x) >> work.across_log2);
+  std::int64_t line =
+      static_cast<std::int64_t>(blockIdx.x) * rows + (static_cast<int>(threadIdx.x) >> work.across_log2);
   for (; line < work.lines; line += static_cast<std::int64_t>(gridDim.x) * rows) {
     for (int unit = static_cast<int>(blockIdx.y) * across + in_line; unit < work.units;
          unit += static_cast<int>(gridDim.y) * across) {
@@ -50,8 +50,9 @@ __device__ __forceinline__ void divide(std::int64_t a, std::int64_t b, std::int6
     quotient = q;
     rest = static_cast<int>(static_cast<std::uint32_t>(a) - q * static_cast<std::uint32_t>(b));
   } else {
-    quotient = a / b;
-    rest = static_cast<int>(a - quotient * b);
+    const std::uint64_t q = static_cast<std::uint64_t>(a) / static_cast<std::uint32_t>(b);
+    quotient = static_cast<std::int64_t>(q);
+    rest = static_cast<int>(static_cast<std::uint64_t>(a) - q * static_cast<std::uint32_t>(b));
   }
 }
 
@@ -69,8 +70,8 @@ struct UpfirdnFilter {
         flip(args.flip) {}
 
   __device__ __forceinline__ F at(int ky, int kx) const {
-    return __ldg(data + (flip ? std::int64_t{ky} * columns + kx
-                              : std::int64_t{rows - 1 - ky} * columns + (columns - 1 - kx)));
+    return __ldg(data +
+                 (flip ? std::int64_t{ky} * columns + kx : std::int64_t{rows - 1 - ky} * columns + (columns - 1 - kx)));
   }
   // Of a separable one.
   __device__ __forceinline__ F at(int k) const { return __ldg(data + (flip ? k : columns - 1 - k)); }
@@ -232,7 +233,8 @@ cudaError_t run(const Upfirdn2d& args, cudaStream_t stream) {
   const std::int64_t rows = args.samples * args.rows.out_size;
   const UpfirdnWork work(channels_last ? rows * args.columns.out_size : rows * args.channels,
                          channels_last ? args.channels : args.columns.out_size, width);
-  return launch(upfirdn2d_kernel<T, channels_last, separable, width>, work.grid(), block_threads, 0, stream, args, work);
+  return launch(upfirdn2d_kernel<T, channels_last, separable, width>, work.grid(), block_threads, 0, stream, args,
+                work);
 }
 
 template <class T, bool separable, int up, int down, int first_tap>

@@ -11,8 +11,8 @@
 namespace gencore {
 
 // One of the two dimensions of an image. `size` pixels, each followed by up - 1 zeros, are preceded by `start` further
-// zeros, or, where it is negative, lose as many; behind them are as many zeros as are asked for. Output o is made of the
-// `taps` of these from o * down on.
+// zeros, or, where it is negative, lose as many; behind them are as many zeros as are asked for. Output o is made of
+// the `taps` of these from o * down on.
 struct ResampledAxis {
   std::int64_t size, out_size, taps, up, down, start;
 };
@@ -20,8 +20,8 @@ struct ResampledAxis {
 // With w the filter, turned around in both dimensions unless `flip`, and x 0 wherever it has no pixel:
 //   y[oy, ox] = gain sum_ky,kx w[ky, kx] x[(oy down_y + ky - start_y) / up_y, (ox down_x + kx - start_x) / up_x]
 // where only those terms count whose divisions leave no rest. The sum goes along rows of w, one row after another.
-// A separable filter has one row of taps for both dimensions, w[ky, kx] = w[ky] w[kx], and the sums over ky stand within
-// that over kx.
+// A separable filter has one row of taps for both dimensions, w[ky, kx] = w[ky] w[kx], and the sums over ky stand
+// within that over kx.
 //
 // x and y: samples x channels x pixels, or, with channels_last, samples x pixels x channels. filter: dense, float64 for
 // float64 tensors, else float32. y may not be x.
@@ -59,7 +59,8 @@ static inline bool is_valid(const ResampledAxis& axis) {
   for (const std::int64_t count : {axis.size, axis.out_size, axis.taps, axis.up, axis.down}) {
     if (count < 1 || count >= most) return false;
   }
-  return axis.start > -most && axis.start < most && axis.out_size * axis.down < 2 * most && axis.size * axis.up < 2 * most;
+  return axis.start > -most && axis.start < most && axis.out_size * axis.down < 2 * most &&
+         axis.size * axis.up < 2 * most;
 }
 
 static inline bool is_valid(const Upfirdn2d& args) {

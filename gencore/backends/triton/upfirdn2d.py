@@ -22,10 +22,11 @@ from gencore.backends.triton.reparameterize import load
 
 # Outputs of a program, and of a row of them at most.
 _TILE, _MOST_IN_ROW = 1024, 256
+_SIZES = ["height", "out_height", "start_y", "width", "out_width", "start_x"]
 
 
 @triton.jit
-def first_met(output, size, taps, up: tl.constexpr, down: tl.constexpr, start):
+def first_met(output, up: tl.constexpr, down: tl.constexpr, start):
     """The first tap of an output that falls on a pixel, and that pixel, which may lie before the image."""
     at = output * down - start
     # The quotient is rounded up, also below 0.
@@ -34,15 +35,20 @@ def first_met(output, size, taps, up: tl.constexpr, down: tl.constexpr, start):
 
 
 @triton.jit
-def weight(filter, ky, kx, rows, columns, SEPARABLE: tl.constexpr, FLIP: tl.constexpr):
-    """The filter's value at a tap; 0 beyond it. Of a separable one that of kx."""
+def weight(filter, ky, kx, rows, columns, FLIP: tl.constexpr):
+    """The filter's value at a tap; 0 beyond it."""
     inside = (ky < rows) & (kx < columns)
-    if not FLIP:
-        ky, kx = rows - 1 - ky, columns - 1 - kx
-    return tl.load(filter + (kx if SEPARABLE else ky * columns + kx), inside, other=0.0)
+    at = ky * columns + kx
+    return tl.load(filter + (at if FLIP else rows * columns - 1 - at), inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["gain", "lines", "channels", "start_y", "start_x", "height", "width"])
+@triton.jit
+def weight_of_row(filter, k, taps, FLIP: tl.constexpr):
+    """The same of a separable filter."""
+    return tl.load(filter + (k if FLIP else taps - 1 - k), k < taps, other=0.0)
+
+
+@triton.jit(do_not_specialize=["gain", "lines", "channels", *_SIZES])
 def kernel(
     x, filter, y, gain: tl.float64, lines: tl.int64, channels: tl.int64,
     height, out_height, start_y, width, out_width, start_x, taps_y, taps_x,
@@ -50,7 +56,7 @@ def kernel(
     MET_Y: tl.constexpr, MET_X: tl.constexpr, SEPARABLE: tl.constexpr, FLIP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """`lines`: rows of y of all planes, or, in channels_last, all its pixels; a tile is some lines by some neighbours."""
+    """`lines`: rows of y of all planes, or, in channels_last, its pixels; a tile is some lines by some neighbours."""
     line = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)[:, None]
     neighbour = tl.program_id(1) * B + tl.arange(0, B)[None, :]
     if CHANNELS_LAST:
@@ -64,8 +70,8 @@ def kernel(
         plane, oy, ox = line // out_height, (line % out_height).to(tl.int32), neighbour
         at, step = plane * (height.to(tl.int64) * width) + ox * 0, 1
         to = line * out_width + ox
-    tap_y, first_y = first_met(oy, height, taps_y, UP_Y, DOWN_Y, start_y)
-    tap_x, first_x = first_met(ox, width, taps_x, UP_X, DOWN_X, start_x)
+    tap_y, first_y = first_met(oy, UP_Y, DOWN_Y, start_y)
+    tap_x, first_x = first_met(ox, UP_X, DOWN_X, start_x)
     zero = (at * 0).to(filter.dtype.element_ty)
     total = zero
     if SEPARABLE:
@@ -76,8 +82,8 @@ def kernel(
                 ky, iy = tap_y + i * UP_Y, first_y + i
                 met = inside & (ky < taps_y) & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
                 value = load(x + at + (iy.to(tl.int64) * width + ix) * step, met)
-                of_rows = multiply_add(weight(filter, 0, ky, 1, taps_y, True, FLIP) + zero, value, of_rows)
-            total = multiply_add(weight(filter, 0, kx, 1, taps_x, True, FLIP) + zero, of_rows, total)
+                of_rows = multiply_add(weight_of_row(filter, ky, taps_y, FLIP) + zero, value, of_rows)
+            total = multiply_add(weight_of_row(filter, kx, taps_x, FLIP) + zero, of_rows, total)
     else:
         for i in range(MET_Y):
             ky, iy = tap_y + i * UP_Y, first_y + i
@@ -86,9 +92,7 @@ def kernel(
                 met = inside & (ky < taps_y) & (iy >= 0) & (iy < height)
                 met = met & (kx < taps_x) & (ix >= 0) & (ix < width)
                 value = load(x + at + (iy.to(tl.int64) * width + ix) * step, met)
-                total = multiply_add(
-                    weight(filter, ky, kx, taps_y, taps_x, False, FLIP) + zero, value, total
-                )
+                total = multiply_add(weight(filter, ky, kx, taps_y, taps_x, FLIP) + zero, value, total)
     tl.store(y + to, (total * gain.to(total.dtype)).to(y.dtype.element_ty), inside)
 
 
