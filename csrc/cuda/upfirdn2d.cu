@@ -9,17 +9,41 @@
 namespace gencore::cuda {
 namespace {
 
+// Divides by multiplication with a reciprocal of 64 bits, whose error stays below 1 / by for numbers below 2^64 / by.
+struct Divisor {
+  std::uint64_t reciprocal;
+  int by;
+
+  explicit Divisor(std::int64_t by_) : reciprocal(~std::uint64_t{0} / by_ + 1), by(static_cast<int>(by_)) {}
+
+  bool divides(std::int64_t most) const { return static_cast<std::uint64_t>(most) <= ~std::uint64_t{0} / by; }
+
+  __device__ __forceinline__ void divide(std::int64_t a, std::int64_t& quotient, int& rest) const {
+    // The reciprocal of 1 does not fit.
+    quotient = by == 1 ? a : static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(a), reciprocal));
+    rest = static_cast<int>(a - quotient * by);
+  }
+};
+
 // Lines are rows of y of all planes, or, in channels_last, all its pixels; neighbours are made by units of `width`.
 struct UpfirdnWork {
   std::int64_t lines;
+  Divisor out_rows, out_columns;
   int units;
   // The logarithm of the threads of a block that share a line.
   int across_log2;
 
-  UpfirdnWork(std::int64_t lines_, std::int64_t neighbours, int width)
-      : lines(lines_), units(static_cast<int>((neighbours + width - 1) / width)), across_log2(0) {
+  UpfirdnWork(const Upfirdn2d& args, bool channels_last, int width)
+      : lines(args.samples * args.rows.out_size * (channels_last ? args.columns.out_size : args.channels)),
+        out_rows(args.rows.out_size),
+        out_columns(args.columns.out_size),
+        across_log2(0) {
+    const std::int64_t neighbours = channels_last ? args.channels : args.columns.out_size;
+    units = static_cast<int>((neighbours + width - 1) / width);
     while (1 << across_log2 < warp_threads && 1 << across_log2 < units) ++across_log2;
   }
+
+  bool is_valid() const { return out_rows.divides(lines) && out_columns.divides(lines); }
 
   dim3 grid() const {
     const std::int64_t rows = block_threads >> across_log2, across = std::int64_t{1} << across_log2;
@@ -40,19 +64,6 @@ __device__ __forceinline__ void for_each_unit(const UpfirdnWork& work, Body&& bo
          unit += static_cast<int>(gridDim.y) * across) {
       body(line, unit * width);
     }
-  }
-}
-
-// Quotient and rest, in 32 bits where they suffice.
-__device__ __forceinline__ void divide(std::int64_t a, std::int64_t b, std::int64_t& quotient, int& rest) {
-  if (a >> 32 == 0) {
-    const std::uint32_t q = static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
-    quotient = q;
-    rest = static_cast<int>(static_cast<std::uint32_t>(a) - q * static_cast<std::uint32_t>(b));
-  } else {
-    const std::uint64_t q = static_cast<std::uint64_t>(a) / static_cast<std::uint32_t>(b);
-    quotient = static_cast<std::int64_t>(q);
-    rest = static_cast<int>(static_cast<std::uint64_t>(a) - q * static_cast<std::uint32_t>(b));
   }
 }
 
@@ -122,8 +133,8 @@ __global__ void __launch_bounds__(block_threads)
   for_each_unit<width>(work, [&](std::int64_t line, int neighbour) {
     std::int64_t row = line, plane;
     int ox = neighbour, oy;
-    if constexpr (channels_last) divide(line, args.columns.out_size, row, ox);
-    divide(row, args.rows.out_size, plane, oy);
+    if constexpr (channels_last) work.out_columns.divide(line, row, ox);
+    work.out_rows.divide(row, plane, oy);
     const std::int64_t step = channels_last ? args.channels : 1, pixels = args.rows.size * args.columns.size;
     const T* const x = static_cast<const T*>(args.x) + plane * pixels * step + (channels_last ? neighbour : 0);
     F sums[width];
@@ -174,7 +185,7 @@ __global__ void __launch_bounds__(block_threads)
   for_each_unit<width>(work, [&](std::int64_t line, int ox) {
     std::int64_t plane;
     int oy;
-    divide(line, args.rows.out_size, plane, oy);
+    work.out_rows.divide(line, plane, oy);
     const T* const x = static_cast<const T*>(args.x) + plane * args.rows.size * args.columns.size;
     const int at_y = oy * down - static_cast<int>(args.rows.start);
     const int first_y = at_y >= 0 ? (at_y + up - 1) / up : -(-at_y / up), tap_y = first_y * up - at_y;
@@ -228,20 +239,23 @@ __global__ void __launch_bounds__(block_threads)
 
 bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 
+template <class... Parameters>
+cudaError_t launch_work(void (*kernel)(Parameters...), const UpfirdnWork& work, const Upfirdn2d& args,
+                        cudaStream_t stream) {
+  if (!work.is_valid()) return cudaErrorInvalidValue;
+  return launch(kernel, work.grid(), block_threads, 0, stream, args, work);
+}
+
 template <class T, bool channels_last, bool separable, int width>
 cudaError_t run(const Upfirdn2d& args, cudaStream_t stream) {
-  const std::int64_t rows = args.samples * args.rows.out_size;
-  const UpfirdnWork work(channels_last ? rows * args.columns.out_size : rows * args.channels,
-                         channels_last ? args.channels : args.columns.out_size, width);
-  return launch(upfirdn2d_kernel<T, channels_last, separable, width>, work.grid(), block_threads, 0, stream, args,
-                work);
+  return launch_work(upfirdn2d_kernel<T, channels_last, separable, width>, UpfirdnWork(args, channels_last, width),
+                     args, stream);
 }
 
 template <class T, bool separable, int up, int down, int first_tap>
 cudaError_t run_rows(const Upfirdn2d& args, cudaStream_t stream) {
-  const UpfirdnWork work(args.samples * args.channels * args.rows.out_size, args.columns.out_size, Vector<T>::size);
-  return launch(upfirdn2d_rows_kernel<T, separable, up, down, 4, first_tap>, work.grid(), block_threads, 0, stream,
-                args, work);
+  return launch_work(upfirdn2d_rows_kernel<T, separable, up, down, 4, first_tap>,
+                     UpfirdnWork(args, false, Vector<T>::size), args, stream);
 }
 
 // The kernel for what is usual in generators: four taps, both axes alike.

@@ -93,7 +93,8 @@ def kernel(
                 met = met & (kx < taps_x) & (ix >= 0) & (ix < width)
                 value = load(x + at + (iy.to(tl.int64) * width + ix) * step, met)
                 total = multiply_add(weight(filter, ky, kx, taps_y, taps_x, FLIP) + zero, value, total)
-    tl.store(y + to, (total * gain.to(total.dtype)).to(y.dtype.element_ty), inside)
+    factor = (tl.zeros((1, 1), tl.float64) + gain).to(total.dtype)
+    tl.store(y + to, (total * factor).to(y.dtype.element_ty), inside)
 
 
 def upfirdn2d(
