@@ -15,12 +15,16 @@ from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import (
     bench,
+    codes,
+    compare,
     data,
     edit,
     evaluate,
     info,
     latents,
     list_plugins,
+    measure,
+    neighbours,
     profile,
     quickstart,
     runs,
@@ -30,6 +34,7 @@ from gencore.cli import (
 from gencore.cli.common import UserError, begin, one_line
 from gencore.config import ConfigError
 from gencore.data import DataError
+from gencore.metrics import MissingWeightsError
 from gencore.pictures import NotFiniteError
 from gencore.plugins import PluginError
 from gencore.processes import OtherProcessError, is_joined, leave, started
@@ -93,9 +98,14 @@ app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("sample")(sample.command)
 app.command("evaluate")(evaluate.command)
+app.command("measure")(measure.command)
+app.command("neighbours")(neighbours.command)
+app.command("compare")(compare.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("map")(codes.latent_map)
+app.command("probe")(codes.probe)
 app.command("edit")(edit.command)
 app.command("profile")(profile.command)
 app.command("bench")(bench.command)
@@ -112,6 +122,7 @@ _TOLD = (
     PluginError,
     DataError,
     CheckpointError,
+    MissingWeightsError,
     TrainingError,
     NotEnoughMemoryError,
     NotFiniteError,

@@ -15,6 +15,7 @@ LENGTH = ("steps", "epochs")
 RESUMABLE = (
     *LENGTH, "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "accumulate", "workers",
     "compile", "sharding", "sample_every", "samples", "validate_every", "keep_best",
+    "measure_every", "measured_samples",
 )  # fmt: skip
 
 
@@ -59,6 +60,10 @@ class TrainConfig(Config):
     validate_every: int | None = field(
         None, ge=1, doc="steps between measures of the losses on test images; none: not measured"
     )
+    measure_every: int | None = field(
+        None, ge=1, doc="steps between measures of samples against test images; none: not measured"
+    )
+    measured_samples: int = field(1000, ge=6, le=100_000, doc="samples that are measured then")
     keep_best: bool = field(False, doc="keep the checkpoint with the lowest validation loss too")
     checkpoint_every: int = field(1000, ge=1, doc="steps between checkpoints")
     checkpoint_minutes: float | None = field(

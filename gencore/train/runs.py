@@ -136,11 +136,12 @@ def make_trainer(
     if faults := of_model_faults + faults:
         raise ConfigError(plugin.name, faults)
     validation = None
-    if config.validate_every is not None:
+    if config.validate_every is not None or config.measure_every is not None:
         try:
             validation = read(name, "test", of_data)
         except MissingSplitError as error:
-            raise TrainingError(f"train.validate_every needs test images: {error}") from error
+            if config.validate_every is not None:
+                raise TrainingError(f"train.validate_every needs test images: {error}") from error
     return Trainer(
         plugin,
         of_model,
