@@ -17,6 +17,7 @@ from gencore.cli import (
     bench,
     codes,
     compare,
+    curve,
     data,
     edit,
     evaluate,
@@ -104,6 +105,7 @@ app.command("compare")(compare.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("curve")(curve.command)
 app.command("map")(codes.latent_map)
 app.command("probe")(codes.probe)
 app.command("edit")(edit.command)

@@ -20,11 +20,13 @@ from gencore.spec import Dataset
 class Reconstruction:
     """Means over ``images`` images of how like their reconstructions are.
 
-    ``psnr`` is in decibels; ``ssim`` is None of images below 11x11 pixels; ``perceptual`` is None without an extractor
-    that has layers. The first two are better the higher they are, the last the lower.
+    ``squared_error`` is the mean over pixels; ``psnr`` is in decibels; ``ssim`` is None of images below 11x11 pixels;
+    ``perceptual`` is None without an extractor that has layers. PSNR and SSIM are better the higher they are, the
+    others the lower.
     """
 
     images: int
+    squared_error: Estimate
     psnr: Estimate
     ssim: Estimate | None
     perceptual: Estimate | None
@@ -58,13 +60,15 @@ def reconstruction(
         raise ValueError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
     count = len(data) if limit is None else min(limit, len(data))
     has_ssim = min(data.spec.image_shape[1:]) >= WINDOW
-    found: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "perceptual": []}
+    found: dict[str, list[torch.Tensor]] = {"squared_error": [], "psnr": [], "ssim": [], "perceptual": []}
     with evaluating(model):
         for indices in torch.arange(count).split(batch_size):
             originals = data.batch(indices).images
             with plugins.blamed(model.plugin_name, "encode() or decode()"):
                 decoded = model.decode(model.encode(originals.to(model.device))[0])
                 images = checked_images(decoded, len(indices), model.spec).cpu()
+            errors = (images - originals).double().square().flatten(1).mean(1)
+            found["squared_error"].append(errors)
             found["psnr"].append(psnr(images, originals))
             if has_ssim:
                 found["ssim"].append(ssim(images, originals))
@@ -72,5 +76,6 @@ def reconstruction(
                 pieces = zip(images.split(8), originals.split(8), strict=True)
                 found["perceptual"] += [perceptual_distance(extractor, x, y).cpu() for x, y in pieces]
     means = {name: mean_estimate(torch.cat(values)) if values else None for name, values in found.items()}
+    assert means["squared_error"] is not None
     assert means["psnr"] is not None
-    return Reconstruction(count, means["psnr"], means["ssim"], means["perceptual"])
+    return Reconstruction(count, means["squared_error"], means["psnr"], means["ssim"], means["perceptual"])
