@@ -35,6 +35,10 @@ CALLS: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "bias_act": lambda x, t: {"x": x, "bias": x[0], "activation": "leaky_relu"},
     "attention": lambda x, t: dict.fromkeys("qkv", x.view(1, 1, 1, 4)),
     "spatial_attention": lambda x, t: {"qkv": x[:, :3, None], "num_heads": 1},
+    **dict.fromkeys(
+        ("upfirdn2d", "upsample2d", "downsample2d", "filter2d"),
+        lambda x, t: {"x": x.view(1, 1, 2, 2), "filter": x.view(2, 2)},
+    ),
 }
 
 

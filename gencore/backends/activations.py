@@ -48,8 +48,3 @@ def is_piecewise_linear(activation: str) -> bool:
 def output_tells(activation: str, slope: float, gain: float) -> bool:
     """Whether the derivative follows from y, so that x need not be kept: y then has the sign of x + bias."""
     return is_piecewise_linear(activation) and gain > 0 and slope >= 0
-
-
-def act_settings(activation: str, slope: float, gain: float, clamp: float | None) -> tuple[int, float, float, float]:
-    """As the compiled modules take them."""
-    return NUMBERS[activation], slope, gain, math.inf if clamp is None else clamp

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.activations import act_settings
-from gencore.backends.compiled import DTYPE, CompiledOps, channel_values
-from gencore.backends.layout import channel_sums, in_format, planes_of, suggested_format
+from gencore.backends.compiled import CompiledOps
+from gencore.backends.layout import channel_sums, in_format, suggested_format
+from gencore.backends.structs import DTYPE, addresses, bias_act_settings, bias_act_shape, channel_values
 
 
 class CompiledActOps(CompiledOps):
     def bias_act(
-        self, x: Tensor, bias: Tensor | None, activation: str, slope: float, gain: float, clamp: float | None,
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        slope: float,
+        gain: float,
+        clamp: float | None,
         y: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """``y``: where to write to, with the strides of ``x`` in its format."""
         memory_format = torch.contiguous_format
         if not x.is_contiguous():
@@ -24,12 +30,12 @@ class CompiledActOps(CompiledOps):
             x = x.contiguous(memory_format=memory_format)
         if y is None:
             y = self._empty_like(x)
-        dense, values = channel_values(bias)
+        held, (values,) = channel_values(bias)
         self._module.bias_act(
-            x.data_ptr(), y.data_ptr(), DTYPE[x.dtype], *planes_of(x, memory_format),
-            act_settings(activation, slope, gain, clamp), values, *self._place(x),
+            x=x.data_ptr(), y=y.data_ptr(), dtype=DTYPE[x.dtype], shape=bias_act_shape(x, memory_format),
+            settings=bias_act_settings(activation, slope, gain, clamp), bias=values, place=self._place(x),
         )  # fmt: skip
-        del dense
+        del held
         return y
 
     def bias_act_backward(
@@ -42,19 +48,18 @@ class CompiledActOps(CompiledOps):
     ) -> tuple[Tensor | None, Tensor | None]:
         *settings, at_output, wanted = settings_and_wanted
         memory_format = suggested_format(at)
-        grad, at = in_format(memory_format, grad, at)
-        grad, at = (None if tensor is None else self._aligned(tensor) for tensor in (grad, at))
+        grad, at = (None if x is None else self._aligned(x) for x in in_format(memory_format, grad, at))
         product = self._empty_like(at) if wanted[0] else None
         sums = channel_sums(at) if wanted[1] else None
-        dense, values = channel_values(bias, shift)
-        sizes = DTYPE[at.dtype], *planes_of(at, memory_format)
-        workspace = self._workspace("bias_act", at, *sizes) if wanted[1] else ()
+        shape, (held, (of_bias, of_shift)) = bias_act_shape(at, memory_format), channel_values(bias, shift)
+        workspace = self._workspace("bias_act", at, shape) if wanted[1] else None
+        of_grad, of_at, of_product, of_sums = addresses((grad, at, product, sums))
         self._module.bias_act_backward(
-            0 if grad is None else grad.data_ptr(), at.data_ptr(), 0 if product is None else product.data_ptr(),
-            0 if sums is None else sums.data_ptr(), *sizes, act_settings(*settings), at_output,
-            values, *self._place(at), *(one.data_ptr() for one in workspace),
+            grad=of_grad, at=of_at, product=of_product, sums=of_sums, dtype=DTYPE[at.dtype], shape=shape,
+            settings=bias_act_settings(*settings), at_output=at_output, bias=of_bias, shift=of_shift,
+            place=self._place(at, workspace),
         )  # fmt: skip
-        del dense
+        del held
         return product, sums
 
     def bias_act_double_backward(
@@ -68,16 +73,17 @@ class CompiledActOps(CompiledOps):
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
         memory_format = suggested_format(x)
-        grad, x, direction = in_format(memory_format, grad, x, direction)
-        grad, x, direction = (None if tensor is None else self._aligned(tensor) for tensor in (grad, x, direction))
+        given = in_format(memory_format, grad, x, direction)
+        grad, x, direction = (None if tensor is None else self._aligned(tensor) for tensor in given)
         results = [self._empty_like(x) if want else None for want in wanted[:2]]
         sums = channel_sums(x) if wanted[2] else None
-        dense, values = channel_values(bias, shift)
-        sizes = DTYPE[x.dtype], *planes_of(x, memory_format)
-        workspace = self._workspace("bias_act", x, *sizes) if wanted[2] else ()
+        shape, (held, (of_bias, of_shift)) = bias_act_shape(x, memory_format), channel_values(bias, shift)
+        workspace = self._workspace("bias_act", x, shape) if wanted[2] else None
+        of_grad, of_x, of_direction, of_grad_grad, of_grad_x, of_sums = addresses((grad, x, direction, *results, sums))
         self._module.bias_act_double_backward(
-            [0 if tensor is None else tensor.data_ptr() for tensor in (grad, x, direction, *results, sums)],
-            *sizes, act_settings(*settings), values, *self._place(x), *(one.data_ptr() for one in workspace),
+            grad=of_grad, x=of_x, direction=of_direction, grad_grad=of_grad_grad, grad_x=of_grad_x, sums=of_sums,
+            dtype=DTYPE[x.dtype], shape=shape, settings=bias_act_settings(*settings), bias=of_bias, shift=of_shift,
+            place=self._place(x, workspace),
         )  # fmt: skip
-        del dense
+        del held
         return *results, sums

@@ -30,7 +30,7 @@ from gencore.cli.common import (
     sampling_of,
 )
 from gencore.cli.image_sets import FeaturesOption, ImageSet, WeightsOption
-from gencore.data import DataError, MissingSplitError, NamedDataset
+from gencore.data import MissingSplitError, NamedDataset
 from gencore.data.conditions import conditions_for
 from gencore.metrics import FeatureExtractor, Neighbours, draw_samples, nearest, nearest_in
 from gencore.noise import Key
@@ -66,7 +66,7 @@ def command(
     train = load_images(loaded, data_name, "train", of_data)
     try:
         test: NamedDataset | None = load_images(loaded, data_name, "test", of_data)
-    except (MissingSplitError, DataError):
+    except MissingSplitError:
         test = None
     splits = [train] if test is None else [train, test]
     extractor = image_sets.extractor_of(features, weights, device, splits, seed)

@@ -87,17 +87,21 @@ def features_of(
         progress: whether to show how far it is, on stderr.
 
     Raises:
-        ValueError: images that are not finite, or of a shape that the extractor does not take.
+        ValueError: images that are not finite, or of a shape that the extractor does not take; another number of them.
     """
-    found = []
+    found, row = torch.empty(total, extractor.size), 0
     with Progress(total, name=f"{extractor.name}, {name}", unit="image", shown=progress, delay=1.0) as shown:
         for images in batches:
             try:
-                found.append(extractor(images))
+                if row + len(images) <= total:
+                    found[row : row + len(images)] = extractor(images)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            row += len(images)
             shown.update(len(images))
-    return torch.cat(found) if found else torch.empty(0, extractor.size)
+    if row != total:
+        raise ValueError(f"{name}: batches must hold {total} images, got {row}")
+    return found
 
 
 def check_images(images: Tensor) -> None:

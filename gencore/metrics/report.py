@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from gencore.metrics._features import checked_features
@@ -144,13 +143,3 @@ def _means(found: Manifold) -> dict[Measure, Estimate]:
         "coverage": found.coverage,
     }
     return {measure: mean_estimate(each) for measure, each in values.items()}
-
-
-def is_singular(extractor: FeatureExtractor, count: int) -> bool:
-    """Whether so many images are too few for a covariance of full rank, which needs more than there are features."""
-    return count <= extractor.size
-
-
-def finite(features: Tensor) -> bool:
-    """Whether all features are finite: those of a model that has broken down are not."""
-    return bool(torch.isfinite(features).all())

@@ -23,7 +23,7 @@ from gencore.metrics import (
 )
 from gencore.models.base import GenerativeModel
 from gencore.noise import Key
-from gencore.processes import OtherProcessError, Processes
+from gencore.processes import ALONE, OtherProcessError, Processes
 from gencore.train.errors import TrainingError
 
 # Folded into the seed, so that neither shares noise with the training.
@@ -44,13 +44,15 @@ class Measuring:
         test: the test images, if there are any.
         samples: how many samples.
         seed: of the training.
+        device: where features are computed.
 
     Raises:
         TrainingError: the images have no classes, and the weights of EfficientNet-Lite0 are not installed.
     """
 
-    def __init__(self, train: NamedDataset, test: NamedDataset | None, samples: int, seed: int):
+    def __init__(self, train: NamedDataset, test: NamedDataset | None, samples: int, seed: int, device: str = "cpu"):
         self._train, self._test, self._samples, self._seed = train, test, samples, seed
+        self._device = device
         self._has_classes = train.spec.num_classes > 0
         if not self._has_classes and not efficientnet.is_installed():
             raise TrainingError(
@@ -63,7 +65,7 @@ class Measuring:
         try:
             if self._has_classes:
                 return ClassifierFeatures(train_classifier(self._train, self._test or self._train, seed=self._seed))
-            return EfficientNetLite0()
+            return EfficientNetLite0(device=self._device)
         except (MissingWeightsError, ValueError) as error:
             raise TrainingError(f"train.measure_every: {error}") from error
 
@@ -75,8 +77,10 @@ class Measuring:
         batches = (images.batch(part).images for part in rows.split(_BATCH))
         return features_of(self._extractor, batches, len(rows), name=images.name)
 
-    def __call__(self, model: GenerativeModel, processes: Processes) -> dict[str, float]:
+    def __call__(self, model: GenerativeModel, processes: Processes, *, divided: bool = False) -> dict[str, float]:
         """``measure/`` and the name of each figure. All processes call it; those but the first get nothing.
+
+        Where the weights are ``divided`` among the processes, all are needed for every sample, so each draws all.
 
         Samples that are not finite have no figure: NaN stands for each.
         """
@@ -84,7 +88,12 @@ class Measuring:
         key = Key(self._seed).fold_in(_SAMPLES)
         with plugins.blamed(model.plugin_name, "sample()", OtherProcessError), processes.waiting():
             samples = draw_samples(
-                model, key, n=self._samples, batch_size=_BATCH, conditions=conditions, processes=processes
+                model,
+                key,
+                n=self._samples,
+                batch_size=_BATCH,
+                conditions=conditions,
+                processes=ALONE if divided else processes,
             ).cpu()
         if not processes.is_first:
             return {}

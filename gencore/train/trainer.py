@@ -151,8 +151,9 @@ class Trainer:
         for name in ("sample_every", "measure_every"):
             if getattr(config, name) is not None and not self.model.can_sample:
                 raise TrainingError(f"train.{name} needs a model that generates images, and {plugin.name} does not")
-        measured = None if config.measure_every is None else config.measured_samples
-        self._measuring = None if measured is None else Measuring(data, validation, measured, config.seed)
+        self._measuring: Measuring | None = None
+        if config.measure_every is not None:
+            self._measuring = Measuring(data, validation, config.measured_samples, config.seed, str(self.device))
         self.runners: list[PhaseRunner] = []
         self.descents: list[Descent] = []
         self.average: Average | None = None
@@ -430,7 +431,7 @@ class Trainer:
             record = {**(record or {"step": self.step, "seconds": round(self.seconds, 3)}), **found}
         if self._measuring is not None and self._is_due(config.measure_every, last):
             with reports.aside(self.model, self.average):
-                found = self._measuring(self.model, self.processes)
+                found = self._measuring(self.model, self.processes, divided=config.sharding == "full")
             record = {**(record or {"step": self.step, "seconds": round(self.seconds, 3)}), **found}
         if record and log is not None:
             log.write(record)
@@ -487,7 +488,7 @@ class Trainer:
                 batch = drawn[phase.batch_of] if phase.batch_of is not None else self._next_batch()
                 drawn[phase.name] = batch
                 what = f"the loss of phase {phase.name!r} at step {self.step + 1}"
-                with plugins.blamed(self.run.model, what, TrainingError, OtherProcessError):
+                with plugins.blamed(self.run.model, what, ConfigError, TrainingError, OtherProcessError):
                     self._descend(runner, batch, phase_key(self.config.seed, self.step, runner.index, repetition))
                 if self.device.type == "cpu":
                     self._refuse_divergence()
@@ -545,6 +546,9 @@ class Trainer:
                 runner.add(step, share, is_last=part == config.accumulate - 1)
         with processes.waiting():
             runner.descend(self.step + 1, config.clip)
+            if runner.phase.after is not None:
+                with torch.no_grad():
+                    runner.phase.after()
 
     def autocast(self) -> Any:
         """The context that losses are computed in, for ``config.precision``."""

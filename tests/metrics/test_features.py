@@ -62,6 +62,9 @@ def test_features_come_batch_by_batch(capsys):
     torch.testing.assert_close(found, images.mean((2, 3)))
     assert features_of(Means(), [], 0, name="none").shape == (0, 3)
     assert capsys.readouterr().err == ""
+    for total in (6, 8):
+        with pytest.raises(ValueError, match="the samples: "):
+            features_of(Means(), images.split(3), total, name="the samples")
 
 
 def test_the_classifier_is_an_extractor():
