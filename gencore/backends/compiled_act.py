@@ -48,7 +48,8 @@ class CompiledActOps(CompiledOps):
     ) -> tuple[Tensor | None, Tensor | None]:
         *settings, at_output, wanted = settings_and_wanted
         memory_format = suggested_format(at)
-        grad, at = (None if x is None else self._aligned(x) for x in in_format(memory_format, grad, at))
+        grad, at = in_format(memory_format, grad, at)
+        grad, at = None if grad is None else self._aligned(grad), self._aligned(at)
         product = self._empty_like(at) if wanted[0] else None
         sums = channel_sums(at) if wanted[1] else None
         shape, (held, (of_bias, of_shift)) = bias_act_shape(at, memory_format), channel_values(bias, shift)
@@ -73,8 +74,9 @@ class CompiledActOps(CompiledOps):
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
         memory_format = suggested_format(x)
-        given = in_format(memory_format, grad, x, direction)
-        grad, x, direction = (None if tensor is None else self._aligned(tensor) for tensor in given)
+        grad, x, direction = in_format(memory_format, grad, x, direction)
+        grad, x = self._aligned(grad), self._aligned(x)
+        direction = None if direction is None else self._aligned(direction)
         results = [self._empty_like(x) if want else None for want in wanted[:2]]
         sums = channel_sums(x) if wanted[2] else None
         shape, (held, (of_bias, of_shift)) = bias_act_shape(x, memory_format), channel_values(bias, shift)

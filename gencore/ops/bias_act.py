@@ -183,9 +183,10 @@ def _number(name: str, value: Any) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
+    number = float(value)
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 # Bits of a float's 53 that tensors of a type lack.
