@@ -20,6 +20,7 @@
 #include "gencore/reparameterize.h"
 #include "gencore/simd.h"
 #include "gencore/uniform.h"
+#include "gencore/upfirdn2d.h"
 #include "structs.h"
 
 #ifdef _OPENMP
@@ -144,4 +145,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind<&cpu::group_norm_backward>(m, "group_norm_backward");
   bind<&cpu::group_norm_jvp>(m, "group_norm_jvp");
   bind<&cpu::group_norm_double_backward>(m, "group_norm_double_backward");
+  bind<&cpu::upfirdn2d>(m, "upfirdn2d");
 }

@@ -17,6 +17,7 @@
 #include "gencore/normal.h"
 #include "gencore/reparameterize.h"
 #include "gencore/uniform.h"
+#include "gencore/upfirdn2d.h"
 #include "structs.h"
 
 namespace py = pybind11;
@@ -76,6 +77,22 @@ std::string described(const AttentionShape& shape, DType dtype) {
          std::to_string(shape.keys) + " keys";
 }
 
+std::string described(const ResampledAxis& axis) {
+  return std::to_string(axis.size) + " (up " + std::to_string(axis.up) + ", " + std::to_string(axis.taps) +
+         " taps, down " + std::to_string(axis.down) + ")";
+}
+
+template <class Args>
+std::string described(const Args& args) {
+  return described(args.shape, args.dtype);
+}
+
+std::string described(const Upfirdn2d& args) {
+  return std::to_string(args.samples) + " x " + std::to_string(args.channels) + " x " + described(args.rows) + " x " +
+         described(args.columns) + " " + described(args.dtype) + " values" +
+         (args.channels_last ? ", channels_last" : "");
+}
+
 // Launches kernels; an error becomes an exception that names the op and its shapes.
 struct Cuda {
   struct Place {
@@ -94,9 +111,8 @@ struct Cuda {
       error = guard.error() == cudaSuccess ? launch(kernel, args, place) : static_cast<cuda::Error>(guard.error());
     }
     if (error == cudaSuccess) return;
-    const std::string what = op.text() + " of " + described(args.shape, args.dtype) + ", on device " +
-                             std::to_string(place.device) + ": " + cuda::message(error) + " (" + cuda::name(error) +
-                             ")";
+    const std::string what = op.text() + " of " + described(args) + ", on device " + std::to_string(place.device) +
+                             ": " + cuda::message(error) + " (" + cuda::name(error) + ")";
     if (error == cudaErrorInvalidValue) throw std::invalid_argument(what);
     throw std::runtime_error(what);
   }
@@ -171,6 +187,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind<&cuda::group_norm_backward>(m, "group_norm_backward");
   bind<&cuda::group_norm_jvp>(m, "group_norm_jvp");
   bind<&cuda::group_norm_double_backward>(m, "group_norm_double_backward");
+  bind<&cuda::upfirdn2d>(m, "upfirdn2d");
   bind_workspace(m, "reparameterize_workspace", &cuda::reparameterize_workspace);
   bind_workspace(m, "denoising_loss_workspace", &cuda::denoising_loss_workspace);
   bind_workspace(m, "attention_workspace", &cuda::attention_workspace);

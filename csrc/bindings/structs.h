@@ -5,6 +5,7 @@
 #include "gencore/attention.h"
 #include "gencore/group_norm.h"
 #include "gencore/types.h"
+#include "gencore/upfirdn2d.h"
 
 namespace gencore {
 
@@ -26,6 +27,7 @@ inline void bind_structs(pybind11::module_& m) {
   bindings::bind_struct<ChannelValues>(m, "ChannelValues");
   bindings::bind_struct<GroupNormShape>(m, "GroupNormShape");
   bindings::bind_struct<GroupNormDirection>(m, "GroupNormDirection");
+  bindings::bind_struct<ResampledAxis>(m, "ResampledAxis");
 }
 
 }  // namespace gencore

@@ -27,6 +27,7 @@ from gencore.backends.structs import (
     AttentionOptions,
     Coefficients,
     NoiseKey,
+    ResampledAxis,
     addresses,
     attention_shape,
     channel_values,
@@ -66,8 +67,12 @@ class CompiledOps:
         """Where to compute what is of ``tensor``, and the memory that a kernel wants for itself."""
         raise NotImplementedError
 
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        """A new tensor, which the kernel is about to fill."""
+        return tensor
+
     def _empty_like(self, tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor)
+        return self._prepared(torch.empty_like(tensor))
 
     def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
         """Whether kernels read these coefficients in the memory of a device."""
@@ -286,6 +291,34 @@ class CompiledOps:
             place=self._place(x),
         )  # fmt: skip
         del held
+        return y
+
+    def upfirdn2d(
+        self,
+        x: Tensor,
+        filter: Tensor,
+        up: Sequence[int],
+        down: Sequence[int],
+        start: Sequence[int],
+        size: Sequence[int],
+        flip_filter: bool,
+        gain: float,
+    ) -> Tensor:
+        memory_format = suggested_format(x)
+        x, filter = x.contiguous(memory_format=memory_format), filter.contiguous()
+        samples, channels, *pixels = x.shape
+        shape = (samples, channels, *size)
+        y = self._prepared(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
+        taps = filter.shape[0], filter.shape[-1]
+        rows, columns = (
+            ResampledAxis(size=n, out_size=made, taps=k, up=u, down=d, start=s)
+            for n, made, k, u, d, s in zip(pixels, size, taps, up, down, start, strict=True)
+        )
+        self._module.upfirdn2d(
+            x=x.data_ptr(), filter=filter.data_ptr(), y=y.data_ptr(), dtype=DTYPE[x.dtype], samples=samples,
+            channels=channels, rows=rows, columns=columns, channels_last=memory_format is not _CONTIGUOUS,
+            separable=filter.dim() == 1, flip=flip_filter, gain=gain, place=self._place(x),
+        )  # fmt: skip
         return y
 
     def _readable(self, tensor: Tensor) -> Tensor:

@@ -81,11 +81,10 @@ class CpuOps(CompiledOps):
     def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> int:
         return torch.get_num_threads()
 
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        empty = torch.empty_like(tensor)
-        if empty.nbytes >= _LARGE:
-            _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
-        return empty
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        if tensor.nbytes >= _LARGE:
+            _cpu.request_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def _coefficients(
         self, table: Tensor, index: Tensor | None, tensor: Tensor

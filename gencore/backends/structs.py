@@ -27,6 +27,9 @@ from gencore._cpu import (
 from gencore._cpu import (
     NoiseKey as NoiseKey,
 )
+from gencore._cpu import (
+    ResampledAxis as ResampledAxis,
+)
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATION = {None: 0, "silu": 1}

@@ -14,6 +14,7 @@ import typer
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import (
+    arithmetic,
     bench,
     codes,
     compare,
@@ -27,6 +28,7 @@ from gencore.cli import (
     measure,
     neighbours,
     profile,
+    project,
     quickstart,
     runs,
     sample,
@@ -105,6 +107,8 @@ app.command("compare")(compare.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("arithmetic")(arithmetic.command)
+app.command("project")(project.command)
 app.command("curve")(curve.command)
 app.command("map")(codes.latent_map)
 app.command("probe")(codes.probe)

@@ -47,6 +47,7 @@ class TrainConfig(Config):
     clip: float | None = field(None, gt=0, doc="largest norm of a phase's gradient; none: not clipped")
     average: AverageConfig | None = field(None, doc="moving average of the weights; none: no average")
     schedule: Literal["constant", "cosine"] = field("constant", doc="of the learning rate, after the warm-up")
+    schedule_end: float = field(0.0, ge=0, le=1, doc="cosine: share of the learning rate at the end")
     warmup: int = field(0, ge=0, doc="steps over which the learning rate rises linearly from 0")
     workers: int | None = field(
         None,
@@ -87,11 +88,13 @@ class TrainConfig(Config):
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """What multiplies every learning rate in the step after ``step`` finished ones: a pure function of both.
 
-        Linear warm-up to 1, then constant, or half a cosine down to 0 at the end (Loshchilov and Hutter 2017, eq. 5).
+        Linear warm-up to 1, then constant, or half a cosine down to ``schedule_end`` (Loshchilov and Hutter 2017,
+        equation 5).
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
             return 1.0
         progress = (step - self.warmup) / max(1, total_steps - self.warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.schedule_end + (1.0 - self.schedule_end) * cosine

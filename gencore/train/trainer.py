@@ -488,7 +488,7 @@ class Trainer:
                 batch = drawn[phase.batch_of] if phase.batch_of is not None else self._next_batch()
                 drawn[phase.name] = batch
                 what = f"the loss of phase {phase.name!r} at step {self.step + 1}"
-                with plugins.blamed(self.run.model, what, TrainingError, OtherProcessError):
+                with plugins.blamed(self.run.model, what, ConfigError, TrainingError, OtherProcessError):
                     self._descend(runner, batch, phase_key(self.config.seed, self.step, runner.index, repetition))
                 if self.device.type == "cpu":
                     self._refuse_divergence()
@@ -546,6 +546,9 @@ class Trainer:
                 runner.add(step, share, is_last=part == config.accumulate - 1)
         with processes.waiting():
             runner.descend(self.step + 1, config.clip)
+            if runner.phase.after is not None:
+                with torch.no_grad():
+                    runner.phase.after()
 
     def autocast(self) -> Any:
         """The context that losses are computed in, for ``config.precision``."""
