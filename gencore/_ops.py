@@ -98,6 +98,17 @@ OPS = (
         ("groups",),
     ),
     Op(
+        "bias_act",
+        {"bias_act": "bias_act"},
+        (
+            Kernel("bias_act", "forward"),
+            Kernel("bias_act_backward", "backward", 1),
+            Kernel("bias_act_double_backward"),
+        ),
+        ("forward", "forward and backward"),
+        "norm, activation",
+    ),
+    Op(
         "attention",
         {"attention": "attention", "spatial_attention": "attention"},
         (

@@ -60,7 +60,10 @@ OP_ROOMS = {
     "gencore/ops": ("{}.py", {"__init__"}),
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
-    "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
+    "csrc/include/gencore": (
+        "{}.h",
+        {"activations", "channel_values", "cuda", "limits", "math", "pages", "philox", "simd", "types"},
+    ),
     "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": (
         "{}.cu",

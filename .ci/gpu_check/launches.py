@@ -123,6 +123,20 @@ def norm_derived(*shape: int, groups: int, memory_format: torch.memory_format | 
     return run
 
 
+def activated(*shape: int, activation: str, memory_format: torch.memory_format | None = None):
+    """With derivatives of first and second order."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        x, bias, g = draw(*shape, memory_format=memory_format), draw(shape[1]), draw(*shape)
+        x, bias, g = (tensor.detach().requires_grad_() for tensor in (x, bias, g))
+        y = ops.bias_act(x, bias, activation, gain=1.5, clamp=2.0)
+        grads = torch.autograd.grad(y, (x, bias), g, create_graph=True)
+        more = torch.autograd.grad(grads, (g, x, bias), [draw(*shape), draw(shape[1])], allow_unused=True)
+        return [y, *grads, *(one for one in more if one is not None)]
+
+    return run
+
+
 def attended(size: int, queries: int = 130, keys: int | None = None, heads: int = 2):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         q = draw(1, heads, queries, size)
@@ -211,6 +225,10 @@ LAUNCHES = (
     Launch("group_norm, whole groups", normed(4, 64, 20, 20, groups=32, adaptive=True), F16, _HALF),
     Launch("group_norm's derivatives", norm_derived(2, 20, 24, 24, groups=2), F32, 4 * _SUMS),
     Launch("group_norm's derivatives, rows", norm_derived(2, 64, 9, 9, groups=8, memory_format=CL), BF16, _HALF),
+    Launch("bias_act, from y", activated(2, 20, 9, 9, activation="leaky_relu"), F32, _SUMS),
+    Launch("bias_act", activated(4, 64, 32, 32, activation="gelu"), BF16, _HALF),
+    Launch("bias_act, channels_last", activated(2, 64, 16, 16, activation="elu", memory_format=CL), F16, _HALF),
+    Launch("bias_act, float64", activated(2, 6, 5, activation="softplus"), F64, 1e-12),
     Launch("attention, 40", attended(40), BF16, _HALF),
     Launch("attention, 64", attended(64), BF16, _HALF),
     Launch("attention, 80", attended(80), F16, _HALF),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
@@ -22,7 +23,6 @@ from gencore.backends.layout import (
     suggested_format,
 )
 from gencore.backends.structs import (
-    ACTIVATION,
     DTYPE,
     AttentionOptions,
     Coefficients,

@@ -19,7 +19,7 @@ except ImportError as error:
         "from another folder or install with `pip install -e .`)"
     ) from error
 
-from gencore.backends.compiled import CompiledOps
+from gencore.backends.compiled_act import CompiledActOps
 from gencore.backends.layout import empty_with_channels, kept_format
 from gencore.backends.structs import DTYPE, attention_shape, heads, noise_shape
 
@@ -71,7 +71,7 @@ def multiply_adds_per_second(of_bfloat16: bool) -> float:
     return _cpu.multiply_adds_per_second(of_bfloat16)
 
 
-class CpuOps(CompiledOps):
+class CpuOps(CompiledActOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
