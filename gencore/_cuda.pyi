@@ -269,3 +269,63 @@ def group_norm_double_backward(
     /,
     workspace: int = 0,
 ) -> None: ...
+def attention_jvp_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def attention_jvp(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    d_out: tuple[int, ...],
+    d_lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def attention_double_backward_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def attention_double_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def general_attention_jvp_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def general_attention_jvp(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    d_out: tuple[int, ...],
+    d_lse: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def general_attention_double_backward_workspace(dtype: int, sizes: tuple[int, ...], /) -> int: ...
+def general_attention_double_backward(
+    tensors: list[tuple[int, ...]],
+    lse: int,
+    direction: list[tuple[int, ...] | None],
+    grads: list[tuple[int, ...] | None],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    options: tuple[Any, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...

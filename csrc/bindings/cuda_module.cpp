@@ -354,4 +354,64 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def("attention_jvp_workspace", [](int dtype, const std::array<std::int64_t, 5>& sizes) {
+    return cuda::attention_jvp_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "attention_jvp",
+      [](const std::array<py::object, 4>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
+         const py::object& d_out, std::uintptr_t d_lse, int dtype, const std::array<std::int64_t, 5>& sizes,
+         double scale, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const AttentionJvp args =
+            attention_jvp_arguments(tensors, lse, direction, d_out, d_lse, dtype, attention_shape(sizes), scale);
+        run("attention_jvp", args.dtype, args.shape, device,
+            [&] { return cuda::attention_jvp(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
+  m.def("attention_double_backward_workspace", [](int dtype, const std::array<std::int64_t, 5>& sizes) {
+    return cuda::attention_double_backward_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "attention_double_backward",
+      [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
+         const std::array<py::object, 4>& grads, int dtype, const std::array<std::int64_t, 5>& sizes, double scale,
+         int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const AttentionDoubleBackward args =
+            attention_double_backward_arguments(tensors, lse, direction, grads, dtype, attention_shape(sizes), scale);
+        run("attention_double_backward", args.dtype, args.shape, device,
+            [&] { return cuda::attention_double_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
+  m.def("general_attention_jvp_workspace", [](int dtype, const std::array<std::int64_t, 7>& sizes) {
+    return cuda::attention_jvp_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "general_attention_jvp",
+      [](const std::array<py::object, 4>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
+         const py::object& d_out, std::uintptr_t d_lse, int dtype, const std::array<std::int64_t, 7>& sizes,
+         double scale, const py::tuple& options, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const AttentionJvp args = attention_jvp_arguments(tensors, lse, direction, d_out, d_lse, dtype,
+                                                          attention_shape(sizes), scale, attention_options(options));
+        run("general_attention_jvp", args.dtype, args.shape, device,
+            [&] { return cuda::attention_jvp(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg("workspace") = 0);
+  m.def("general_attention_double_backward_workspace", [](int dtype, const std::array<std::int64_t, 7>& sizes) {
+    return cuda::attention_double_backward_workspace(DType(dtype), attention_shape(sizes));
+  });
+  m.def(
+      "general_attention_double_backward",
+      [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
+         const std::array<py::object, 4>& grads, int dtype, const std::array<std::int64_t, 7>& sizes, double scale,
+         const py::tuple& options, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const AttentionDoubleBackward args = attention_double_backward_arguments(
+            tensors, lse, direction, grads, dtype, attention_shape(sizes), scale, attention_options(options));
+        run("general_attention_double_backward", args.dtype, args.shape, device,
+            [&] { return cuda::attention_double_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg("workspace") = 0);
 }

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from gencore.backends.compiled import (
-    CompiledOps,
-    attention_sizes,
-    heads,
-    heads_or_none,
-    log_sums,
     sizes_of,
 )
-from gencore.backends.layout import empty_with_channels, kept_format
+from gencore.backends.further import FurtherOps
+from gencore.backends.layout import kept_format
 
 try:
     from gencore import _cpu
@@ -75,7 +71,7 @@ def multiply_adds_per_second(of_bfloat16: bool) -> float:
     return _cpu.multiply_adds_per_second(of_bfloat16)
 
 
-class CpuOps(CompiledOps):
+class CpuOps(FurtherOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
@@ -118,101 +114,6 @@ class CpuOps(CompiledOps):
         )  # fmt: skip
         del held
         return error
-
-    def attention_jvp(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        scale: float,
-        d_out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``d_out``: where to write to."""
-        if d_out is None:
-            d_out = self._empty_like(q)
-        lse = lse.contiguous()
-        d_lse = torch.empty_like(lse)
-        self._module.attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *attention_sizes(q, k), scale, *self._place(q),
-        )  # fmt: skip
-        return d_out, d_lse
-
-    def attention_double_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        scale: float,
-        wanted: list[bool],
-        grads: tuple[Tensor, ...] | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """``grads``: where to write to; all of them are then wanted."""
-        lse = lse.contiguous()
-        results: tuple[Tensor | None, ...] = grads or tuple(
-            self._empty_like(tensor) if want else None for tensor, want in zip((grad_out, q, k, v), wanted, strict=True)
-        )
-        self._module.attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
-            heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
-        )  # fmt: skip
-        return results
-
-    def general_attention_jvp(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings: Any,
-    ) -> tuple[Tensor, Tensor]:
-        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), log_sums(q)
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *given,
-        )  # fmt: skip
-        del held
-        return d_out, d_lse
-
-    def general_attention_double_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings_and_wanted: Any,
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
-        grads = self._gradients((grad_out, q, k, v), wanted)
-        lse = lse.contiguous()
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
-            heads_or_none(*grads), *given,
-        )  # fmt: skip
-        del held
-        return grads
 
 
 ops = CpuOps(_cpu)

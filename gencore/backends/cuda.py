@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gencore._torch import current_stream
 from gencore.backends import cpu
-from gencore.backends.compiled import CompiledOps
+from gencore.backends.further import FurtherOps
 from gencore.backends.layout import readable, writable
 
 # What csrc/cuda asks of the hardware: conversions to bfloat16, asynchronous copies.
 _LEAST_CAPABILITY = (8, 0)
 
 
-class CudaOps(CompiledOps):
+class CudaOps(FurtherOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         # The three words of a key on the CPU are arguments of the launch: nothing is copied, nothing waits.
         if key.device != tensor.device and not (key.is_cpu and key.dim() == 1):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from attention_bounds import heads_of
-from kernels import NAMES, running
+from kernels import NAMES, Kernels, running
 from support import same_bits
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from gencore.ops import _attention as definitions
 
 LEVELS = tuple(name for name in NAMES if name.startswith("cpu-"))
 # Those that have these kernels.
-WITH_KERNELS = ("cpu-scalar", "triton")
+WITH_KERNELS = ("cpu-scalar", "cuda", "triton")
 SCALE = 0.3
 CASES = (
     AttentionCase(1, 1, 1, 1, 1, "one element"),
@@ -40,6 +42,11 @@ def inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu") -> tupl
     generator = torch.Generator().manual_seed(0)
     qkv, direction = (case.tensors(dtype, device, generator) for _ in range(2))
     return qkv, direction, torch.randn(qkv[0].shape, generator=generator).to(device, dtype)
+
+
+def slow(kernels: Kernels) -> bool:
+    """Whether it is the emulator, which takes a second for a tile of queries by keys."""
+    return kernels.emulated and not kernels.interpreted
 
 
 def derivatives(
@@ -65,8 +72,31 @@ def defined(qkv: list[Tensor], direction: list[Tensor | None], g: Tensor) -> lis
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype, kernels):
+    assert_right(case, dtype, kernels, DIRECTIONS)
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("case", "dtype", "directions"),
+    [
+        (CASES[1], torch.float32, DIRECTIONS),
+        (CASES[0], torch.float64, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 70, 90, 20, "more than a tile", layout="tokens"), torch.float32, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 35, 33, 70, "two parts"), torch.float64, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 10, 9, 70, "two parts"), torch.bfloat16, DIRECTIONS[-1:]),
+        (AttentionCase(1, 1, 10, 9, 130, "two parts of the larger size"), torch.float32, DIRECTIONS[:1]),
+        (AttentionCase(1, 2, 10, 9, 8, ""), torch.float16, DIRECTIONS[1:2]),
+    ],
+    ids=str,
+)
+def test_values_on_cuda(case, dtype, directions, kernels):
+    """Fewer of them, as the emulator takes a second for a tile of queries by keys."""
+    assert_right(case, dtype, kernels, directions)
+
+
+def assert_right(case: AttentionCase, dtype: torch.dtype, kernels: Kernels, directions: Sequence[Any]) -> None:
     qkv, direction, g = inputs(case, dtype, kernels.device)
-    for there in DIRECTIONS:
+    for there in directions:
         some = [x if has else None for x, has in zip(direction, there, strict=True)]
         for got, want in zip(derivatives(qkv, some, g), defined(qkv, some, g), strict=True):
             assert got.shape == want.shape
@@ -79,7 +109,8 @@ def test_values(case, dtype, kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_all_logits_change_by_alike_takes_no_digits(dtype, kernels):
     """Keys with a large common part, moved along queries with one."""
-    (q, k, v), (dq, dk, dv), g = inputs(AttentionCase(1, 2, 256, 256, 32, ""), torch.float32, kernels.device)
+    case = AttentionCase(1, 1, 20, 60, 32, "") if slow(kernels) else AttentionCase(1, 2, 256, 256, 32, "")
+    (q, k, v), (dq, dk, dv), g = inputs(case, torch.float32, kernels.device)
     qkv = [x.to(dtype) for x in (q, k + 8, v)]
     direction = [x.to(dtype) for x in (dq + 1, dk, dv)]
     g = g.to(dtype)
@@ -131,7 +162,8 @@ def test_bits_for_any_simd_level(dtype):
 
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 def test_bits_for_any_split_of_the_batch_and_any_strides(kernels):
-    qkv, direction, g = inputs(AttentionCase(3, 2, 70, 90, 24, ""), torch.float32, kernels.device)
+    case = AttentionCase(3, 1, 10, 9, 5, "") if slow(kernels) else AttentionCase(3, 2, 70, 90, 24, "")
+    qkv, direction, g = inputs(case, torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)
     part = derivatives([x[1:2] for x in qkv], [x[1:2] for x in direction], g[1:2])
     assert all(same_bits(a[1:2], b) for a, b in zip(whole, part, strict=True))
@@ -146,7 +178,8 @@ def test_bits_for_any_split_of_the_batch_and_any_strides(kernels):
 
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 def test_only_what_is_wanted_is_made(kernels):
-    qkv, direction, g = inputs(AttentionCase(1, 2, 70, 90, 24, ""), torch.float32, kernels.device)
+    case = AttentionCase(1, 1, 10, 9, 5, "") if slow(kernels) else AttentionCase(1, 2, 70, 90, 24, "")
+    qkv, direction, g = inputs(case, torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)[2:]
     for place in range(4):
         some = derivatives(qkv, direction, g, tuple(i == place for i in range(4)))[2:]
