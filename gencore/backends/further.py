@@ -40,6 +40,8 @@ class FurtherOps(CompiledOps):
     ) -> tuple[Tensor, Tensor]:
         """``d_out``: where to write to, with strides as those of a readable tensor."""
         given = (*attention_sizes(q, k), scale, *self._place(q))
+        if d_out is None:
+            d_out = self._empty_like(q)
         return self._attention_jvp("attention_jvp", given, (q, k, v, out), lse, (dq, dk, dv), d_out)
 
     def general_attention_jvp(
@@ -55,7 +57,8 @@ class FurtherOps(CompiledOps):
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
         held, given = self._given(q, k, v, *settings)
-        found = self._attention_jvp("general_attention_jvp", given, (q, k, v, out), lse, (dq, dk, dv), None)
+        d_out = empty_with_channels(q, v.shape[3])
+        found = self._attention_jvp("general_attention_jvp", given, (q, k, v, out), lse, (dq, dk, dv), d_out)
         del held
         return found
 
@@ -66,16 +69,13 @@ class FurtherOps(CompiledOps):
         tensors: Sequence[Tensor],
         lse: Tensor,
         direction: Sequence[Tensor | None],
-        d_out: Tensor | None,
+        d_out: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """``given``: the last arguments of the kernel but for a workspace."""
-        q, _, v, _ = tensors
-        if d_out is None:
-            d_out = self._empty_like(q) if v.shape[3] == q.shape[3] else empty_with_channels(q, v.shape[3])
-        into, lse, d_lse = self._writable(d_out), lse.contiguous(), log_sums(q)
+        into, lse, d_lse = self._writable(d_out), lse.contiguous(), log_sums(tensors[0])
         tensors = [self._readable(tensor) for tensor in tensors]
         direction = self._all_readable(*direction)
-        workspace = self._workspace(op, q, *given[:2])
+        workspace = self._workspace(op, tensors[0], *given[:2])
         getattr(self._module, op)(
             [heads(tensor) for tensor in tensors], lse.data_ptr(), heads_or_none(*direction), heads(into),
             d_lse.data_ptr(), *given, *map(Tensor.data_ptr, workspace),

@@ -144,6 +144,7 @@ def test_the_batch_decides_nothing():
     calls = {
         "attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
+        "attention_jvp": lambda batch: [torch.empty(batch, 4, 100, 40)] * 4,
         "attention_double_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 5,
         "general_attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "general_attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
