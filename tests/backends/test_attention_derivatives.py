@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from attention_bounds import heads_of
-from kernels import NAMES, Kernels, running
+from attention_options import KEY, USES, Use, close, small
+from kernels import BACKENDS, NAMES, Kernels, running
 from support import same_bits
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from gencore import _cpu, ops
 from gencore.backends import choice
 from gencore.bench.cases import AttentionCase
 from gencore.ops import _attention as definitions
+from gencore.ops import _general_attention as with_options
 
 LEVELS = tuple(name for name in NAMES if name.startswith("cpu-"))
 # Those that have these kernels.
@@ -103,6 +105,49 @@ def assert_right(case: AttentionCase, dtype: torch.dtype, kernels: Kernels, dire
             # What is 0 but for roundings is as exact as what it is the difference of.
             size = max(float(want.abs().max()), 0.1)
             torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
+@pytest.mark.parametrize(
+    ("use", "dtype"),
+    [
+        (small(USES["all together"]), torch.float32),
+        (small(USES["one head for all"]), torch.float64),
+        (small(USES["lengths"])._replace(q=(3, 1, 4, 8), k=(3, 1, 7, 8)), torch.float32),
+        (small(USES["longer values"])._replace(size_v=70), torch.bfloat16),
+        (small(USES["mask of pairs"]), torch.float16),
+        (Use((1, 2, 70, 8), (1, 1, 70, 8), 5, causal=True), torch.float32),
+    ],
+    ids=str,
+)
+def test_options(use, dtype, kernels):
+    """Against the definition in float64; and only what is wanted is made."""
+    tensors, direction = use.tensors(dtype, kernels.device), use.tensors(dtype, kernels.device, seed=1)
+    options = use.options(kernels.device)
+    key = KEY.packed if use.dropout else None
+    settings = (options.get("mask"), options.get("key_lengths"), key, 0.3, use.causal, use.dropout)
+    if settings[0] is not None:
+        settings = (settings[0].expand(*use.q[:3], use.k[2]), *settings[1:])
+    g = torch.randn(*use.q[:3], use.size_v, generator=torch.Generator().manual_seed(2)).to(kernels.device, dtype)
+    out, lse = choice.kernel("general_attention", g)(*tensors, *settings)
+    found = choice.kernel("general_attention_jvp", g)(*tensors, out, lse, *direction, *settings)
+    second = choice.kernel("general_attention_double_backward", g)
+    grads = second(g, *tensors, out, lse, *direction, *settings, [True] * 4)
+
+    here = [x.cpu() if isinstance(x, Tensor) else x for x in settings]
+    exact = [x.cpu().double() for x in (*tensors, *direction)]
+    want = with_options._definition_jvp(*exact[:3], None, None, *exact[3:], *here)
+    of_grads = with_options._definition_double_backward(
+        g.cpu().double(), *exact[:3], None, None, *exact[3:], *here, [True] * 4
+    )
+    for one, expected in zip((*found, *grads), (*want, *of_grads), strict=True):
+        close(one, expected, dtype)
+    for place, one in enumerate(grads):
+        some = second(g, *tensors, out, lse, *direction, *settings, [i == place for i in range(4)])
+        assert [x is not None for x in some] == [i == place for i in range(4)]
+        assert same_bits(some[place], one)
+        if use.q[2] > 9:
+            break
 
 
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)

@@ -148,6 +148,8 @@ def test_the_batch_decides_nothing():
         "attention_double_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 5,
         "general_attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "general_attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
+        "general_attention_jvp": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
+        "general_attention_double_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
         "reparameterize_backward": lambda batch: [None, None, None, torch.empty(batch, 3, 8, 8)],
         "denoising_loss_backward": lambda batch: [torch.empty(batch), *[torch.empty(batch, 3, 8, 8)] * 2],
     }

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_options import KEY, USES, Use, close, small
+from attention_options import KEY
 from kernels import EmulatedOps, Kernels, running
 from support import same_bits
 from torch import Tensor
 
 from gencore.backends import choice, cuda
 from gencore.backends.reference import attention as reference
-from gencore.ops import _general_attention
 
 pytestmark = pytest.mark.gpu(or_emulator=True)
 SCALE = 0.3
@@ -48,47 +47,6 @@ def results(
     out, lse = choice.kernel("general_attention", grad_out)(*heads, *settings)
     backward = choice.kernel("general_attention_backward", grad_out)
     return [out, lse, *backward(grad_out, *heads, out, lse, *settings, [True] * 3)]
-
-
-@pytest.mark.parametrize(
-    ("use", "dtype"),
-    [
-        (small(USES["all together"]), torch.float32),
-        (small(USES["one head for all"]), torch.float64),
-        (small(USES["lengths"])._replace(q=(3, 1, 4, 8), k=(3, 1, 7, 8)), torch.float32),
-        (small(USES["longer values"])._replace(size_v=70), torch.bfloat16),
-        (Use((1, 2, 70, 8), (1, 1, 70, 8), 5, causal=True), torch.float32),
-    ],
-    ids=str,
-)
-def test_further_derivatives(use, dtype, kernels):
-    """In forward mode and of second order, against the definition in float64; and that only what is wanted is made."""
-    tensors, direction = use.tensors(dtype, kernels.device), use.tensors(dtype, kernels.device, seed=1)
-    options = use.options(kernels.device)
-    key = KEY.packed if use.dropout else None
-    settings = (options.get("mask"), options.get("key_lengths"), key, 0.3, use.causal, use.dropout)
-    if settings[0] is not None:
-        settings = (settings[0].expand(*use.q[:3], use.k[2]), *settings[1:])
-    g = torch.randn(*use.q[:3], use.size_v, generator=torch.Generator().manual_seed(2)).to(kernels.device, dtype)
-    out, lse = choice.kernel("general_attention", g)(*tensors, *settings)
-    found = choice.kernel("general_attention_jvp", g)(*tensors, out, lse, *direction, *settings)
-    second = choice.kernel("general_attention_double_backward", g)
-    grads = second(g, *tensors, out, lse, *direction, *settings, [True] * 4)
-
-    here = [x.cpu() if isinstance(x, Tensor) else x for x in settings]
-    exact = [x.cpu().double() for x in (*tensors, *direction)]
-    want = _general_attention._definition_jvp(*exact[:3], None, None, *exact[3:], *here)
-    of_grads = _general_attention._definition_double_backward(
-        g.cpu().double(), *exact[:3], None, None, *exact[3:], *here, [True] * 4
-    )
-    for one, expected in zip((*found, *grads), (*want, *of_grads), strict=True):
-        close(one, expected, dtype)
-    for place, one in enumerate(grads):
-        some = second(g, *tensors, out, lse, *direction, *settings, [i == place for i in range(4)])
-        assert [x is not None for x in some] == [i == place for i in range(4)]
-        assert same_bits(some[place], one)
-        if use.q[2] > 9:
-            break
 
 
 def assert_equal(got: list[Tensor], want: list[Tensor]) -> None:

@@ -24,7 +24,7 @@ PLACES = (
     "tests/ops",
     "tests/backends/test_group_norm_derivatives.py::test_only_what_is_wanted_is_made",
     "tests/backends/test_attention_derivatives.py::test_only_what_is_wanted_is_made",
-    "tests/backends/test_general_attention_cuda.py::test_further_derivatives",
+    "tests/backends/test_attention_derivatives.py::test_options",
 )
 
 
