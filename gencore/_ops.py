@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 # The last: in forward mode, and of second order.
 Direction = Literal["forward", "backward", "second"]
-Family = Literal["attention", "norm, activation", "noise, diffusion, VAE"]
+Family = Literal["convolution", "attention", "norm, activation", "noise, diffusion, VAE"]
 
 
 class Kernel(NamedTuple):
@@ -113,6 +113,13 @@ OPS = (
         ),
         ("forward", "forward and backward"),
         "attention",
+    ),
+    Op(
+        "upfirdn2d",
+        dict.fromkeys(("upfirdn2d", "upsample2d", "downsample2d", "filter2d"), "upfirdn2d"),
+        (Kernel("upfirdn2d", "forward"),),
+        ("upsampling", None),
+        "convolution",
     ),
 )
 

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencore.backends.compiled import (
-    sizes_of,
-)
-from gencore.backends.further import FurtherOps
-from gencore.backends.layout import kept_format
-
+# Before what else needs it.
 try:
     from gencore import _cpu
 except ImportError as error:
@@ -22,6 +17,10 @@ except ImportError as error:
         "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
         "from another folder or install with `pip install -e .`)"
     ) from error
+
+from gencore.backends.further import FurtherOps
+from gencore.backends.layout import kept_format
+from gencore.backends.structs import DTYPE, noise_shape
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
 _LARGE = 6 << 20
@@ -75,24 +74,26 @@ class CpuOps(FurtherOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
-    def _place(self, tensor: Tensor) -> tuple[int, ...]:
-        return (torch.get_num_threads(),)
+    def _words(self, key: Tensor) -> Any:
+        return _cpu.NoiseKey(words=key.data_ptr(), rows=0 if key.dim() == 1 else len(key), on_device=False)
 
-    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
-        return key.data_ptr(), 0 if key.dim() == 1 else len(key), torch.get_num_threads()
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> int:
+        return torch.get_num_threads()
 
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        empty = torch.empty_like(tensor)
-        if empty.nbytes >= _LARGE:
-            _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
-        return empty
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        if tensor.nbytes >= _LARGE:
+            _cpu.request_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def _coefficients(
         self, table: Tensor, index: Tensor | None, tensor: Tensor
-    ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, bool]]:
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         # As they nearly always are.
         if table.is_cpu and table.is_contiguous() and (index is None or (index.is_cpu and index.is_contiguous())):
-            return (table, index), (table.data_ptr(), table.shape[0], 0 if index is None else index.data_ptr(), False)
+            return (table, index), _cpu.Coefficients(
+                values=table.data_ptr(), rows=table.shape[0], index=None if index is None else index.data_ptr(),
+                on_device=False,
+            )  # fmt: skip
         return super()._coefficients(table, index, tensor)
 
     def denoising_loss_and_error(
@@ -100,7 +101,7 @@ class CpuOps(FurtherOps):
     ) -> tuple[Tensor, Tensor]:
         """The loss, and prediction - target, which the gradient is a multiple of."""
         error = torch.empty_like(output, memory_format=kept_format(output, x0))
-        return self.denoising_loss(output, x0, table, t, key, None, error=error.data_ptr()), error
+        return self.denoising_loss(output, x0, table, t, key, None, error), error
 
     def denoising_loss_scale(
         self, grad_loss: Tensor, error: Tensor, table: Tensor, t: Tensor | None, key: Tensor
@@ -109,8 +110,9 @@ class CpuOps(FurtherOps):
         key, (held, coefficients) = self._key(key, error), self._coefficients(table, t, error)
         grad_loss = grad_loss.contiguous()
         self._module.denoising_loss_scale(
-            grad_loss.data_ptr(), error.data_ptr(), *sizes_of(error, kept_format(error)), coefficients,
-            *self._noise(key, error),
+            grad_loss=grad_loss.data_ptr(), output=None, x0=None, noise=None, grad_output=error.data_ptr(),
+            dtype=DTYPE[error.dtype], shape=noise_shape(error, kept_format(error)), learned=False, table=coefficients,
+            key=self._words(key), place=self._place(error),
         )  # fmt: skip
         del held
         return error

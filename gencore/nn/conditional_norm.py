@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gencore._torch import has_values
 from gencore.arguments import integer
+from gencore.nn._checks import check_images
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -61,10 +62,10 @@ class ConditionalBatchNorm2d(nn.Module):
         """input (N, channels, H, W), labels (N,) int64 from 0 to num_classes - 1 -> (N, channels, H, W).
 
         Raises:
-            TypeError: ``labels`` are not int64.
+            TypeError: ``input`` is not of a floating dtype, or ``labels`` are not int64.
             ValueError: a shape or a label is not as above; the values of labels on a GPU are not waited for.
         """
-        _check_images("input", input, self.channels)
+        check_images("input", input, self.channels)
         index = _class_index(labels, input, self.num_classes)
         normed: Tensor = self.norm(input)
         scale, shift = self.weight[index], self.bias[index]
@@ -80,12 +81,6 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 # Looks at tensors that torch.fx's tracer leaves for when the traced module runs.
-@torch.fx.wrap
-def _check_images(name: str, images: Tensor, channels: int) -> None:
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(f"{name} must have the shape (N, {channels}, H, W), got {tuple(images.shape)}")
-
-
 @torch.fx.wrap
 def _class_index(labels: Tensor, images: Tensor, num_classes: int) -> Tensor:
     """The labels, checked: before the running statistics are written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gencore.arguments import integer
+from gencore.nn._checks import number
 from gencore.nn._precision import widened, without_autocast
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -109,9 +109,11 @@ class SpectralNorm(nn.Module):
         dim = integer("dim", dim)
         if not -weight.dim() <= dim < weight.dim():
             raise ValueError(f"dim must be one of the weight's {weight.dim()} dimensions, got {dim}")
-        if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
-            raise ValueError(f"eps must be a number above 0, got {eps!r}")
-        self.iterations, self.eps, self.dim = integer("iterations", iterations, least=1), float(eps), dim
+        self.iterations, self.eps, self.dim = (
+            integer("iterations", iterations, least=1),
+            number("eps", eps, above=0),
+            dim,
+        )
         with torch.no_grad():
             matrix = self._matrix(weight)
             self.register_buffer("u", _unit(torch.randn_like(matrix[:, 0]), self.eps))

@@ -152,7 +152,7 @@ class Op:
                 if self._definition is not None and needs_definition(args, self._has_jvp):
                     return self._definition(*args)
                 if self._transformed is not None and not torch.compiler.is_compiling():
-                    return self._transformed.apply(*args)
+                    return self._transformed.apply(*(_Whole(arg) if type(arg) is list else arg for arg in args))
             return self.library(*args)
         wanted = False
         for arg in args:
@@ -165,6 +165,10 @@ class Op:
         if wanted and self.with_gradient is not None and torch.is_grad_enabled():
             return self.with_gradient(*args)
         return run_kernel(self.name, args)
+
+
+class _Whole(list):  # type: ignore[type-arg]
+    """A list that transforms of ``torch.func`` do not take for as many arguments."""
 
 
 def _run(name: str, args: Sequence[Any]) -> Any:

@@ -146,7 +146,7 @@ def test_options(use, dtype, kernels):
         some = second(g, *tensors, out, lse, *direction, *settings, [i == place for i in range(4)])
         assert [x is not None for x in some] == [i == place for i in range(4)]
         assert same_bits(some[place], one)
-        if use.q[2] > 9:
+        if use.q[2] > 9 or kernels.interpreted:
             break
 
 

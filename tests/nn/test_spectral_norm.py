@@ -268,7 +268,7 @@ def test_more_iterations_are_nearer():
         ((nn.BatchNorm2d(4),), {}, ValueError, r"the weight must have two or more dimensions, got the shape \(4,\)"),
         ((nn.Linear(2, 3),), {"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
         ((nn.Linear(2, 3),), {"iterations": 1.5}, TypeError, "iterations must be an int, got float"),
-        ((nn.Linear(2, 3),), {"eps": 0}, ValueError, "eps must be a number above 0, got 0"),
+        ((nn.Linear(2, 3),), {"eps": 0}, ValueError, "eps must be a finite number above 0, got 0"),
         ((nn.Linear(2, 3),), {"dim": 2}, ValueError, "dim must be one of the weight's 2 dimensions, got 2"),
         ((spectral_norm(nn.Linear(2, 3)),), {}, ValueError, "module must have no spectral norm yet"),
     ],
