@@ -163,7 +163,11 @@ __global__ void __launch_bounds__(simt_threads, 1)
       make_moving_products<Tiles>(p, moved, shared, q, first, args.queries, k, at, sight.keys(), size);
 #pragma unroll
       for (int i = 0; i < micro; ++i) {
-        if (!begun) shift[i] = __shfl_sync(0xFFFFFFFFu, args.scale * moved[i][0], 0, simt_edge);
+        if (!begun) {
+          const F t = __shfl_sync(0xFFFFFFFFu, args.scale * moved[i][0], 0, simt_edge);
+          // A key that is hidden may hold anything.
+          shift[i] = t - t == F(0) ? t : F(0);
+        }
         sight.make_logits(p[i], i, args.scale);
 #pragma unroll
         for (int j = 0; j < micro; ++j) {
