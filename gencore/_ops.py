@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-Direction = Literal["forward", "backward"]
+# The last: in forward mode, and of second order.
+Direction = Literal["forward", "backward", "second"]
 Family = Literal["convolution", "attention", "norm, activation", "noise, diffusion, VAE"]
 
 
@@ -114,12 +115,12 @@ OPS = (
         (
             Kernel("attention", "forward"),
             Kernel("attention_backward", "backward", 1),
-            Kernel("attention_jvp"),
-            Kernel("attention_double_backward"),
+            Kernel("attention_jvp", "second"),
+            Kernel("attention_double_backward", "second", 1),
             Kernel("general_attention", "forward", table="general_attention"),
             Kernel("general_attention_backward", "backward", 1, "general_attention"),
-            Kernel("general_attention_jvp"),
-            Kernel("general_attention_double_backward"),
+            Kernel("general_attention_jvp", "second", table="general_attention"),
+            Kernel("general_attention_double_backward", "second", 1, "general_attention"),
         ),
         ("forward", "forward and backward"),
         "attention",

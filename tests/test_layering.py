@@ -67,7 +67,14 @@ OP_ROOMS = {
     "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": (
         "{}.cu",
-        {"attention_bfloat16", "attention_float16", "attention_general", "error", "group_norm_second"},
+        {
+            "attention_bfloat16",
+            "attention_float16",
+            "attention_general",
+            "attention_second",
+            "error",
+            "group_norm_second",
+        },
     ),
     "tests/ops": ("test_{}.py", set()),
     "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),

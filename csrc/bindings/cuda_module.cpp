@@ -189,6 +189,8 @@ PYBIND11_MODULE(_cuda, m) {
   bind<&cuda::diffusion_step>(m, "diffusion_step");
   bind<&cuda::attention>(m, "attention");
   bind<&cuda::attention_backward>(m, "attention_backward");
+  bind<&cuda::attention_jvp>(m, "attention_jvp");
+  bind<&cuda::attention_double_backward>(m, "attention_double_backward");
   bind<&cuda::group_norm>(m, "group_norm");
   bind<&cuda::group_norm_backward>(m, "group_norm_backward");
   bind<&cuda::group_norm_jvp>(m, "group_norm_jvp");
@@ -201,6 +203,8 @@ PYBIND11_MODULE(_cuda, m) {
   bind_workspace(m, "denoising_loss_workspace", &cuda::denoising_loss_workspace);
   bind_workspace(m, "attention_workspace", &cuda::attention_workspace);
   bind_workspace(m, "attention_backward_workspace", &cuda::attention_backward_workspace);
+  bind_workspace(m, "attention_jvp_workspace", &cuda::attention_jvp_workspace);
+  bind_workspace(m, "attention_double_backward_workspace", &cuda::attention_double_backward_workspace);
   bind_workspace(m, "bias_act_workspace", &cuda::bias_act_workspace);
   bind_workspace(m, "group_norm_workspace", &cuda::group_norm_workspace);
   bind_workspace(m, "group_norm_backward_workspace", &cuda::group_norm_backward_workspace);

@@ -381,9 +381,7 @@ class CompiledOps:
             grad_q=heads(grad_q), grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=shape,
             scale=scale, options=options, place=self._place(q, workspace),
         )  # fmt: skip
-        for result, written in zip(results, into, strict=True):
-            if result is not None and written is not None and written is not result:
-                result.copy_(written)
+        copy_written(results, into)
         return results
 
     def general_attention(
@@ -589,3 +587,10 @@ class CompiledOps:
 def log_sums(q: Tensor) -> Tensor:
     """An uninitialised tensor for the logarithms of attention's denominators."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> None:
+    """What stands in the place of results is copied to them."""
+    for result, written in zip(results, into, strict=True):
+        if result is not None and written is not None and written is not result:
+            result.copy_(written)

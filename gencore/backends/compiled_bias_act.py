@@ -1,4 +1,4 @@
-"""What the compiled modules have in common, for the ops of activations."""
+"""The op bias_act by the compiled modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gencore.backends.layout import channel_sums, in_format, suggested_format
 from gencore.backends.structs import DTYPE, addresses, bias_act_settings, bias_act_shape, channel_values
 
 
-class CompiledActOps(CompiledOps):
+class CompiledBiasActOps(CompiledOps):
     def bias_act(
         self,
         x: Tensor,
