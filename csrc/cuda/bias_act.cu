@@ -180,9 +180,8 @@ struct DeviceForm {
     }
   }
 
-  __device__ __forceinline__ F within(F y, F derivative) const {
-    return y > numbers.above || y < numbers.below ? F(0) : derivative;
-  }
+  // Whether y has reached a bound: no change of its argument changes it.
+  __device__ __forceinline__ bool reaches(F y) const { return y > numbers.above || y < numbers.below; }
 };
 
 template <class T, bool wide>
@@ -224,6 +223,7 @@ __global__ void __launch_bounds__(block_threads)
   constexpr int n = vector_size<T, wide>;
   for_each_vector<T, wide>(work, bias, shift, sums, [&](std::int64_t at, const F(&b)[n], const F(&s)[n], F(&terms)[n]) {
     F t[n], w[n], g[n], first[n], second[n];
+    bool reached[n];
     load_vector(tensors.at + at, t);
     const auto load_others = [&] {
       if (tensors.direction != nullptr) load_vector(tensors.direction + at, w);
@@ -235,17 +235,22 @@ __global__ void __launch_bounds__(block_threads)
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const F factor = form.numbers.factor, argument = at_output ? t[i] : P::add(t[i], b[i]);
+        const auto reaches = [&] {
+          return form.reaches(at_output || !form.bounded ? argument : P::mul(factor, function.value(argument)));
+        };
+        // In this order because binary64's functions leave registers for little else.
+        if constexpr (twice) reached[i] = reaches();
         if constexpr (once) first[i] = P::mul(factor, function.first(argument));
         if constexpr (twice) second[i] = P::mul(factor, function.second(argument));
-        t[i] = at_output || !form.bounded ? argument : P::mul(factor, function.value(argument));
+        if constexpr (!twice) reached[i] = reaches();
       }
     });
     if constexpr (std::is_same_v<T, double>) load_others();
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const F of = tensors.direction != nullptr ? P::add(w[i], s[i]) : s[i];
-      if constexpr (once) first[i] = terms[i] = form.within(t[i], P::mul(first[i], of));
-      if constexpr (twice) terms[i] = form.within(t[i], P::mul(P::mul(second[i], g[i]), of));
+      if constexpr (once) first[i] = terms[i] = reached[i] ? F(0) : P::mul(first[i], of);
+      if constexpr (twice) terms[i] = reached[i] ? F(0) : P::mul(P::mul(second[i], g[i]), of);
     }
     if (once && tensors.first != nullptr) store_vector(tensors.first + at, first);
     if (twice && tensors.second != nullptr) store_vector(tensors.second + at, terms);
