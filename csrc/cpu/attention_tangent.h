@@ -263,7 +263,11 @@ class Tangent {
     }
     for (std::int64_t i = 0; i < queries; ++i) {
       const std::int64_t at = tile * tile_queries + i;
-      if (args_.d_lse != nullptr) args_.d_lse[place_of(query) + i] = mean[i] + shift_[at];
+      if (args_.d_lse != nullptr) {
+        // Of a query that sees no key lse is large, and the sum of the probabilities 0.
+        const bool sees_none = lse_[at] >= std::numeric_limits<A>::max() / 4;
+        args_.d_lse[place_of(query) + i] = sees_none ? A(0) : mean[i] + shift_[at];
+      }
       if (has_second()) {
         args_.delta[place_of(query) + i] = delta_[at];
         args_.second[place_of(query) + i] = squares_[at] - delta_[at] * mean[i] + others_[at];
