@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 declare -A sets=(
   [mnist]="mnist:$data/mnist"
   [cifar10]="images:$data/cifar10/cifar10-imagefolder.zip"
-  [emoji]="images:$data/emoji/emoji-twitter.zip --set data.size=32"
+  [emoji]="images:$data/emoji/emoji-twitter.zip --set data.size=32 --set data.label=category"
 )
 # A schedule must know its end: what one core of a quiet machine does in a quarter of an hour, or less.
 declare -A steps=([r3gan]=500)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
@@ -22,7 +23,6 @@ from gencore.backends.layout import (
     suggested_format,
 )
 from gencore.backends.structs import (
-    ACTIVATION,
     DTYPE,
     AttentionOptions,
     Coefficients,
@@ -381,9 +381,7 @@ class CompiledOps:
             grad_q=heads(grad_q), grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=shape,
             scale=scale, options=options, place=self._place(q, workspace),
         )  # fmt: skip
-        for result, written in zip(results, into, strict=True):
-            if result is not None and written is not None and written is not result:
-                result.copy_(written)
+        copy_written(results, into)
         return results
 
     def general_attention(
@@ -589,3 +587,10 @@ class CompiledOps:
 def log_sums(q: Tensor) -> Tensor:
     """An uninitialised tensor for the logarithms of attention's denominators."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> None:
+    """What stands in the place of results is copied to them."""
+    for result, written in zip(results, into, strict=True):
+        if result is not None and written is not None and written is not result:
+            result.copy_(written)

@@ -209,8 +209,8 @@ def filter2d(x: Tensor, filter: Tensor, *, flip_filter: bool = False, gain: floa
 
 
 def _flat(value: Any) -> tuple[Any, ...]:
-    """What the contract remembers of an int or a few."""
-    return (len(value), *value) if type(value) is tuple or type(value) is list else (value,)
+    """What the contract remembers of an int or a few: no two of them, one after another, are alike."""
+    return (len(value), *value) if type(value) is tuple or type(value) is list else (-1, value)
 
 
 def _wide(filter: Tensor, x: Tensor) -> Tensor:

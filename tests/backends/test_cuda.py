@@ -315,4 +315,7 @@ def test_the_emulator_watches_the_ops():
     with emulated() as backend:
         out.data_ptr()
         with pytest.raises(RuntimeError, match=r"normal of 1 x 2 x 32 float32.*fill_kernel"):
-            backend._module.normal(out.data_ptr(), 0, 2, 32, 0, Key(1).packed.data_ptr(), 0, False, 0, 0)
+            backend._module.normal(
+                out=out.data_ptr(), dtype=0, shape=(2, 1, 32, 0), key=(Key(1).packed.data_ptr(), 0, False),
+                place=(0, None, None),
+            )  # fmt: skip

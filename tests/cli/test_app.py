@@ -55,7 +55,8 @@ def test_list_shows_what_a_preset_changes_of_the_trainer(gencore):
     row = next(line for line in gencore("list").out.splitlines() if line.startswith("r3gan "))
     assert "(preset of gan: network=r3gan, " in row
     assert row.endswith("train.average.decay=0.999)")
-    lines = {line.split()[0]: line.split()[1:3] for line in gencore("list", "r3gan").out.splitlines() if line[:1] == " "}
+    told = gencore("list", "r3gan").out.splitlines()
+    lines = {line.split()[0]: line.split()[1:3] for line in told if line[:1] == " "}
     assert lines["train.schedule"] == ["cosine", "(preset)"]
     assert lines["train.epochs"][0] == "20"
 

@@ -302,7 +302,17 @@ def test_opcheck(name):
         torch.library.opcheck(torch.ops.gencore.upfirdn2d.default, args)
 
 
+def test_calls_that_are_remembered_are_told_apart():
+    """The same numbers in other arguments."""
+    x, filter = torch.randn(1, 1, 6, 6), torch.ones(1, 1)
+    for _ in range(2):
+        assert ops.upfirdn2d(x, filter, 2, 1, (2, 3)).shape[2:] == (16, 18)
+        assert ops.upfirdn2d(x, filter, (1, 2), 2, 3).shape[2:] == (6, 9)
+        assert ops.upfirdn2d(x, filter, 2, (1, 2), 3).shape[2:] == (18, 9)
+
+
 def test_compiles_whole_and_once():
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
     def block(x: Tensor, filter: Tensor) -> Tensor:

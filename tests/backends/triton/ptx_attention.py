@@ -20,6 +20,8 @@ NAMES = (
     "attention_double_backward",
     "general_attention",
     "general_attention_backward",
+    "general_attention_tangent",
+    "general_attention_double_backward",
 )
 KEY = Key(0).packed
 
@@ -42,6 +44,11 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
         for given in (causal, (mask, None, None, 0.1, False, 0.0), (None, None, KEY, 0.1, False, 0.1)):
             out, lse = ops.general_attention(x, x[:, :1], x[:, :1], *given)
             ops.general_attention_backward(x, x, x[:, :1], x[:, :1], out, lse, *given, [True] * 3)
+        # All that takes registers.
+        given = (mask, lengths, KEY, 0.1, True, 0.1)
+        heads = (x, x[:, :1], x[:, :1])
+        ops.general_attention_jvp(*heads, x, lse, *heads, *given)
+        ops.general_attention_double_backward(x, *heads, x, lse, *heads, *given, [True] * 4)
 
 
 def main(wanted: list[Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gencore import ops
 from gencore.models.gan.networks.levels import base_of, channels_at
 from gencore.noise import Key
 
@@ -51,6 +52,28 @@ class _Block(nn.Module):
         return output
 
 
+class _Change(nn.Module):
+    """From a resolution to the next finer or coarser one, and to its channels."""
+
+    filter: Tensor
+
+    def __init__(self, channels_in: int, channels_out: int, *, is_up: bool):
+        super().__init__()
+        self.is_up = is_up
+        self.register_buffer("filter", torch.tensor((0.25, 0.5, 0.25)), persistent=False)
+        self.conv: nn.Conv2d | None = None
+        if channels_in != channels_out:
+            self.conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+            _scaled(self.conv, 1 / _GAIN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # A 1x1 convolution and the filter commute; the fewer pixels are convolved.
+        if self.is_up:
+            return ops.upsample2d(hidden if self.conv is None else self.conv(hidden), self.filter)
+        hidden = ops.downsample2d(hidden, self.filter)
+        return hidden if self.conv is None else self.conv(hidden)
+
+
 class R3GANGenerator(nn.Module):
     """(B, latent) -> (B, C, H, W): a learned image at the coarsest resolution, weighted by the latents; then blocks,
     and a doubling with a 1x1 convolution, in turns.
@@ -69,7 +92,7 @@ class R3GANGenerator(nn.Module):
         self.weigh = nn.Linear(latent_size, widths[0], bias=False)
         nn.init.normal_(self.weigh.weight, std=1 / math.sqrt(latent_size))
         depth = blocks * len(widths)
-        self.ups = nn.ModuleList(_change(a, b) for a, b in pairwise(widths))
+        self.ups = nn.ModuleList(_Change(a, b, is_up=True) for a, b in pairwise(widths))
         self.levels = nn.ModuleList(_level(width, blocks, depth) for width in widths)
         self.last = nn.Conv2d(widths[-1], image_shape[0], 1, bias=False)
         _scaled(self.last, 1 / _GAIN)
@@ -78,7 +101,7 @@ class R3GANGenerator(nn.Module):
         hidden = self.basis * self.weigh(latents)[:, :, None, None]
         for i, level in enumerate(self.levels):
             if i:
-                hidden = self.ups[i - 1](_doubled(hidden))
+                hidden = self.ups[i - 1](hidden)
             hidden = level(hidden)
         output: Tensor = self.last(hidden)
         return output
@@ -97,7 +120,7 @@ class R3GANDiscriminator(nn.Module):
         self.first = nn.Conv2d(image_shape[0], widths[0], 1, bias=False)
         _scaled(self.first, 1 / _GAIN)
         self.levels = nn.ModuleList(_level(width, blocks, depth) for width in widths)
-        self.downs = nn.ModuleList(_change(a, b) for a, b in pairwise(widths))
+        self.downs = nn.ModuleList(_Change(a, b, is_up=False) for a, b in pairwise(widths))
         self.basis = nn.Conv2d(widths[-1], widths[-1], (height, width), groups=widths[-1], bias=False)
         _scaled(self.basis, 1 / _GAIN)
 
@@ -105,7 +128,7 @@ class R3GANDiscriminator(nn.Module):
         hidden = self.first(images)
         for i, level in enumerate(self.levels):
             if i:
-                hidden = self.downs[i - 1](_halved(hidden))
+                hidden = self.downs[i - 1](hidden)
             hidden = level(hidden)
         output: Tensor = self.basis(hidden)
         return output.flatten(1)
@@ -116,15 +139,6 @@ def _level(channels: int, blocks: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(_Block(channels, depth) for _ in range(blocks)))
 
 
-def _change(channels_in: int, channels_out: int) -> nn.Module:
-    """From the channels of a resolution to those of the next."""
-    if channels_in == channels_out:
-        return nn.Identity()
-    conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
-    _scaled(conv, 1 / _GAIN)
-    return conv
-
-
 def _scaled(conv: nn.Conv2d, scale: float) -> None:
     """He's (2015) normal weights for a leaky ReLU behind the layer, times ``scale``."""
     fan_in = conv.weight[0].numel()
@@ -133,15 +147,3 @@ def _scaled(conv: nn.Conv2d, scale: float) -> None:
 
 def _activated(hidden: Tensor, bias: Tensor) -> Tensor:
     return F.leaky_relu(hidden + bias.to(hidden.dtype)[:, None, None], _SLOPE)
-
-
-def _doubled(hidden: Tensor) -> Tensor:
-    """Twice the height and width, every second pixel the mean of its neighbours."""
-    return F.interpolate(hidden, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-def _halved(hidden: Tensor) -> Tensor:
-    """Half the height and width, by the filter [1, 2, 1] / 4 along each."""
-    taps = hidden.new_tensor((0.25, 0.5, 0.25))
-    kernel = (taps[:, None] * taps).expand(hidden.shape[1], 1, 3, 3)
-    return F.conv2d(hidden, kernel, stride=2, padding=1, groups=hidden.shape[1])
