@@ -122,7 +122,8 @@ class Channelwise {
     for (F& each : sum) each = P::set(0);
     std::int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
-#pragma GCC unroll 16
+// Not more: the sixteen of one lane each would be as many copies of an activation.
+#pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[v] = P::add(sum[v], term(i + v * P::width, P::width));
     }
     A lane[lanes];
