@@ -173,6 +173,7 @@ def general_attention(
     v: tuple[int, ...],
     out: tuple[int, ...],
     lse: int,
+    base: int,
     dtype: int,
     sizes: tuple[int, ...],
     scale: float,
@@ -183,7 +184,9 @@ def general_attention(
 def general_attention_backward(
     tensors: list[tuple[int, ...]],
     lse: int,
+    base: int,
     grads: list[tuple[int, ...] | None],
+    grad_mask: tuple[int, ...] | None,
     dtype: int,
     sizes: tuple[int, ...],
     scale: float,
@@ -194,6 +197,7 @@ def general_attention_backward(
 def general_attention_jvp(
     tensors: list[tuple[int, ...]],
     lse: int,
+    base: int,
     direction: list[tuple[int, ...] | None],
     d_out: tuple[int, ...],
     d_lse: int,
@@ -207,6 +211,7 @@ def general_attention_jvp(
 def general_attention_double_backward(
     tensors: list[tuple[int, ...]],
     lse: int,
+    base: int,
     direction: list[tuple[int, ...] | None],
     grads: list[tuple[int, ...] | None],
     dtype: int,

@@ -258,33 +258,40 @@ PYBIND11_MODULE(_cpu, m) {
         });
   m.def("general_attention",
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,
-           int dtype, const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int threads) {
+           std::uintptr_t base, int dtype, const std::array<std::int64_t, 7>& sizes, double scale,
+           const py::tuple& options, int threads) {
           const Attention args{heads_tensor(q),        heads_tensor(k), heads_tensor(v),
                                heads_tensor(out),      pointer(lse),    DType(dtype),
-                               attention_shape(sizes), scale,           attention_options(options)};
+                               attention_shape(sizes), scale,           attention_options(options),
+                               pointer(base)};
           run("general_attention", [&] { return cpu::attention(args, threads); });
         });
   m.def("general_attention_backward",
-        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& grads,
-           int dtype, const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int threads) {
-          const AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, attention_shape(sizes), scale,
-                                                             attention_options(options));
+        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, std::uintptr_t base,
+           const std::array<py::object, 3>& grads, const py::object& grad_mask, int dtype,
+           const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int threads) {
+          AttentionBackward args = attention_arguments(tensors, lse, grads, dtype, attention_shape(sizes), scale,
+                                                       attention_options(options));
+          args.base = pointer(base);
+          args.grad_mask = heads_tensor(grad_mask);
           run("general_attention_backward", [&] { return cpu::attention_backward(args, threads); });
         });
   m.def("general_attention_jvp",
-        [](const std::array<py::object, 4>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
-           const py::object& d_out, std::uintptr_t d_lse, int dtype, const std::array<std::int64_t, 7>& sizes,
-           double scale, const py::tuple& options, int threads) {
-          const AttentionJvp args = attention_jvp_arguments(tensors, lse, direction, d_out, d_lse, dtype,
-                                                            attention_shape(sizes), scale, attention_options(options));
+        [](const std::array<py::object, 4>& tensors, std::uintptr_t lse, std::uintptr_t base,
+           const std::array<py::object, 3>& direction, const py::object& d_out, std::uintptr_t d_lse, int dtype,
+           const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int threads) {
+          AttentionJvp args = attention_jvp_arguments(tensors, lse, direction, d_out, d_lse, dtype,
+                                                      attention_shape(sizes), scale, attention_options(options));
+          args.base = pointer(base);
           run("general_attention_jvp", [&] { return cpu::attention_jvp(args, threads); });
         });
   m.def("general_attention_double_backward",
-        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, const std::array<py::object, 3>& direction,
-           const std::array<py::object, 4>& grads, int dtype, const std::array<std::int64_t, 7>& sizes, double scale,
-           const py::tuple& options, int threads) {
-          const AttentionDoubleBackward args = attention_double_backward_arguments(
+        [](const std::array<py::object, 5>& tensors, std::uintptr_t lse, std::uintptr_t base,
+           const std::array<py::object, 3>& direction, const std::array<py::object, 4>& grads, int dtype,
+           const std::array<std::int64_t, 7>& sizes, double scale, const py::tuple& options, int threads) {
+          AttentionDoubleBackward args = attention_double_backward_arguments(
               tensors, lse, direction, grads, dtype, attention_shape(sizes), scale, attention_options(options));
+          args.base = pointer(base);
           run("general_attention_double_backward", [&] { return cpu::attention_double_backward(args, threads); });
         });
   m.def("group_norm",

@@ -226,9 +226,8 @@ class Few {
     }
     elements_.write(out_ + row * value_row_, value_row_, head.at(args_.out, 0, elements_.size), queries, value_size_,
                     args_.out.token, args_.out.channel);
-    if (args_.lse == nullptr) return;
-    A* const lse = static_cast<A*>(args_.lse) + (head.batch * args_.shape.heads + head.head) * queries;
-    for (std::int64_t i = 0; i < queries; ++i) lse[i] = log_of_sum(scale_, most_[row + i], sum_[row + i]);
+    write_log_sums(args_, (head.batch * args_.shape.heads + head.head) * queries, queries, scale_, most_ + row,
+                   sum_ + row);
   }
 
   const Attention& args_;

@@ -9,10 +9,18 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-// The logarithm of a softmax's denominator, from the sum relative to the largest score.
+// Writes the logarithms of denominators from query `first` on, from sums relative to the largest scores.
 template <class A>
-inline A log_of_sum(double scale, A most, A sum) {
-  return static_cast<A>(scale * static_cast<double>(most) + std::log(static_cast<double>(sum)));
+inline void write_log_sums(const Attention& args, std::int64_t first, std::int64_t queries, double scale, const A* most,
+                           const A* sum) {
+  if (args.lse == nullptr) return;
+  A *const lse = static_cast<A*>(args.lse) + first, *const base = static_cast<A*>(args.base) + first;
+  for (std::int64_t i = 0; i < queries; ++i) {
+    const double top = scale * static_cast<double>(most[i]);
+    const A apart = args.base == nullptr || sum[i] == 0 ? A(0) : static_cast<A>(top);
+    lse[i] = static_cast<A>(top - static_cast<double>(apart) + std::log(static_cast<double>(sum[i])));
+    if (args.base != nullptr) base[i] = apart;
+  }
 }
 
 template <class Mode>
@@ -220,12 +228,8 @@ class Forward {
       }
     }
     elements_.write(out, tile_queries, at(args_.out, query), value_size_, queries, args_.out.channel, args_.out.token);
-    if (args_.lse == nullptr) return;
-    A* const lse =
-        static_cast<A*>(args_.lse) + (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query;
-    for (std::int64_t i = 0; i < queries; ++i) {
-      lse[i] = log_of_sum(scale_, most[i], sum[i]);
-    }
+    write_log_sums(args_, (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query, queries, scale_,
+                   most, sum);
   }
 
   const Attention& args_;

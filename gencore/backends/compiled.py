@@ -11,6 +11,7 @@ from torch import Tensor
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
+    empty_parts_of_log_sums,
     empty_with_channels,
     in_format,
     kept_format,
@@ -336,12 +337,11 @@ class CompiledOps:
         out = empty_with_channels(q, v.shape[3])
         into = self._writable(out)
         q, k, v = self._readable(q), self._readable(k), self._readable(v)
-        lse = log_sums(q) if with_lse else None
+        lse = self._empty_log_sums(q) if with_lse else None
         held, given = self._given(q, k, v, *settings)
         workspace = self._workspace("general_attention", q, *given[:2])
         self._module.general_attention(
-            heads(q), heads(k), heads(v), heads(into), 0 if lse is None else lse.data_ptr(), *given,
-            *map(_address, workspace),
+            heads(q), heads(k), heads(v), heads(into), *self._log_sums(lse), *given, *map(_address, workspace),
         )  # fmt: skip
         del held
         return out if into is out else out.copy_(into), lse
@@ -350,19 +350,48 @@ class CompiledOps:
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
+        return self._general_attention_backward(grad_out, q, k, v, out, lse, settings, wanted)
+
+    def _general_attention_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Sequence[Any],
+        wanted: Sequence[bool],
+        *others: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """``others``: what the kernel of a backend is told besides, after the gradients."""
         results = self._gradients((q, k, v), wanted)
         into = [None if result is None else self._writable(result) for result in results]
         grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
-        lse = lse.contiguous()
+        lse = self._dense_log_sums(lse)
         held, given = self._given(q, k, v, *settings)
         workspace = self._workspace("general_attention_backward", q, *given[:2])
         self._module.general_attention_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(*into), *given,
-            *map(_address, workspace),
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], *self._log_sums(lse), heads_or_none(*into),
+            *others, *given, *map(_address, workspace),
         )  # fmt: skip
         del held
         _copy_written(results, into)
         return results
+
+    def _empty_log_sums(self, q: Tensor) -> Tensor:
+        """Memory for the logarithms of denominators; the kernel leaves the second part, which is 0."""
+        lse = empty_parts_of_log_sums(q)
+        lse[1].zero_()
+        return lse
+
+    def _dense_log_sums(self, lse: Tensor) -> Tensor:
+        """As the kernel takes them: it knows one part, which is then all."""
+        return lse.sum(0)
+
+    def _log_sums(self, lse: Tensor | None) -> tuple[int, ...]:
+        """The addresses of the parts that the kernel knows."""
+        return (0 if lse is None else lse.data_ptr(),)
 
     def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
@@ -384,11 +413,7 @@ class CompiledOps:
         sizes = (*sizes, k.shape[1], v.shape[3])
         key_lengths = None if key_lengths is None else key_lengths.contiguous()
         key = None if key is None else self._key(key, q)
-        read = None
-        if mask is not None:
-            # Along a dimension of one element, the same is read again.
-            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
-            read = mask.data_ptr(), *steps
+        read = None if mask is None else repeated(mask)
         of_key = (0, 0) if key is None else (key.data_ptr(), 0 if key.dim() == 1 else len(key))
         options = (
             read, -1 if mask is None or mask.dtype is torch.bool else DTYPE[mask.dtype],
@@ -478,6 +503,11 @@ def sizes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, i
 def heads(tensor: Tensor) -> tuple[int, ...]:
     """The address and the strides of a tensor (B, heads, tokens, channels)."""
     return tensor.data_ptr(), *tensor.stride()
+
+
+def repeated(mask: Tensor) -> tuple[int, ...]:
+    """The same of a mask: along a dimension of one element, the same is read again."""
+    return mask.data_ptr(), *(0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
 
 
 def heads_or_none(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:

@@ -18,9 +18,17 @@ from gencore.backends.compiled import (
     heads,
     heads_or_none,
     log_sums,
+    repeated,
     sizes_of,
 )
-from gencore.backends.layout import empty_gradients, empty_with_channels, in_format, kept_format, suggested_format
+from gencore.backends.layout import (
+    empty_gradients,
+    empty_parts_of_log_sums,
+    empty_with_channels,
+    in_format,
+    kept_format,
+    suggested_format,
+)
 
 try:
     from gencore import _cpu
@@ -241,6 +249,36 @@ class CpuOps(CompiledOps):
         del held, d_held
         return tuple(grads)
 
+    def _empty_log_sums(self, q: Tensor) -> Tensor:
+        return empty_parts_of_log_sums(q)
+
+    def _dense_log_sums(self, lse: Tensor) -> Tensor:
+        return lse.contiguous()
+
+    def _log_sums(self, lse: Tensor | None) -> tuple[int, ...]:
+        if lse is None:
+            return 0, 0
+        first = lse.data_ptr()
+        return first, first + lse.nbytes // 2
+
+    def general_attention_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        *settings, wanted = settings_and_wanted
+        return self._general_attention_backward(grad_out, q, k, v, out, lse, settings, wanted, None)
+
+    def general_attention_mask_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of q, k, v and of the mask."""
+        *settings, wanted = settings_and_wanted
+        mask: Tensor = settings[0]
+        grad_mask = torch.zeros(mask.shape, dtype=lse.dtype)
+        grads = self._general_attention_backward(
+            grad_out, q, k, v, out, lse, settings, wanted[:3], repeated(grad_mask)
+        )
+        return *grads, grad_mask.to(mask.dtype)
+
     def general_attention_jvp(
         self,
         q: Tensor,
@@ -253,10 +291,10 @@ class CpuOps(CompiledOps):
         dv: Tensor | None,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), lse.contiguous(), log_sums(q)
+        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), self._dense_log_sums(lse), log_sums(q)
         held, given = self._given(q, k, v, *settings)
         self._module.general_attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
+            [heads(tensor) for tensor in (q, k, v, out)], *self._log_sums(lse), heads_or_none(dq, dk, dv), heads(d_out),
             d_lse.data_ptr(), *given,
         )  # fmt: skip
         del held
@@ -277,10 +315,10 @@ class CpuOps(CompiledOps):
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
         grads = self._gradients((grad_out, q, k, v), wanted)
-        lse = lse.contiguous()
+        lse = self._dense_log_sums(lse)
         held, given = self._given(q, k, v, *settings)
         self._module.general_attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
+            [heads(tensor) for tensor in (grad_out, q, k, v, out)], *self._log_sums(lse), heads_or_none(dq, dk, dv),
             heads_or_none(*grads), *given,
         )  # fmt: skip
         del held
