@@ -260,10 +260,9 @@ PYBIND11_MODULE(_cpu, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& out, std::uintptr_t lse,
            std::uintptr_t base, int dtype, const std::array<std::int64_t, 7>& sizes, double scale,
            const py::tuple& options, int threads) {
-          const Attention args{heads_tensor(q),        heads_tensor(k), heads_tensor(v),
-                               heads_tensor(out),      pointer(lse),    DType(dtype),
-                               attention_shape(sizes), scale,           attention_options(options),
-                               pointer(base)};
+          const Attention args{
+              heads_tensor(q), heads_tensor(k),        heads_tensor(v), heads_tensor(out),          pointer(lse),
+              DType(dtype),    attention_shape(sizes), scale,           attention_options(options), pointer(base)};
           run("general_attention", [&] { return cpu::attention(args, threads); });
         });
   m.def("general_attention_backward",

@@ -24,8 +24,8 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
            Arrays<A>::lost;
   }
 
-  Backward(const AttentionBackward& args, const KeyGradients& grads, const Elements<A>& elements, const Groups<A>& groups,
-           const Chunks& chunks, Arrays<A> arrays, A* parts)
+  Backward(const AttentionBackward& args, const KeyGradients& grads, const Elements<A>& elements,
+           const Groups<A>& groups, const Chunks& chunks, Arrays<A> arrays, A* parts)
       : Base(grads, elements, groups, chunks, arrays, parts), args_(args) {
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     k_columns_ = arrays.take(of_keys * size_);
@@ -99,9 +99,10 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
 template <class P, class A>
 Status backward(const AttentionBackward& args, const Elements<A>& elements, int threads) {
   const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale, args.options, args.grad_mask};
-  return over_keys<Backward<P, A>>(grads, elements, threads, [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
-    return Backward<P, A>(args, grads, elements, groups, chunks, Arrays<A>(space), parts);
-  });
+  return over_keys<Backward<P, A>>(
+      grads, elements, threads, [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
+        return Backward<P, A>(args, grads, elements, groups, chunks, Arrays<A>(space), parts);
+      });
 }
 
 }  // namespace

@@ -27,8 +27,8 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
   }
 
   DoubleBackward(const AttentionDoubleBackward& args, const KeyGradients& grads, const Elements<A>& elements,
-                 const A* mean, const A* delta, const A* second, const Groups<A>& groups, const Chunks& chunks, Arrays<A> arrays,
-                 A* parts)
+                 const A* mean, const A* delta, const A* second, const Groups<A>& groups, const Chunks& chunks,
+                 Arrays<A> arrays, A* parts)
       : Base(grads, elements, groups, chunks, arrays, parts),
         args_(args),
         all_means_(mean),
@@ -158,9 +158,11 @@ Status double_backward(const AttentionDoubleBackward& args, const Elements<A>& e
   const Status status = tangent<P>(along, elements, threads);
   if (status != Status::ok) return status;
   const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale, args.options};
-  return over_keys<DoubleBackward<P, A>>(grads, elements, threads, [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
-    return DoubleBackward<P, A>(args, grads, elements, mean, delta, second, groups, chunks, Arrays<A>(space), parts);
-  });
+  return over_keys<DoubleBackward<P, A>>(grads, elements, threads,
+                                         [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
+                                           return DoubleBackward<P, A>(args, grads, elements, mean, delta, second,
+                                                                       groups, chunks, Arrays<A>(space), parts);
+                                         });
 }
 
 }  // namespace

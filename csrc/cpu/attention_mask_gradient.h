@@ -28,8 +28,8 @@ class Groups {
       };
       if (mask.head == 0) of_heads_ = groups(shape.key_heads, 8, most_pairs_of_sample / pairs);
       if (mask.batch == 0) {
-        of_samples_ = groups(shape.batch, divide_up(enough, std::max<std::int64_t>(1, of_heads_)),
-                             most_pairs / (planes * pairs));
+        of_samples_ =
+            groups(shape.batch, divide_up(enough, std::max<std::int64_t>(1, of_heads_)), most_pairs / (planes * pairs));
       }
       parts_of_samples_ = mask.batch == 0 ? of_samples_ : 1;
       parts_of_heads_ = mask.head == 0 ? of_heads_ : 1;

@@ -59,8 +59,7 @@ template <class A>
 struct LogSums {
   const A *base, *rest;
 
-  LogSums(const void* base_, const void* lse)
-      : base(static_cast<const A*>(base_)), rest(static_cast<const A*>(lse)) {}
+  LogSums(const void* base_, const void* lse) : base(static_cast<const A*>(base_)), rest(static_cast<const A*>(lse)) {}
 
   // Those of a tile from query `first` on: of a query the base, if it is kept `apart`, and the rest in the unit of
   // exponentials. 0 where there is no query. Of a query that may and does see no key the rest is large: its

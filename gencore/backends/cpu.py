@@ -274,9 +274,7 @@ class CpuOps(CompiledOps):
         *settings, wanted = settings_and_wanted
         mask: Tensor = settings[0]
         grad_mask = torch.zeros(mask.shape, dtype=lse.dtype)
-        grads = self._general_attention_backward(
-            grad_out, q, k, v, out, lse, settings, wanted[:3], repeated(grad_mask)
-        )
+        grads = self._general_attention_backward(grad_out, q, k, v, out, lse, settings, wanted[:3], repeated(grad_mask))
         return *grads, grad_mask.to(mask.dtype)
 
     def general_attention_jvp(

@@ -239,10 +239,7 @@ def general_mask_kernel(
     if CAUSAL:
         begin = tl.maximum(first_query, first_key // M * M)
     gains = tl.full((1, 1), gain, KIND)
-    if HAS_QUERIES:
-        total = tl.zeros((M, N), KIND)
-    else:
-        total = tl.zeros((1, N), KIND)
+    total = tl.zeros((M, N), KIND) if HAS_QUERIES else tl.zeros((1, N), KIND)
     for number in range(1 if HAS_SAMPLES else batch):
         sample = of_sample + number
         there = keys_of(lengths, sample, keys)
