@@ -230,3 +230,42 @@ def group_norm_backward(
     /,
     workspace: int = 0,
 ) -> None: ...
+def group_norm_jvp_workspace(dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /) -> int: ...
+def group_norm_double_backward_workspace(
+    dtype: int, shape: tuple[int, ...], groups: int, channels_last: bool, /
+) -> int: ...
+def group_norm_jvp(
+    x: int,
+    d_y: int,
+    statistics: int,
+    dtype: int,
+    shape: tuple[int, ...],
+    groups: int,
+    channels_last: bool,
+    activation: int,
+    values: tuple[tuple[int, int, int] | None, ...],
+    d_x: int,
+    d_values: tuple[tuple[int, int, int] | None, ...],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...
+def group_norm_double_backward(
+    grad_y: int,
+    x: int,
+    statistics: int,
+    dtype: int,
+    shape: tuple[int, ...],
+    groups: int,
+    channels_last: bool,
+    activation: int,
+    values: tuple[tuple[int, int, int] | None, ...],
+    d_x: int,
+    d_values: tuple[tuple[int, int, int] | None, ...],
+    grads: list[int],
+    device: int,
+    stream: int,
+    /,
+    workspace: int = 0,
+) -> None: ...

@@ -130,6 +130,50 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return buffer.getvalue()
 
 
+def latent_map(
+    places: Tensor, labels: Tensor | None, names: Sequence[str], decoded: Tensor, reach: float, title: str
+) -> bytes:
+    """A PNG of codes in the plane, coloured by class, beside the images that are decoded over the same square.
+
+    Args:
+        places: (N, 2), where the codes lie.
+        labels: (N,), the classes, called ``names``; None without classes.
+        decoded: (S * S, C, H, W) in [0, 1], of places from the top left of the square, row by row.
+        reach: the square is from -reach to reach in both directions.
+
+    Raises:
+        NotFiniteError: a place or an image that is not finite.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    check_finite(places, "codes")
+    check_finite(decoded, "images")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    points, images = figure.subplots(1, 2)
+    if labels is None:
+        points.scatter(*places.T.numpy(), s=4, alpha=0.6)
+    else:
+        colours = colormaps["tab10" if len(names) <= 10 else "gist_rainbow"]
+        for i, name in enumerate(names):
+            colour = colours(i if len(names) <= 10 else i / len(names))
+            points.scatter(*places[labels == i].T.numpy(), s=4, alpha=0.6, color=colour, label=name)
+        if len(names) <= 20:
+            points.legend(frameon=False, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    points.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    side = math.isqrt(len(decoded))
+    rows = pixels(decoded).unflatten(0, (side, side)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)
+    # Gray images hold one channel, others are drawn without opacity.
+    shown = rows[0] if len(rows) < 3 else rows[:3].permute(1, 2, 0)
+    images.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=255, extent=(-reach, reach, -reach, reach))
+    images.set(title="decoded over the same square")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def save(picture: Image.Image | bytes, path: Path) -> None:
     """Writes a picture as PNG, whole or not at all; ``path`` may have any name."""
     if isinstance(picture, Image.Image):

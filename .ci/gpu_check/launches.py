@@ -105,6 +105,24 @@ def normed(*shape: int, groups: int, memory_format: torch.memory_format | None =
     return run
 
 
+def norm_derived(*shape: int, groups: int, memory_format: torch.memory_format | None = None):
+    """Group norm in forward mode, and the gradients of its gradients."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        given, along = ([draw(*shape, memory_format=memory_format), draw(shape[1]), draw(shape[1])] for _ in range(2))
+
+        def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return ops.group_norm(x, groups, weight, bias, activation="silu")
+
+        along = [x.detach() for x in along]
+        forwards = torch.func.jvp(normed, tuple(x.detach() for x in given), tuple(along))
+        g = draw(*shape, memory_format=memory_format)
+        grads = torch.autograd.grad(normed(*given), given, g, create_graph=True)
+        return [*forwards, *torch.autograd.grad(grads, (g, *given), along)]
+
+    return run
+
+
 def attended(size: int, queries: int = 130, keys: int | None = None, heads: int = 2):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         q = draw(1, heads, queries, size)
@@ -178,6 +196,8 @@ LAUNCHES = (
     Launch("group_norm, pieces", normed(1, 2, 110, 111, groups=2), F32, _SUMS),
     Launch("group_norm, channels_last", normed(2, 64, 16, 16, groups=8, memory_format=CL), BF16, _HALF),
     Launch("group_norm, whole groups", normed(4, 64, 20, 20, groups=32, adaptive=True), F16, _HALF),
+    Launch("group_norm's derivatives", norm_derived(2, 20, 24, 24, groups=2), F32, 4 * _SUMS),
+    Launch("group_norm's derivatives, rows", norm_derived(2, 64, 9, 9, groups=8, memory_format=CL), BF16, _HALF),
     Launch("attention, 40", attended(40), BF16, _HALF),
     Launch("attention, 64", attended(64), BF16, _HALF),
     Launch("attention, 80", attended(80), F16, _HALF),

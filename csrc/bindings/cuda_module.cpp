@@ -320,4 +320,38 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
       py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def("group_norm_jvp_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups, bool channels_last) {
+    return cuda::group_norm_jvp_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
+  });
+  m.def("group_norm_double_backward_workspace", [](int dtype, const py::tuple& shape, std::int64_t groups,
+                                                   bool channels_last) {
+    return cuda::group_norm_double_backward_workspace(DType(dtype), group_norm_shape(shape, groups, channels_last));
+  });
+  m.def(
+      "group_norm_jvp",
+      [](std::uintptr_t x, std::uintptr_t d_y, std::uintptr_t statistics, int dtype, const py::tuple& sizes,
+         std::int64_t groups, bool channels_last, int activation, const py::tuple& values, std::uintptr_t d_x,
+         const py::tuple& d_values, int device, std::uintptr_t stream, std::uintptr_t workspace) {
+        const GroupNormShape shape = group_norm_shape(sizes, groups, channels_last);
+        const GroupNormJvp args = group_norm_jvp_arguments(x, d_y, statistics, dtype, shape, activation, values,
+                                                           group_norm_direction(d_x, d_values));
+        run("group_norm_jvp", DType(dtype), shape, device,
+            [&] { return cuda::group_norm_jvp(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
+  m.def(
+      "group_norm_double_backward",
+      [](std::uintptr_t grad_y, std::uintptr_t x, std::uintptr_t statistics, int dtype, const py::tuple& sizes,
+         std::int64_t groups, bool channels_last, int activation, const py::tuple& values, std::uintptr_t d_x,
+         const py::tuple& d_values, const std::array<std::uintptr_t, 7>& grads, int device, std::uintptr_t stream,
+         std::uintptr_t workspace) {
+        const GroupNormShape shape = group_norm_shape(sizes, groups, channels_last);
+        const GroupNormDoubleBackward args = group_norm_double_backward_arguments(
+            grad_y, x, statistics, dtype, shape, activation, values, group_norm_direction(d_x, d_values), grads);
+        run("group_norm_double_backward", DType(dtype), shape, device,
+            [&] { return cuda::group_norm_double_backward(args, pointer(workspace), stream_at(stream)); });
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("workspace") = 0);
 }

@@ -395,17 +395,8 @@ namespace gencore::cpu {
 GENCORE_DECLARE_LEVELS(Status group_norm_jvp(const GroupNormJvp&, int))
 GENCORE_DECLARE_LEVELS(Status group_norm_double_backward(const GroupNormDoubleBackward&, int))
 
-namespace {
-
-template <class Args>
-bool is_valid_along(const Args& args, int threads) {
-  return threads >= 1 && is_valid(args.shape) && has_valid_values(args) && has_valid_types(args.direction, args.dtype);
-}
-
-}  // namespace
-
 Status group_norm_jvp(const GroupNormJvp& args, int threads) {
-  if (!is_valid_along(args, threads)) return Status::invalid_argument;
+  if (threads < 1 || !is_valid(args.shape) || !has_valid_changes(args)) return Status::invalid_argument;
   if (args.shape.samples * args.shape.channels * args.shape.pixels == 0) return Status::ok;
   if (args.x == nullptr || args.d_y == nullptr || args.statistics == nullptr) return Status::invalid_argument;
   if (args.dtype == DType::float64) return scalar::group_norm_jvp(args, threads);
@@ -413,7 +404,7 @@ Status group_norm_jvp(const GroupNormJvp& args, int threads) {
 }
 
 Status group_norm_double_backward(const GroupNormDoubleBackward& args, int threads) {
-  if (!is_valid_along(args, threads)) return Status::invalid_argument;
+  if (threads < 1 || !is_valid(args.shape) || !has_valid_changes(args)) return Status::invalid_argument;
   if (args.shape.samples * args.shape.channels * args.shape.pixels == 0) {
     scalar::set_zero(args);
     return Status::ok;

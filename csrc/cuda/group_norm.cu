@@ -1,8 +1,7 @@
-#include <initializer_list>
-
 #include "gencore/group_norm.h"
 #include "group_norm_backward.cuh"
 #include "group_norm_forward.cuh"
+#include "group_norm_launch.cuh"
 
 namespace gencore::cuda {
 namespace {
@@ -11,44 +10,11 @@ namespace {
 // The results are the same bits.
 constexpr std::int64_t enough_blocks = 128;
 
-// Calls body(type, width, channels_last) with what a kernel for this tensor is made for. Without spatial dimensions the
-// two formats are one.
-template <class Body>
-cudaError_t with_layout(DType dtype, const GroupNormShape& shape, bool aligned, Body&& body) {
-  return with_type(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return with_constants(
-        [&](auto channels_last) {
-          if constexpr (!std::is_same_v<T, double>) {
-            if (aligned && has_vectors<T>(shape, channels_last)) {
-              return body(type, std::integral_constant<int, Vector<T>::size>{}, channels_last);
-            }
-          }
-          return body(type, std::integral_constant<int, 1>{}, channels_last);
-        },
-        shape.channels_last && shape.pixels > 1 && shape.channels > 1);
-  });
-}
-
-bool are_aligned(std::initializer_list<const void*> addresses) {
-  return std::all_of(addresses.begin(), addresses.end(),
-                     [](const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; });
-}
-
-bool is_empty(const GroupNormShape& shape) { return shape.samples == 0 || shape.channels == 0 || shape.pixels == 0; }
-
 // Whether one block, with `bytes` of shared memory, takes all slices of a tile.
 bool takes_whole(const GroupNormWork& work, bool channels_last, std::uintptr_t bytes, std::uintptr_t most_bytes) {
   if (work.tiles_per_group > 1) return false;
   if (work.slices == 1 && bytes <= usual_shared_bytes) return true;
   return !channels_last && work.tiles >= enough_blocks && work.slices <= rows_at_once && bytes <= most_bytes;
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::uintptr_t bytes,
-                          cudaStream_t stream, Arguments&&... arguments) {
-  return launch(kernel, blocks_for(blocks * block_threads), threads, bytes, stream,
-                std::forward<Arguments>(arguments)...);
 }
 
 // The threads of a block that takes a whole tile: a team for each strand, if there are not too many.
@@ -67,20 +33,6 @@ BackwardSpace<F> backward_space(Arrays<Base>& arrays, const GroupNormWork& work)
   arrays.place(space.of_samples, 2 * channels);
   arrays.place(space.sums, channel_sums * work.slices * channels);
   return space;
-}
-
-// The most that body(T, width, channels_last) says for any alignment.
-template <class Body>
-std::int64_t most_bytes(DType dtype, const GroupNormShape& shape, Body&& body) {
-  std::int64_t most = 0;
-  if (!is_valid(shape) || is_empty(shape)) return most;
-  for (const bool aligned : {false, true}) {
-    with_layout(dtype, shape, aligned, [&](auto* type, auto width, auto channels_last) {
-      most = std::max(most, static_cast<std::int64_t>(body(type, width, channels_last)));
-      return cudaSuccess;
-    });
-  }
-  return most;
 }
 
 template <class T>
@@ -156,17 +108,7 @@ cudaError_t backward(const GroupNormBackward& args, void* workspace, cudaStream_
     }
   }
   if (error != cudaSuccess || !over_samples) return error;
-  return launch_blocks(group_norm_samples_kernel<T>, (args.shape.channels + columns_at_once - 1) / columns_at_once,
-                       block_threads, 0, stream, args, static_cast<const double*>(space.of_samples));
-}
-
-cudaError_t set_zero(void* tensor, DType dtype, std::int64_t n, cudaStream_t stream) {
-  if (tensor == nullptr || n == 0) return cudaSuccess;
-  return with_type(dtype, [&](auto* type) {
-    const cudaError_t error = cudaMemsetAsync(tensor, 0, static_cast<std::size_t>(n) * sizeof *type, stream);
-    if (error != cudaSuccess) cudaGetLastError();
-    return error;
-  });
+  return launch_samples<T>(args, space.of_samples, stream);
 }
 
 }  // namespace
@@ -202,15 +144,7 @@ std::int64_t group_norm_backward_workspace(DType dtype, const GroupNormShape& sh
 Error group_norm_backward(const GroupNormBackward& args, void* workspace, Stream stream) {
   const GroupNormShape& shape = args.shape;
   if (!is_valid(shape) || !has_valid_values(args)) return cudaErrorInvalidValue;
-  if (is_empty(shape)) {
-    const std::int64_t all = shape.samples * shape.channels;
-    cudaError_t error = set_zero(args.grad_weight, args.weight.dtype, shape.channels, stream);
-    if (error == cudaSuccess) error = set_zero(args.grad_bias, args.bias.dtype, shape.channels, stream);
-    if (error == cudaSuccess) error = set_zero(args.grad_scale, args.scale.dtype, all, stream);
-    if (error == cudaSuccess) error = set_zero(args.grad_shift, args.shift.dtype, all, stream);
-    if (error == cudaSuccess) error = set_zero(args.grad_bias_in, args.bias_in.dtype, all, stream);
-    return error;
-  }
+  if (is_empty(shape)) return set_values_zero(args, stream);
   if (args.grad_y == nullptr || args.x == nullptr || args.statistics == nullptr) return cudaErrorInvalidValue;
   return with_layout(args.dtype, shape, are_aligned({args.grad_y, args.x, args.grad_x}),
                      [&](auto* type, auto width, auto channels_last) {

@@ -53,13 +53,14 @@ struct BackwardSpace {
   F* sums;
 };
 
-template <class T>
-__device__ __forceinline__ void set_coefficients(const GroupNormBackward& args, const GroupNormWork& work,
-                                                 const GroupNormTile& tile, const BackwardShared<T>& shared) {
+// Those of a tile's channels, in shared memory.
+template <class T, class Args>
+__device__ __forceinline__ void set_coefficients(const Args& args, const GroupNormWork& work, const GroupNormTile& tile,
+                                                 ChannelCoefficients<typename Arithmetic<T>::F>* channels) {
   for (int c = static_cast<int>(threadIdx.x); c < tile.channels; c += static_cast<int>(blockDim.x)) {
     const std::int64_t channel = tile.first_channel + c, sample = channel / work.sample_channels;
     const double* const statistics = args.statistics + 2 * (channel / work.group_channels);
-    shared.channels[c] =
+    channels[c] =
         channel_coefficients<T>(args, sample, channel - sample * work.sample_channels, statistics[0], statistics[1]);
   }
   __syncthreads();
@@ -70,6 +71,18 @@ template <class T, class F>
 __device__ __forceinline__ F gradient_of_argument(bool with_silu, F grad_y, F d, F a, F b) {
   using P = Arithmetic<T>;
   return with_silu ? P::mul(grad_y, silu_derivative_of<T>(P::fma(d, a, b))) : grad_y;
+}
+
+// Adds up the strands' sums, of which each has `of_strand`, in halves; they are then those of the first.
+template <class P, class F>
+__device__ __forceinline__ void add_strands(F* sums, int strands, int of_strand) {
+  for (int n = strands; n > 1; n = (n + 1) / 2) {
+    const int half = (n + 1) / 2;
+    for (int i = static_cast<int>(threadIdx.x); i < (n - half) * of_strand; i += static_cast<int>(blockDim.x)) {
+      sums[i] = P::add(sums[i], sums[i + half * of_strand]);
+    }
+    __syncthreads();
+  }
 }
 
 // The sums of a tile, for each of its slices: those of channels in shared memory, those of groups where part(group,
@@ -131,15 +144,7 @@ __device__ __forceinline__ void gather_sums(const GroupNormBackward& args, const
       });
   __syncthreads();
 
-  // Strands are added in halves.
-  const int of_strand = channel_sums * slices * tile.channels;
-  for (int n = work.strands; n > 1; n = (n + 1) / 2) {
-    const int half = (n + 1) / 2;
-    for (int i = static_cast<int>(threadIdx.x); i < (n - half) * of_strand; i += static_cast<int>(blockDim.x)) {
-      shared.sums[i] = P::add(shared.sums[i], shared.sums[i + half * of_strand]);
-    }
-    __syncthreads();
-  }
+  add_strands<P>(shared.sums, work.strands, channel_sums * slices * tile.channels);
 
   for_each_by_teams(work.group_team_log2, tile.groups * slices, [&](int unit, int lane, bool valid) {
     const int slice = unit / tile.groups, group = unit - slice * tile.groups;
@@ -280,7 +285,7 @@ __global__ void __launch_bounds__(block_threads, 2)
   const auto shared = backward_shared<T>(arrays, work, GroupNormPhase::gather, false);
   for (std::int64_t block = blockIdx.x; block < work.blocks(); block += gridDim.x) {
     const GroupNormTile tile = tile_of_block<channels_last>(work, block, work.slices);
-    set_coefficients<T>(args, work, tile, shared);
+    set_coefficients<T>(args, work, tile, shared.channels);
     gather_sums<T, width, channels_last>(args, work, tile, 1, shared, false, [&](int group, int) -> GroupSums& {
       return space.parts[(tile.first_group + group) * work.parts() + tile.part];
     });
@@ -307,7 +312,7 @@ __global__ void __launch_bounds__(block_threads, 2)
     const GroupNormTile tile = tile_of_block<channels_last>(work, blocks - 1 - block, work.slices);
     merge_sums(work, tile.groups, shared.groups,
                [&](int group) { return parts + (tile.first_group + group) * work.parts(); });
-    set_coefficients<T>(args, work, tile, shared);
+    set_coefficients<T>(args, work, tile, shared.channels);
     scatter_gradient<T, width, channels_last>(args, work, tile, 1, shared, false);
     __syncthreads();
   }
@@ -323,7 +328,7 @@ __global__ void __launch_bounds__(channels_last ? block_threads : whole_threads,
   const int slices = static_cast<int>(work.slices);
   for (std::int64_t block = blockIdx.x; block < work.rows * work.tiles; block += gridDim.x) {
     const GroupNormTile tile = tile_of_block<channels_last>(work, block, 1);
-    set_coefficients<T>(args, work, tile, shared);
+    set_coefficients<T>(args, work, tile, shared.channels);
     gather_sums<T, width, channels_last>(
         args, work, tile, slices, shared, keep,
         [&](int group, int slice) -> GroupSums& { return shared.parts[group * slices + slice]; });
@@ -398,9 +403,9 @@ __global__ void __launch_bounds__(block_threads, 2)
 }
 
 // grad_weight and grad_bias: sums over samples.
-template <class T>
+template <class T, class Args>
 __global__ void __launch_bounds__(block_threads, 2)
-    group_norm_samples_kernel(const __grid_constant__ GroupNormBackward args, const double* of_samples) {
+    group_norm_samples_kernel(const __grid_constant__ Args args, const double* of_samples) {
   const std::int64_t samples = args.shape.samples, channels = args.shape.channels;
   for (std::int64_t start = blockIdx.x * std::int64_t{columns_at_once}; start < channels;
        start += gridDim.x * std::int64_t{columns_at_once}) {

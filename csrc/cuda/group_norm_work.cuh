@@ -27,8 +27,8 @@ struct GroupNormWork {
   int slice_pixels, tile_groups, tile_channels;
   // The pixels of a channel in a slice are summed in as many strands, each by a team of 2^team_log2 threads.
   int strands, team_log2;
-  // The teams that sum over what a block has of a group, and over the parts of a group.
-  int group_team_log2, part_team_log2;
+  // The teams that sum over what a block has of a group, over the parts of a group, and over the slices of a channel.
+  int group_team_log2, part_team_log2, slice_team_log2;
 
   // What there is of a group: as many blocks look at it.
   __host__ __device__ std::int64_t parts() const { return slices * tiles_per_group; }
@@ -113,6 +113,7 @@ GroupNormWork make_group_norm_work(const GroupNormShape& shape) {
       work.tiles_per_group > 1 ? work.groups * work.tiles_per_group : (work.groups + tile_groups - 1) / tile_groups;
   work.group_team_log2 = log2_at_most_warp(std::min(of_group, tile_channels) * work.strands);
   work.part_team_log2 = log2_at_most_warp(work.parts());
+  work.slice_team_log2 = log2_at_most_warp(work.slices);
   return work;
 }
 
@@ -177,11 +178,11 @@ __device__ __forceinline__ int pixels_of_strand(const GroupNormWork& work, int p
 
 // Calls body(i, lane, valid) for the i in [0, n) that fall to this thread's team of 2^log2 threads, with whole warps:
 // the body may use the functions of a warp. Where nothing is left for a team, valid is false and i a valid number.
-template <class Body>
-__device__ __forceinline__ void for_each_by_teams(int log2, int n, Body&& body) {
+template <class Number, class Body>
+__device__ __forceinline__ void for_each_by_teams(int log2, Number n, Body&& body) {
   const int in_warp = static_cast<int>(threadIdx.x) % warp_threads, warp = static_cast<int>(threadIdx.x) - in_warp;
-  for (int first = warp >> log2; first < n; first += static_cast<int>(blockDim.x) >> log2) {
-    const int i = first + (in_warp >> log2);
+  for (Number first = warp >> log2; first < n; first += static_cast<int>(blockDim.x) >> log2) {
+    const Number i = first + (in_warp >> log2);
     body(i < n ? i : n - 1, in_warp & ((1 << log2) - 1), i < n);
   }
 }
@@ -343,15 +344,19 @@ __device__ __forceinline__ auto silu_of(typename Arithmetic<T>::F x) {
 }
 
 template <class T>
-__device__ __forceinline__ auto silu_derivative_of(typename Arithmetic<T>::F x) {
+__device__ __forceinline__ auto sigmoid_of(typename Arithmetic<T>::F x) {
   using P = Arithmetic<T>;
   const auto e = exponential_minus<T>(x);
   if constexpr (sizeof(T) == 2) {
-    const float sigmoid = ptx::reciprocal_approx(P::add(1.0f, e));
-    return P::mul(sigmoid, P::fma(x, P::sub(1.0f, sigmoid), 1.0f));
+    return ptx::reciprocal_approx(P::add(1.0f, e));
   } else {
-    return silu_derivative<P>(x, e);
+    return sigmoid<P>(e);
   }
+}
+
+template <class T>
+__device__ __forceinline__ auto silu_derivative_of(typename Arithmetic<T>::F x) {
+  return silu_derivative_at<Arithmetic<T>>(x, sigmoid_of<T>(x));
 }
 
 }  // namespace gencore::cuda

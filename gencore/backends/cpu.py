@@ -10,25 +10,15 @@ import torch
 from torch import Tensor
 
 from gencore.backends.compiled import (
-    ACTIVATION,
     CompiledOps,
     attention_sizes,
-    channel_values,
-    group_norm_sizes,
     heads,
     heads_or_none,
     log_sums,
     repeated,
     sizes_of,
 )
-from gencore.backends.layout import (
-    empty_gradients,
-    empty_parts_of_log_sums,
-    empty_with_channels,
-    in_format,
-    kept_format,
-    suggested_format,
-)
+from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels, kept_format
 
 try:
     from gencore import _cpu
@@ -179,75 +169,6 @@ class CpuOps(CompiledOps):
             heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
         )  # fmt: skip
         return results
-
-    def group_norm_jvp(
-        self,
-        x: Tensor,
-        statistics: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        bias_in: Tensor | None,
-        d_x: Tensor | None,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias_in: Tensor | None,
-        activation: str | None,
-        eps: float,
-    ) -> Tensor:
-        """``eps``: what the statistics hold already."""
-        memory_format = suggested_format(x)
-        x, d_x = in_format(memory_format, x, d_x)
-        statistics, d_y = statistics.contiguous(), self._empty_like(x)
-        held, values = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
-        self._module.group_norm_jvp(
-            x.data_ptr(), d_y.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
-            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values, *self._place(x),
-        )  # fmt: skip
-        del held, d_held
-        return d_y
-
-    def group_norm_double_backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor,
-        statistics: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        bias_in: Tensor | None,
-        d_x: Tensor | None,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        d_scale: Tensor | None,
-        d_shift: Tensor | None,
-        d_bias_in: Tensor | None,
-        activation: str | None,
-        wanted: list[bool],
-        eps: float,
-    ) -> tuple[Tensor | None, ...]:
-        """``eps``: what the statistics hold already."""
-        memory_format = suggested_format(x)
-        grad_y, x, d_x = in_format(memory_format, grad_y, x, d_x)
-        statistics = statistics.contiguous()
-        of_values = empty_gradients((weight, bias, scale, shift, bias_in), wanted[2:])
-        grads = [*(self._empty_like(x) if want else None for want in wanted[:2]), *of_values]
-        held, values = channel_values(weight, bias, scale, shift, bias_in)
-        d_held, d_values = channel_values(d_weight, d_bias, d_scale, d_shift, d_bias_in)
-        self._module.group_norm_double_backward(
-            grad_y.data_ptr(), x.data_ptr(), statistics.data_ptr(), *group_norm_sizes(x, num_groups, memory_format),
-            ACTIVATION[activation], values, 0 if d_x is None else d_x.data_ptr(), d_values,
-            [0 if grad is None else grad.data_ptr() for grad in grads], *self._place(x),
-        )  # fmt: skip
-        del held, d_held
-        return tuple(grads)
 
     def _empty_log_sums(self, q: Tensor) -> Tensor:
         return empty_parts_of_log_sums(q)

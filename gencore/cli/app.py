@@ -15,6 +15,7 @@ from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import (
     bench,
+    codes,
     data,
     edit,
     evaluate,
@@ -96,6 +97,8 @@ app.command("evaluate")(evaluate.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("map")(codes.latent_map)
+app.command("probe")(codes.probe)
 app.command("edit")(edit.command)
 app.command("profile")(profile.command)
 app.command("bench")(bench.command)

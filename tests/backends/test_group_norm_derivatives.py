@@ -18,7 +18,9 @@ from gencore.backends.reference import group_norm as reference
 from gencore.bench.cases import Case
 
 LEVELS = tuple(name for name in NAMES if name.startswith("cpu-"))
-WITH_TRITON = (*LEVELS, "triton")
+EVERY = (*LEVELS, "cuda", "triton")
+# The SIMD levels have the same bits.
+BACKENDS = ("cpu-avx512", "cuda", "triton")
 EPS = 0.01
 ALL = (True,) * 7
 CASES = (
@@ -116,14 +118,16 @@ def assert_right(got: list[Tensor | None], want: list[Tensor | None], tolerance:
             torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype, activation, kernels):
     given, direction, g = inputs(case, dtype, device=kernels.device)
     groups = case.groups
-    for values, there in [(VALUES[0], there) for there in DIRECTIONS] + [(some, DIRECTIONS[0]) for some in VALUES[1:]]:
+    combinations = [(VALUES[0], there) for there in DIRECTIONS] + [(some, DIRECTIONS[0]) for some in VALUES[1:]]
+    # The emulator takes a second for all of them.
+    for values, there in combinations[:: 3 if kernels.emulated and not kernels.interpreted else 1]:
         some = chosen(given, (1, *values))
         along = [change if x is not None else None for x, change in zip(some, chosen(direction, there), strict=True)]
         got = derivatives(groups, some, along, g, activation)
@@ -132,7 +136,7 @@ def test_values(case, dtype, activation, kernels):
         assert all(a.is_contiguous(memory_format=case.memory_format) for a in got[:3])
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_values_with_a_half_precision_tensor(dtype, kernels):
     for case in CASES[2:4]:
@@ -142,7 +146,7 @@ def test_float32_values_with_a_half_precision_tensor(dtype, kernels):
         assert_right(got, defined(case.groups, given, direction, g), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_large_mean_costs_no_accuracy(layout, kernels):
     """Of x, to which bias_in adds as much, that is: as in the forward pass, what is subtracted is near."""
@@ -153,7 +157,7 @@ def test_a_large_mean_costs_no_accuracy(layout, kernels):
     assert_right(derivatives(4, given, direction, g), defined(4, given, direction, g), 2e-5)
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON[-2:], indirect=True)
+@pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
 def test_empty(kernels):
     for shape in ((0, 6, 3, 3), (2, 6, 0, 3)):
         given, direction, g = inputs(Case(shape, "", groups=3), torch.float32, device=kernels.device)
@@ -184,10 +188,11 @@ def test_bits_for_any_threads_and_simd_level(case, dtype, threads, simd_level):
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS[:2], indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bits_for_any_split_of_the_batch_and_any_strides(layout):
+def test_bits_for_any_split_of_the_batch_and_any_strides(layout, kernels):
     case = Case((5, 12, 6, 7), "", groups=3, layout=layout)
-    given, direction, g = inputs(case, torch.float32)
+    given, direction, g = inputs(case, torch.float32, device=kernels.device)
     whole = derivatives(3, given, direction, g)
     of_samples = (True, False, False, True, True, True)
 
@@ -199,13 +204,13 @@ def test_bits_for_any_split_of_the_batch_and_any_strides(layout):
         assert not cut or same_bits(a[1:3], b)
 
     def scattered(x: Tensor) -> Tensor:
-        return torch.empty(*x.shape, 2).movedim(-1, 0)[0].copy_(x)
+        return x.new_empty(*x.shape, 2).movedim(-1, 0)[0].copy_(x)
 
     odd = derivatives(3, [given[0], *map(scattered, given[1:])], list(map(scattered, direction)), scattered(g))
     assert all(same_bits(a, b) for a, b in zip(whole, odd, strict=True))
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON[-2:], indirect=True)
+@pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
 def test_only_what_is_wanted_is_made(kernels):
     for dtype in (torch.float32, torch.bfloat16):
         given, direction, g = inputs(CASES[2], dtype, device=kernels.device)
@@ -216,7 +221,7 @@ def test_only_what_is_wanted_is_made(kernels):
             assert same_bits(some[place], whole[place])
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_stay_in_their_group(layout, value, kernels):
@@ -235,7 +240,7 @@ def test_nan_and_infinity_stay_in_their_group(layout, value, kernels):
             assert torch.equal(a.isfinite(), b.isfinite())
 
 
-@pytest.mark.parametrize("kernels", WITH_TRITON, indirect=True)
+@pytest.mark.parametrize("kernels", EVERY, indirect=True)
 def test_silu_of_any_number(kernels):
     """With xhat 0, t is the bias: the derivatives of silu at numbers of every size."""
     sizes = torch.logspace(-30, 30, 61).double()

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # float64; what the compiler and autograd do around them is not the sanitizers' business.
 WHICH = "cuda and not (check or compiles or torch.float16 or (attention and torch.float64))"
 
+# Further derivatives have tests of their own, of which a small one has all kernels.
+PLACES = ("tests/ops", "tests/backends/test_group_norm_derivatives.py::test_only_what_is_wanted_is_made")
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels run on it")
@@ -26,7 +29,7 @@ def test_the_ops_are_clean():
     missing = sanitizer_missing()
     if missing is not None:
         pytest.skip(missing)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "tests/ops", "-k", WHICH]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", *PLACES, "-k", WHICH]
     environment = sanitizer_environment() | {"GENCORE_EMULATOR": "sanitized", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -130,6 +130,12 @@ bool has_valid_values(const Args& args) {
          (args.activation == Activation::none || args.activation == Activation::silu);
 }
 
+// The same of the direction too.
+template <class Args>
+bool has_valid_changes(const Args& args) {
+  return has_valid_values(args) && has_valid_types(args.direction, args.dtype);
+}
+
 }  // namespace gencore
 
 namespace gencore::cpu {
@@ -149,5 +155,9 @@ std::int64_t group_norm_workspace(DType dtype, const GroupNormShape& shape);
 Error group_norm(const GroupNorm& args, void* workspace, Stream stream);
 std::int64_t group_norm_backward_workspace(DType dtype, const GroupNormShape& shape);
 Error group_norm_backward(const GroupNormBackward& args, void* workspace, Stream stream);
+std::int64_t group_norm_jvp_workspace(DType dtype, const GroupNormShape& shape);
+Error group_norm_jvp(const GroupNormJvp& args, void* workspace, Stream stream);
+std::int64_t group_norm_double_backward_workspace(DType dtype, const GroupNormShape& shape);
+Error group_norm_double_backward(const GroupNormDoubleBackward& args, void* workspace, Stream stream);
 
 }  // namespace gencore::cuda

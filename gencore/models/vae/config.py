@@ -10,6 +10,7 @@ from typing import Literal
 from gencore.config import field
 from gencore.models.base import ModelConfig
 from gencore.models.optimizers import Adam
+from gencore.models.vae.networks import levels_fault
 from gencore.spec import DataSpec
 
 
@@ -46,7 +47,5 @@ class VAEConfig(ModelConfig):
             yield "hidden_sizes: must not be empty for network='conv', was ()"
 
     def faults_with(self, spec: DataSpec) -> Iterable[str]:
-        levels, smallest = len(self.hidden_sizes), min(spec.image_shape[1:])
-        if self.network == "conv" and smallest < 2**levels:
-            most = smallest.bit_length() - 1
-            yield f"hidden_sizes: must have at most {most} levels for images of {smallest} pixels, was {levels}"
+        if self.network == "conv" and (fault := levels_fault(self.hidden_sizes, spec.image_shape)):
+            yield fault

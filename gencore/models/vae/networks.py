@@ -52,6 +52,15 @@ def resolutions(height: int, width: int, levels: int) -> list[tuple[int, int]]:
     return sizes
 
 
+def levels_fault(channels: Sequence[int], image_shape: tuple[int, int, int]) -> str | None:
+    """What keeps images from being halved once per level of ``hidden_sizes``, or None."""
+    levels, smallest = len(channels), min(image_shape[1:])
+    if smallest >= 2**levels:
+        return None
+    most = smallest.bit_length() - 1
+    return f"hidden_sizes: must have at most {most} levels for images of {smallest} pixels, was {levels}"
+
+
 class ConvEncoder(nn.Module):
     """(B, C, H, W) in [-1, 1] -> (B, outputs): one strided 3x3 convolution per level, then a linear layer."""
 
