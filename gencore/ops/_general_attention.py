@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gencore._torch import has_tangents, is_transformed
+from gencore.backends import choice
 from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels
 from gencore.backends.reference import attention as reference
-from gencore.ops._library import Layout, define, pull_back, widened
+from gencore.ops._library import Layout, define, has_kernel, pull_back, widened
 from gencore.ops.uniform import uniforms_for
 
 
@@ -279,6 +280,15 @@ _attend = define(
     flops=_flops,
     layouts=_layouts("q lse"),
 )
+
+
+def attend_unobserved(q: Tensor, k: Tensor, v: Tensor, settings: Settings, wants_gradient: bool) -> Tensor:
+    """The result of a call of plain tensors that nothing observes."""
+    if wants_gradient:
+        return _attend.with_gradient(q, k, v, *settings)[0]
+    if has_kernel("general_attention", (q,)):
+        return choice.kernel("general_attention", q)(q, k, v, *settings, with_lse=False)[0]
+    return _attend.defined(q, k, v, *settings)[0]
 
 
 def attend_generally(q: Tensor, k: Tensor, v: Tensor, settings: Settings, mask: Tensor | None) -> Tensor:

@@ -157,6 +157,47 @@ def test_few_queries_have_the_bits_of_many(kernels):
             close(dropped, defined(q[:, :, :7], k, v, dropout=0.3), dtype)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_few_queries_of_many_keys(dtype, threads):
+    """Parts of the keys are shared out to threads: the bits are those of one thread, of every level and of many queries."""
+    generator = torch.Generator().manual_seed(0)
+    for heads, key_heads, queries, keys, size, size_v in (
+        (2, 1, 1, 2500, 32, 64),  # Read where they are, in three parts.
+        (1, 1, 3, 1025, 30, 24),
+        (9, 1, 8, 1100, 20, 33),  # More queries for a head of keys than a tile has.
+        (130, 1, 1, 1030, 16, 16),
+    ):
+        q = torch.randn(2, heads, 20, size, generator=generator).to(dtype)
+        k, v = (torch.randn(2, key_heads, keys, n, generator=generator).to(dtype) for n in (size, size_v))
+        mask = torch.randn(2, 1, 1, keys, generator=generator)
+        for options in ({}, {"mask": mask, "key_lengths": torch.tensor([keys, keys - 70])}, {"scale": -0.2}):
+            many = ops.attention(q, k, v, **options)
+            few = ops.attention(q[:, :, :queries], k, v, **options)
+            assert same_bits(few, many[:, :, :queries])
+            close(few, defined(q[:, :, :queries], k, v, **options), dtype)
+            torch.set_num_threads(1)
+            assert same_bits(ops.attention(q[:, :, :queries], k, v, **options), few)
+            torch.set_num_threads(threads)
+
+
+def test_a_call_like_one_before_is_the_same_call():
+    """Forms that were found right are remembered: views and bits are those of the first call, and so are errors."""
+    for name in ("one head, three dimensions", "all together", "shared heads", "dropout", "a dimension less"):
+        use = USES[name]
+        leaves, options = [x.requires_grad_() for x in use.tensors(torch.float32)], use.options()
+        first = ops.attention(*leaves, **options)
+        grads = torch.autograd.grad(first.sum(), leaves)
+        again = ops.attention(*leaves, **options)
+        assert same_bits(again.detach(), first.detach())
+        for a, b in zip(torch.autograd.grad(again.sum(), leaves), grads, strict=True):
+            assert same_bits(a, b)
+        assert same_bits(ops.attention(*(x.detach() for x in leaves), **options), first.detach())
+        if options["dropout"]:
+            assert not same_bits(ops.attention(*leaves, **{**options, "key": None}).detach(), first.detach())
+            with pytest.raises(TypeError, match="key must be a gencore.Key or None, got int"):
+                ops.attention(*leaves, **{**options, "key": 3})
+
+
 def results(use: Use, dtype: torch.dtype, samples: slice = slice(None)) -> list[Tensor]:
     """The result, its gradients, those of the gradients, and the derivative along a direction."""
     leaves = [x[samples].requires_grad_() for x in use.tensors(dtype)]
