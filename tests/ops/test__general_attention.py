@@ -159,7 +159,7 @@ def test_few_queries_have_the_bits_of_many(kernels):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_few_queries_of_many_keys(dtype, threads):
-    """Parts of the keys are shared out to threads: the bits are those of one thread, of every level and of many queries."""
+    """Parts of the keys are shared out to threads: the bits are those of one thread, and of many queries."""
     generator = torch.Generator().manual_seed(0)
     for heads, key_heads, queries, keys, size, size_v in (
         (2, 1, 1, 2500, 32, 64),  # Read where they are, in three parts.
@@ -194,7 +194,7 @@ def test_a_call_like_one_before_is_the_same_call():
         assert same_bits(ops.attention(*(x.detach() for x in leaves), **options), first.detach())
         if options["dropout"]:
             assert not same_bits(ops.attention(*leaves, **{**options, "key": None}).detach(), first.detach())
-            with pytest.raises(TypeError, match="key must be a gencore.Key or None, got int"):
+            with pytest.raises(TypeError, match=r"key must be a gencore\.Key or None, got int"):
                 ops.attention(*leaves, **{**options, "key": 3})
 
 
