@@ -34,6 +34,10 @@ CALLS: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "group_norm": lambda x, t: {"x": x, "num_groups": 1},
     "attention": lambda x, t: dict.fromkeys("qkv", x.view(1, 1, 1, 4)),
     "spatial_attention": lambda x, t: {"qkv": x[:, :3, None], "num_heads": 1},
+    **dict.fromkeys(
+        ("upfirdn2d", "upsample2d", "downsample2d", "filter2d"),
+        lambda x, t: {"x": x.view(1, 1, 2, 2), "filter": x.view(2, 2)},
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Direction = Literal["forward", "backward"]
-Family = Literal["attention", "norm, activation", "noise, diffusion, VAE"]
+Family = Literal["convolution", "attention", "norm, activation", "noise, diffusion, VAE"]
 
 
 class Kernel(NamedTuple):
@@ -113,6 +113,13 @@ OPS = (
         ),
         ("forward", "forward and backward"),
         "attention",
+    ),
+    Op(
+        "upfirdn2d",
+        dict.fromkeys(("upfirdn2d", "upsample2d", "downsample2d", "filter2d"), "upfirdn2d"),
+        (Kernel("upfirdn2d", "forward"),),
+        ("upsampling", None),
+        "convolution",
     ),
 )
 

@@ -174,6 +174,28 @@ def latent_map(
     return buffer.getvalue()
 
 
+def error_curves(errors: Mapping[str, Mapping[int, float]], title: str) -> bytes:
+    """A PNG of errors over sizes, a curve for each name, both on logarithmic axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in errors.items():
+        axes.plot(list(points), list(points.values()), marker="o", label=name)
+    axes.set(title=title, xlabel="values of the code", ylabel="mean squared error of a pixel")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({size for points in errors.values() for size in points})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def save(picture: Image.Image | bytes, path: Path) -> None:
     """Writes a picture as PNG, whole or not at all; ``path`` may have any name."""
     if isinstance(picture, Image.Image):

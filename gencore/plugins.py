@@ -205,8 +205,9 @@ def _model_fault(entry: Entry, plugin: Any) -> str | None:
         return fault
     if not callable(plugin.build):
         return f"its build must be callable, but is {kind_of(plugin.build)}"
-    if not isinstance(plugin.defaults, Mapping):
-        return f"its defaults must be a mapping, but are {kind_of(plugin.defaults)}"
+    for name in ("defaults", "train"):
+        if not isinstance(getattr(plugin, name), Mapping):
+            return f"its {name} must be a mapping, but is {kind_of(getattr(plugin, name))}"
     try:
         plugin.config_of({})
     except ConfigError as error:

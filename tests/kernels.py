@@ -89,11 +89,11 @@ class EmulatedOps(cuda.CudaOps):
     keys_on_device = False
     tables_on_device = False
 
-    def _place(self, tensor: Tensor) -> tuple[int, ...]:
-        return 0, 0
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> Any:
+        return 0, None, None if workspace is None else workspace.data_ptr()
 
-    def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
-        return (self.keys_on_device or key.dim() == 2,)
+    def _is_key_on_device(self, key: Tensor) -> bool:
+        return self.keys_on_device or key.dim() == 2
 
     def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
         return self.tables_on_device or index is not None or len(table) != 1
@@ -164,11 +164,11 @@ class _Watched:
         if name in ("build_info", "unusable") or name.endswith("_workspace"):
             return function
 
-        def launch(*args: Any) -> Any:
+        def launch(**args: Any) -> Any:
             for number, tensor in enumerate(self.asked):
                 self._emulator.register_address(f"tensor {number}", address_of(tensor), extent(tensor))
             try:
-                return function(*args)
+                return function(**args)
             finally:
                 self._emulator.clear()
                 self.asked.clear()

@@ -89,6 +89,8 @@ USES = {
         lambda q, k, v: ops.attention(q, k, v, scale=-0.7), ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 2))
     ),
     "spatial_attention": Use(lambda qkv: ops.spatial_attention(qkv, 2), ((1, 12, 2, 2),)),
+    "upfirdn2d": Use(lambda x, f: ops.upfirdn2d(x, f, 2, (1, 3), (1, 2, 0, 1), gain=0.7), ((1, 2, 3, 4), (2, 3))),
+    "a separable filter": Use(ops.downsample2d, ((1, 2, 4, 3), (3,))),
 }
 every_use = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 each_backend = pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
@@ -177,7 +179,16 @@ def test_third_derivative():
 
 
 @pytest.mark.parametrize(
-    "name", ["reparameterize_kl", "denoising_loss", "diffusion_step", "group_norm", "attention", "spatial_attention"]
+    "name",
+    [
+        "reparameterize_kl",
+        "denoising_loss",
+        "diffusion_step",
+        "group_norm",
+        "attention",
+        "spatial_attention",
+        "upfirdn2d",
+    ],
 )
 def test_compiled(name):
     """In the compiler, transforms run the definition."""
@@ -200,7 +211,9 @@ def test_compiled(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["reparameterize_kl", "denoising_loss", "group_norm, adaptive", "attention"])
+@pytest.mark.parametrize(
+    "name", ["reparameterize_kl", "denoising_loss", "group_norm, adaptive", "attention", "upfirdn2d"]
+)
 def test_every_type(name, dtype):
     """Derivatives have the type of what they are of, and are right to its precision."""
     use = USES[name]

@@ -278,7 +278,8 @@ def test_every_launch_agrees_in_the_emulator(check, monkeypatch):
     monkeypatch.setattr(kernels._Watched, "__getattr__", watched)
     assert launches.main(["emulated"]) == 0
     with kernels.emulated() as backend:
-        there = {name for name in dir(backend._module._emulator.module) if not name.startswith("_")}
+        # Makers of structs begin with a capital letter.
+        there = {name for name in dir(backend._module._emulator.module) if name[0].islower()}
     assert {name for name in there - {"build_info", "unusable"} if not name.endswith("_workspace")} <= called
     assert len({launch.name for launch in launches.LAUNCHES}) == len(launches.LAUNCHES)
 

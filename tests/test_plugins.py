@@ -151,7 +151,7 @@ def test_clash_names_both_packages_and_breaks_nothing_else(install):
         (GOOD + "plugin = ModelPlugin('bad', None, Settings, print)", "its family must be a word, but is None"),
         (
             GOOD + "plugin = ModelPlugin('bad', 'vae', Settings, print, defaults=3)",
-            "its defaults must be a mapping, but are of type int",
+            "its defaults must be a mapping, but is of type int",
         ),
         (
             GOOD + "plugin = plugin.preset('bad', '', size='x', siz=1)",

@@ -166,6 +166,19 @@ def looked_at(size: int, memory_format: torch.memory_format):
     return run
 
 
+def filtered(*taps: int, memory_format: torch.memory_format | None = None, channels: int = 5):
+    """Up, down and at rest, with a gradient, and a call in which nothing is usual."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        x, filter = draw(2, channels, 12, 16, memory_format=memory_format), draw(*taps).detach()
+        filter = filter if x.dtype == F64 else filter.float()
+        results = [op(x, filter) for op in (ops.upsample2d, ops.downsample2d, ops.filter2d)]
+        unusual = ops.upfirdn2d(x, filter, (3, 1), (2, 3), (5, 1, -1, 4), flip_filter=True, gain=0.3)
+        return gradients((*results, unusual), x)
+
+    return run
+
+
 def drawn(op: Callable[..., Tensor], *shape: int, memory_format: torch.memory_format = torch.contiguous_format):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         like = draw(1)
@@ -216,6 +229,12 @@ LAUNCHES = (
     Launch("attention's derivatives, 160", derived(160, 70), BF16, _HALF),
     Launch("attention's derivatives, float32", derived(40, 70), F32, _SUMS),
     Launch("attention's derivatives, float64", derived(20, 33), F64, 1e-12),
+    Launch("upfirdn2d", filtered(4, 4), F32, _SUMS),
+    Launch("upfirdn2d, half", filtered(4, 4), BF16, _HALF),
+    Launch("upfirdn2d, channels_last", filtered(4, 4, memory_format=CL, channels=24), F16, _HALF),
+    Launch("upfirdn2d, separable", filtered(4), F32, _SUMS),
+    Launch("upfirdn2d, separable, channels_last", filtered(5, memory_format=CL, channels=24), BF16, _HALF),
+    Launch("upfirdn2d, float64", filtered(3, 5), F64, 1e-12),
     Launch("spatial_attention", looked_at(40, torch.contiguous_format), BF16, _HALF),
     Launch("spatial_attention, channels_last", looked_at(64, CL), BF16, _HALF),
 )

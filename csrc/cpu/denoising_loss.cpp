@@ -79,7 +79,7 @@ inline void with_noise(const void* given, const NoiseShape& shape, const NoiseKe
 }
 
 template <class T>
-Status forward(const DenoisingLoss& args, void* kept_error, int threads) {
+Status forward(const DenoisingLoss& args, int threads) {
   using P = Arithmetic<T>;
   using F = typename P::F;
   using A = Accumulator<T>;
@@ -88,7 +88,7 @@ Status forward(const DenoisingLoss& args, void* kept_error, int threads) {
   const std::int64_t capacity = tiles.capacity();
   const T* const output = static_cast<const T*>(args.output);
   const T* const x0 = static_cast<const T*>(args.x0);
-  T* const kept = static_cast<T*>(kept_error);
+  T* const kept = static_cast<T*>(args.error);
   A* const loss = static_cast<A*>(args.loss);
 
   const int team = tiles.team(threads);
@@ -245,9 +245,9 @@ Status scale(const DenoisingLossBackward& args, int threads) {
 
 }  // namespace
 
-Status denoising_loss(const DenoisingLoss& args, void* error, int threads) {
+Status denoising_loss(const DenoisingLoss& args, int threads) {
   return with_type(args.dtype,
-                   [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(args, error, threads); });
+                   [&](auto* type) { return forward<std::remove_pointer_t<decltype(type)>>(args, threads); });
 }
 
 Status denoising_loss_backward(const DenoisingLossBackward& args, int threads) {
@@ -264,15 +264,15 @@ Status denoising_loss_scale(const DenoisingLossBackward& args, int threads) {
 #if GENCORE_SIMD_NUMBER == 0
 namespace gencore::cpu {
 
-GENCORE_DECLARE_LEVELS(Status denoising_loss(const DenoisingLoss&, void*, int))
+GENCORE_DECLARE_LEVELS(Status denoising_loss(const DenoisingLoss&, int))
 GENCORE_DECLARE_LEVELS(Status denoising_loss_backward(const DenoisingLossBackward&, int))
 GENCORE_DECLARE_LEVELS(Status denoising_loss_scale(const DenoisingLossBackward&, int))
 
-Status denoising_loss(const DenoisingLoss& args, void* error, int threads) {
+Status denoising_loss(const DenoisingLoss& args, int threads) {
   if (!is_valid(args.shape, args.key, threads) || args.shape.draws != 1) return Status::invalid_argument;
   if (!has_rows(args.table, args.shape.samples)) return Status::invalid_argument;
   if (args.shape.samples == 0) return Status::ok;
-  if (args.loss == nullptr || (args.learned && error != nullptr)) return Status::invalid_argument;
+  if (args.loss == nullptr || (args.learned && args.error != nullptr)) return Status::invalid_argument;
   if (args.shape.elements == 0) {
     // The mean of nothing.
     for (std::int64_t b = 0; b < args.shape.samples; ++b) {
@@ -285,7 +285,7 @@ Status denoising_loss(const DenoisingLoss& args, void* error, int threads) {
     return Status::ok;
   }
   if (args.output == nullptr || args.x0 == nullptr) return Status::invalid_argument;
-  GENCORE_DISPATCH(denoising_loss, args, error, threads);
+  GENCORE_DISPATCH(denoising_loss, args, threads);
 }
 
 Status denoising_loss_backward(const DenoisingLossBackward& args, int threads) {

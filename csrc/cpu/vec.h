@@ -12,6 +12,8 @@
 //                   block block_of_lane[l]. The order is the one in which the transpose costs no lane crossing.
 //   scale(x, n, k)  x * 2^n, rounded once; n as a float, k the same integer.
 //   transpose(x)    of `width` vectors: lane l of x[i] becomes lane i of x[l].
+//   interleave(a, b, first, second)   a0 b0 a1 b1 ... in two vectors; deinterleave undoes it. The scalar level, whose
+//                   vectors are one lane, has neither.
 //   load_first, store_first   of fewer elements than a vector has, where there are instructions for it: see load_part.
 #pragma once
 

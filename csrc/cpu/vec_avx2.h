@@ -133,6 +133,17 @@ struct V {
     }
   }
 
+  static void interleave(F a, F b, F& first, F& second) {
+    const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    first = _mm256_permute2f128_ps(low, high, 0x20);
+    second = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static void deinterleave(F first, F second, F& a, F& b) {
+    const F low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
+    a = _mm256_shuffle_ps(low, high, 0x88);
+    b = _mm256_shuffle_ps(low, high, 0xDD);
+  }
+
   static constexpr int block_of_lane[width] = {0, 2, 4, 6, 1, 3, 5, 7};
   static void store_blocks(float* p, F x0, F x1, F x2, F x3) {
     const __m256 a = _mm256_unpacklo_ps(x0, x1), b = _mm256_unpackhi_ps(x0, x1);

@@ -248,7 +248,8 @@ std::int64_t denoising_loss_workspace(DType dtype, const NoiseShape& shape) {
 
 Error denoising_loss(const DenoisingLoss& args, void* workspace, Stream stream) {
   const NoiseShape& shape = args.shape;
-  if (shape.draws != 1 || !is_acceptable(shape, args.key) || !is_acceptable(args.table, shape.samples)) {
+  if (shape.draws != 1 || !is_acceptable(shape, args.key) || !is_acceptable(args.table, shape.samples) ||
+      args.error != nullptr) {
     return cudaErrorInvalidValue;
   }
   if (shape.samples == 0) return cudaSuccess;

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gencore.backends.compiled import (
-    CompiledOps,
-    attention_sizes,
-    heads,
-    heads_or_none,
-    log_sums,
-    repeated,
-    sizes_of,
-)
-from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels, kept_format
-
+# Before what else needs it.
 try:
     from gencore import _cpu
 except ImportError as error:
@@ -27,6 +18,10 @@ except ImportError as error:
         "the compiled kernels, gencore._cpu, cannot be loaded; `pip install .` builds them (in a checkout, run Python "
         "from another folder or install with `pip install -e .`)"
     ) from error
+
+from gencore.backends.compiled import CompiledOps
+from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels, kept_format, log_sums
+from gencore.backends.structs import DTYPE, attention_shape, heads, noise_shape
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
 _LARGE = 6 << 20
@@ -80,24 +75,26 @@ class CpuOps(CompiledOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
-    def _place(self, tensor: Tensor) -> tuple[int, ...]:
-        return (torch.get_num_threads(),)
+    def _words(self, key: Tensor) -> Any:
+        return _cpu.NoiseKey(words=key.data_ptr(), rows=0 if key.dim() == 1 else len(key), on_device=False)
 
-    def _noise(self, key: Tensor, tensor: Tensor) -> tuple[int, ...]:
-        return key.data_ptr(), 0 if key.dim() == 1 else len(key), torch.get_num_threads()
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> int:
+        return torch.get_num_threads()
 
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        empty = torch.empty_like(tensor)
-        if empty.nbytes >= _LARGE:
-            _cpu.request_huge_pages(empty.data_ptr(), empty.nbytes)
-        return empty
+    def _prepared(self, tensor: Tensor) -> Tensor:
+        if tensor.nbytes >= _LARGE:
+            _cpu.request_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def _coefficients(
         self, table: Tensor, index: Tensor | None, tensor: Tensor
-    ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int, int, bool]]:
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         # As they nearly always are.
         if table.is_cpu and table.is_contiguous() and (index is None or (index.is_cpu and index.is_contiguous())):
-            return (table, index), (table.data_ptr(), table.shape[0], 0 if index is None else index.data_ptr(), False)
+            return (table, index), _cpu.Coefficients(
+                values=table.data_ptr(), rows=table.shape[0], index=None if index is None else index.data_ptr(),
+                on_device=False,
+            )  # fmt: skip
         return super()._coefficients(table, index, tensor)
 
     def denoising_loss_and_error(
@@ -105,7 +102,7 @@ class CpuOps(CompiledOps):
     ) -> tuple[Tensor, Tensor]:
         """The loss, and prediction - target, which the gradient is a multiple of."""
         error = torch.empty_like(output, memory_format=kept_format(output, x0))
-        return self.denoising_loss(output, x0, table, t, key, None, error=error.data_ptr()), error
+        return self.denoising_loss(output, x0, table, t, key, None, error), error
 
     def denoising_loss_scale(
         self, grad_loss: Tensor, error: Tensor, table: Tensor, t: Tensor | None, key: Tensor
@@ -114,8 +111,9 @@ class CpuOps(CompiledOps):
         key, (held, coefficients) = self._key(key, error), self._coefficients(table, t, error)
         grad_loss = grad_loss.contiguous()
         self._module.denoising_loss_scale(
-            grad_loss.data_ptr(), error.data_ptr(), *sizes_of(error, kept_format(error)), coefficients,
-            *self._noise(key, error),
+            grad_loss=grad_loss.data_ptr(), output=None, x0=None, noise=None, grad_output=error.data_ptr(),
+            dtype=DTYPE[error.dtype], shape=noise_shape(error, kept_format(error)), learned=False, table=coefficients,
+            key=self._words(key), place=self._place(error),
         )  # fmt: skip
         del held
         return error
@@ -132,15 +130,17 @@ class CpuOps(CompiledOps):
         dv: Tensor | None,
         scale: float,
         d_out: Tensor | None = None,
+        options: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """``d_out``: where to write to."""
         if d_out is None:
             d_out = self._empty_like(q)
-        lse = lse.contiguous()
-        d_lse = torch.empty_like(lse)
+        lse = self._dense_log_sums(lse)
+        d_lse = log_sums(q)
         self._module.attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *attention_sizes(q, k), scale, *self._place(q),
+            q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(), dq=heads(dq), dk=heads(dk),
+            dv=heads(dv), d_out=heads(d_out), d_lse=d_lse.data_ptr(), dtype=DTYPE[q.dtype],
+            shape=attention_shape(q, k, v), scale=scale, options=options, base=self._base(lse), place=self._place(q),
         )  # fmt: skip
         return d_out, d_lse
 
@@ -156,17 +156,19 @@ class CpuOps(CompiledOps):
         dk: Tensor | None,
         dv: Tensor | None,
         scale: float,
-        wanted: list[bool],
+        wanted: Sequence[bool],
         grads: tuple[Tensor, ...] | None = None,
+        options: Any = None,
     ) -> tuple[Tensor | None, ...]:
         """``grads``: where to write to; all of them are then wanted."""
-        lse = lse.contiguous()
-        results: tuple[Tensor | None, ...] = grads or tuple(
-            self._empty_like(tensor) if want else None for tensor, want in zip((grad_out, q, k, v), wanted, strict=True)
-        )
+        lse = self._dense_log_sums(lse)
+        results = grads or self._gradients((grad_out, q, k, v), wanted)
+        grad_grad_out, grad_q, grad_k, grad_v = results
         self._module.attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], lse.data_ptr(), heads_or_none(dq, dk, dv),
-            heads_or_none(*results), *attention_sizes(q, k), scale, *self._place(q),
+            grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
+            dq=heads(dq), dk=heads(dk), dv=heads(dv), grad_grad_out=heads(grad_grad_out), grad_q=heads(grad_q),
+            grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=attention_shape(q, k, v),
+            scale=scale, options=options, base=self._base(lse), place=self._place(q),
         )  # fmt: skip
         return results
 
@@ -176,17 +178,8 @@ class CpuOps(CompiledOps):
     def _dense_log_sums(self, lse: Tensor) -> Tensor:
         return lse.contiguous()
 
-    def _log_sums(self, lse: Tensor | None) -> tuple[int, ...]:
-        if lse is None:
-            return 0, 0
-        first = lse.data_ptr()
-        return first, first + lse.nbytes // 2
-
-    def general_attention_backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
-        return self._general_attention_backward(grad_out, q, k, v, out, lse, settings, wanted, None)
+    def _base(self, lse: Tensor | None) -> int | None:
+        return None if lse is None or lse.dim() == 3 else lse.data_ptr() + lse.nbytes // 2
 
     def general_attention_mask_backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
@@ -195,7 +188,11 @@ class CpuOps(CompiledOps):
         *settings, wanted = settings_and_wanted
         mask: Tensor = settings[0]
         grad_mask = torch.zeros(mask.shape, dtype=lse.dtype)
-        grads = self._general_attention_backward(grad_out, q, k, v, out, lse, settings, wanted[:3], repeated(grad_mask))
+        held, scale, options = self._options(q, *settings)
+        grads = self.attention_backward(
+            grad_out, q, k, v, out, lse, scale, wanted[:3], options=options, grad_mask=grad_mask
+        )
+        del held
         return *grads, grad_mask.to(mask.dtype)
 
     def general_attention_jvp(
@@ -210,14 +207,11 @@ class CpuOps(CompiledOps):
         dv: Tensor | None,
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
-        d_out, lse, d_lse = empty_with_channels(q, v.shape[3]), self._dense_log_sums(lse), log_sums(q)
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_jvp(
-            [heads(tensor) for tensor in (q, k, v, out)], *self._log_sums(lse), heads_or_none(dq, dk, dv), heads(d_out),
-            d_lse.data_ptr(), *given,
-        )  # fmt: skip
+        held, scale, options = self._options(q, *settings)
+        d_out = empty_with_channels(q, v.shape[3])
+        results = self.attention_jvp(q, k, v, out, lse, dq, dk, dv, scale, d_out, options)
         del held
-        return d_out, d_lse
+        return results
 
     def general_attention_double_backward(
         self,
@@ -233,13 +227,8 @@ class CpuOps(CompiledOps):
         *settings_and_wanted: Any,
     ) -> tuple[Tensor | None, ...]:
         *settings, wanted = settings_and_wanted
-        grads = self._gradients((grad_out, q, k, v), wanted)
-        lse = self._dense_log_sums(lse)
-        held, given = self._given(q, k, v, *settings)
-        self._module.general_attention_double_backward(
-            [heads(tensor) for tensor in (grad_out, q, k, v, out)], *self._log_sums(lse), heads_or_none(dq, dk, dv),
-            heads_or_none(*grads), *given,
-        )  # fmt: skip
+        held, scale, options = self._options(q, *settings)
+        grads = self.attention_double_backward(grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options)
         del held
         return grads
 

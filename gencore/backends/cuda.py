@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gencore._torch import current_stream
 from gencore.backends import cpu
-from gencore.backends.compiled import CompiledOps
+from gencore.backends.compiled import DTYPE, CompiledOps
 from gencore.backends.layout import readable, writable
 
 # What csrc/cuda asks of the hardware: conversions to bfloat16, asynchronous copies.
@@ -25,12 +25,14 @@ class CudaOps(CompiledOps):
             key = key.to(tensor.device, non_blocking=True)
         return key if key.is_contiguous() else key.contiguous()
 
-    def _place(self, tensor: Tensor) -> tuple[int, ...]:
+    def _place(self, tensor: Tensor, workspace: Tensor | None = None) -> Any:
         device = tensor.get_device()
-        return device, current_stream(device)
+        return self._module.Place(
+            device=device, stream=current_stream(device), workspace=None if workspace is None else workspace.data_ptr()
+        )
 
-    def _place_of_key(self, key: Tensor) -> tuple[bool, ...]:
-        return (not key.is_cpu,)
+    def _is_key_on_device(self, key: Tensor) -> bool:
+        return not key.is_cpu
 
     def _is_on_device(self, table: Tensor, index: Tensor | None) -> bool:
         # A single row on the CPU is an argument of the launch.
@@ -39,9 +41,9 @@ class CudaOps(CompiledOps):
     def _is_aligned(self, tensor: Tensor) -> bool:
         return tensor.data_ptr() % 16 == 0
 
-    def _workspace(self, op: str, tensor: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
-        nbytes = getattr(self._module, f"{op}_workspace")(*sizes)
-        return (torch.empty(nbytes, dtype=torch.uint8, device=tensor.device),) if nbytes else ()
+    def _workspace(self, op: str, tensor: Tensor, shape: Any) -> Tensor | None:
+        nbytes = getattr(self._module, f"{op}_workspace")(DTYPE[tensor.dtype], shape)
+        return torch.empty(nbytes, dtype=torch.uint8, device=tensor.device) if nbytes else None
 
     def _readable(self, tensor: Tensor) -> Tensor:
         return readable(tensor)

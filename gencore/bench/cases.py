@@ -188,6 +188,22 @@ GROUP_NORM = _merged(
 )
 
 
+UPFIRDN2D = (
+    Case((0, 4, 3, 3), "empty batch"),
+    Case((2, 0, 3, 3), "no channels"),
+    Case((1, 1, 1, 1), "one pixel"),
+    Case((3, 2, 1, 5), "one row"),
+    *_both((2, 3, 5, 7), 1, "odd image of fewer channels than a vector has"),
+    *_both((1, 20, 6, 9), 1, "no multiple of a vector"),
+    *_both((1, 2, 34, 67), 1, "rows of several vectors with an odd tail"),
+    *_both((1, 35, 4, 4), 1, "the least image of a generator, blocks of channels with a tail"),
+    *_both((8, 512, 4, 4), 1, "StyleGAN2's innermost images", timed=_BOTH),
+    *_both((8, 128, 64, 64), 1, "StyleGAN2's layers for 64 x 64 pixels at half the width", timed=_BOTH),
+    *_both((8, 3, 256, 256), 1, "pictures", timed=_BOTH),
+    *_both((8, 64, 256, 256), 1, "the outer layers for 256 x 256 pixels", timed=_GPU),
+)
+
+
 # (batch, heads, tokens, size), each for self-attention and, in U-Nets of latents, for the 77 tokens of a prompt.
 _HEADS: Mapping[str, Sequence[tuple[int, int, int, int]]] = {
     "sd15": ((2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 8, 64, 160)),

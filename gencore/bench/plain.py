@@ -406,6 +406,62 @@ def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None
     return pixels.unflatten(2, qkv.shape[2:])
 
 
+def upfirdn2d(
+    x: Tensor,
+    filter: Tensor,
+    up: int | Sequence[int] = 1,
+    down: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    *,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """:func:`gencore.ops.upfirdn2d`: zeros inserted, padding, and a convolution of each channel by itself."""
+    (up_y, up_x), stride, sides = _two(up), _two(down), padding
+    if isinstance(padding, int) or len(padding) == 2:
+        sides = [side for side in _two(padding) for _ in range(2)]
+    n, c, h, w = x.shape
+    if up_y * up_x > 1:
+        x = F.pad(x.reshape(n, c, h, 1, w, 1), (0, up_x - 1, 0, 0, 0, up_y - 1)).reshape(n, c, h * up_y, w * up_x)
+    top, bottom, left, right = sides  # type: ignore[misc]
+    x = F.pad(x, (left, right, top, bottom))
+    weight = (filter if flip_filter else filter.flip(tuple(range(filter.dim())))).to(x.dtype)
+    if filter.dim() == 2:
+        weight = (weight * gain).expand(c, 1, -1, -1)
+        return F.conv2d(x, weight, stride=stride, groups=c)
+    rows, columns = weight[:, None].expand(c, 1, -1, -1), (weight * gain)[None, :].expand(c, 1, -1, -1)
+    return F.conv2d(F.conv2d(x, rows, stride=(stride[0], 1), groups=c), columns, stride=(1, stride[1]), groups=c)
+
+
+def upsample2d(
+    x: Tensor, filter: Tensor, factor: int | Sequence[int] = 2, *, flip_filter: bool = False, gain: float = 1.0
+) -> Tensor:
+    """:func:`gencore.ops.upsample2d`."""
+    rate = _two(factor)
+    taps = filter.shape[0], filter.shape[-1]
+    padding = [side for n, up in zip(taps, rate, strict=True) for side in ((n + up - 1) // 2, (n - up) // 2)]
+    return upfirdn2d(x, filter, rate, 1, padding, flip_filter=flip_filter, gain=gain * math.prod(rate))
+
+
+def downsample2d(
+    x: Tensor, filter: Tensor, factor: int | Sequence[int] = 2, *, flip_filter: bool = False, gain: float = 1.0
+) -> Tensor:
+    """:func:`gencore.ops.downsample2d`."""
+    taps = filter.shape[0], filter.shape[-1]
+    padding = [side for n, by in zip(taps, _two(factor), strict=True) for side in ((n - by + 1) // 2, (n - by) // 2)]
+    return upfirdn2d(x, filter, 1, factor, padding, flip_filter=flip_filter, gain=gain)
+
+
+def filter2d(x: Tensor, filter: Tensor, *, flip_filter: bool = False, gain: float = 1.0) -> Tensor:
+    """:func:`gencore.ops.filter2d`."""
+    padding = [side for n in (filter.shape[0], filter.shape[-1]) for side in (n // 2, (n - 1) // 2)]
+    return upfirdn2d(x, filter, 1, 1, padding, flip_filter=flip_filter, gain=gain)
+
+
+def _two(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for op in OPS for name in op.functions}
 
 

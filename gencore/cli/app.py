@@ -14,15 +14,21 @@ import typer
 from gencore.bench.cases import CasesError
 from gencore.bench.results import ReportError
 from gencore.cli import (
+    arithmetic,
     bench,
     codes,
+    compare,
+    curve,
     data,
     edit,
     evaluate,
     info,
     latents,
     list_plugins,
+    measure,
+    neighbours,
     profile,
+    project,
     quickstart,
     runs,
     sample,
@@ -31,6 +37,7 @@ from gencore.cli import (
 from gencore.cli.common import UserError, begin, one_line
 from gencore.config import ConfigError
 from gencore.data import DataError
+from gencore.metrics import MissingWeightsError
 from gencore.pictures import NotFiniteError
 from gencore.plugins import PluginError
 from gencore.processes import OtherProcessError, is_joined, leave, started
@@ -94,9 +101,15 @@ app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("sample")(sample.command)
 app.command("evaluate")(evaluate.command)
+app.command("measure")(measure.command)
+app.command("neighbours")(neighbours.command)
+app.command("compare")(compare.command)
 app.command("reconstruct")(latents.reconstruct)
 app.command("interpolate")(latents.interpolate)
 app.command("traverse")(latents.traverse)
+app.command("arithmetic")(arithmetic.command)
+app.command("project")(project.command)
+app.command("curve")(curve.command)
 app.command("map")(codes.latent_map)
 app.command("probe")(codes.probe)
 app.command("edit")(edit.command)
@@ -115,6 +128,7 @@ _TOLD = (
     PluginError,
     DataError,
     CheckpointError,
+    MissingWeightsError,
     TrainingError,
     NotEnoughMemoryError,
     NotFiniteError,

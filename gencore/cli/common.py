@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -168,6 +169,15 @@ def check_output(path: Path, is_folder: bool = False) -> None:
 def one_line(text: str) -> str:
     """The text in one line, what a terminal would act on escaped."""
     return shown(re.sub(r"\s*\n\s*", " ", text.strip()))
+
+
+def for_json(value: Any) -> Any:
+    """``value`` with null for the numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: for_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

@@ -13,6 +13,7 @@ import typer
 from torch import Tensor
 
 from gencore import metrics
+from gencore.cli import image_sets
 from gencore.cli.common import (
     BatchSize,
     DataName,
@@ -28,19 +29,25 @@ from gencore.cli.common import (
     check_output,
     first_in_random_order,
     folder_or_file,
+    for_json,
     load,
     load_images,
     sampling_of,
 )
+from gencore.cli.image_sets import FeaturesOption, WeightsOption
 from gencore.data import NamedDataset
 from gencore.data.conditions import conditions_for
 from gencore.files import write_atomically
-from gencore.models.base import GenerativeModel, HasLikelihoodBound, SamplingConfig
+from gencore.metrics import FeatureExtractor
+from gencore.metrics.report import LEAST_IMAGES
+from gencore.models.base import Autoencodes, GenerativeModel, HasLikelihoodBound, SamplingConfig
 from gencore.noise import Key
 from gencore.processes import ALONE, Processes
 
 # Folded into the key, one number per purpose, so that no two figures share noise.
-_BOUND, _BOUND_K, _CLASSES, _CONDITIONAL, _FLOOR = 1, 2, 3, 4, 5
+_BOUND, _BOUND_K, _CLASSES, _CONDITIONAL, _FLOOR, _BOOTSTRAP = 1, 2, 3, 4, 5, 6
+# Images whose features are computed between two moves of a bar.
+_PIECE = 250
 # Of the first column of the table.
 _WIDTH = 58
 
@@ -52,6 +59,8 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first test images only.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Samples that are classified.")] = 1000,
     settings: SamplingSettings = None,
+    features: FeaturesOption = None,
+    weights: WeightsOption = None,
     seed: Seed = 0,
     batch_size: BatchSize = 250,
     out: Annotated[
@@ -60,7 +69,7 @@ def command(
     ema: UseEma = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure the likelihood bound on test images and what a classifier says of samples, whichever can be measured."""
+    """Measure a model: likelihood bound on test images, samples against them, reconstructions; whatever it can do."""
     of_sampling, of_data = apart(settings)
     loaded = load(directory, ema, device)
     sampling = sampling_of(loaded, of_sampling)
@@ -75,6 +84,12 @@ def command(
             classifier = metrics.train_classifier(train, test, seed=seed)
         except ValueError as error:
             raise UserError(f"data set {test.name}: {error}") from error
+    extractor = None
+    if weights is not None and features in (None, "classifier"):
+        raise UserError("--weights: are those of --features efficientnet or inception")
+    if features not in (None, "classifier"):
+        extractor = image_sets.extractor_of(features, weights, device, [], seed)
+        train = train or load_images(loaded, data_name, "train", of_data)
     found = measure(
         loaded.model,
         test,
@@ -89,9 +104,13 @@ def command(
         sampling=sampling,
         processes=loaded.processes,
         progress=loaded.processes.is_first,
+        extractor=extractor,
     )
     if not found:
-        raise UserError("nothing to measure: the model has no likelihood bound and the images have no classes")
+        raise UserError(
+            "nothing to measure: the model has no likelihood bound and the images have no classes; "
+            "--features efficientnet measures samples by ImageNet's features"
+        )
     if not loaded.processes.is_first:
         return
     run = loaded.checkpoint.run
@@ -103,7 +122,7 @@ def command(
         **({} if sampling is None else {"sampling": sampling.to_dict()}),
         **found,
     }
-    write_atomically(path, json.dumps(_finite(told), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(for_json(told), indent=1, allow_nan=False) + "\n")
     lines = rows(found) + ([("with classes", f"left out: {differ}")] if differ else [])
     said = [loaded.title, *(f"  {name:<{_WIDTH}}{value}" for name, value in lines), str(path)]
     print(*said, sep="\n", file=beside(path))
@@ -125,13 +144,6 @@ def _taken_classes(model: GenerativeModel) -> str | None:
     return next((name for name in model.takes if model.spec[name].kind == "class"), None)
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with null for the numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def measure(
     model: GenerativeModel,
     test: NamedDataset,
@@ -146,6 +158,7 @@ def measure(
     sampling: SamplingConfig | None = None,
     processes: Processes = ALONE,
     progress: bool = False,
+    extractor: FeatureExtractor | None = None,
 ) -> dict[str, Any]:
     """Everything that can be measured of a model.
 
@@ -153,7 +166,9 @@ def measure(
     drawn without asking for any class; ``frechet`` is their distance from the test images, and that of as many of
     ``train``. A condition that the model needs is that of test images. For a model with classes, ``conditional`` is
     what is found in ``n`` samples of all classes in turns, if ``with_classes``: the images' classes must be those of
-    the model. What cannot be said of samples that are not finite is NaN.
+    the model. ``measures`` are the figures of the samples by the features of the classifier and of the ``extractor``,
+    beside those of training images; ``reconstruction`` is of the first test images. What cannot be said of samples that
+    are not finite is NaN, or left out.
     """
     found: dict[str, Any] = {}
     if isinstance(model, HasLikelihoodBound):
@@ -174,50 +189,95 @@ def measure(
                 # The model's own refusal, such as of gray images where its likelihood is one of binary ones.
                 raise UserError(f"model {model.plugin_name or type(model).__name__}: {error}") from error
             found[name] = {**asdict(bound), "bits_per_dimension": bound.bits_per_dimension}
-    if classifier is not None and model.can_sample:
-        images = test.batch(torch.arange(len(test))).images
+    if isinstance(model, Autoencodes):
+        found["reconstruction"] = _reconstruction(model, test, min(n, limit or n), batch_size, extractor)
+    judges: list[FeatureExtractor] = [] if classifier is None else [metrics.ClassifierFeatures(classifier)]
+    judges += [] if extractor is None else [extractor]
+    if judges and model.can_sample:
         options: dict[str, Any] = {"n": n, "batch_size": batch_size, "sampling": sampling, "progress": progress}
         options["processes"] = processes
         needed = conditions_for(model, test, n, required=True)
         samples = metrics.draw_samples(model, key.fold_in(_CLASSES), conditions=needed, **options)
-        report = metrics.class_report(classifier, samples)
-        found["classes"] = {
+        images = test.batch(torch.arange(len(test))).images
+        others = None if train is None else first_in_random_order(train, n, key.fold_in(_FLOOR)).images
+        is_measurable = bool(samples.isfinite().all()) and min(n, len(images)) >= LEAST_IMAGES
+        if is_measurable and processes.is_first:
+            of_bootstrap = key.fold_in(_BOOTSTRAP)
+            found["measures"] = [_figures(each, images, samples, others, of_bootstrap, progress) for each in judges]
+        if classifier is not None:
+            found |= _of_classes(classifier, samples, images, others)
+            classes = _taken_classes(model)
+            if classes is not None and with_classes:
+                labels = torch.arange(n) % len(classifier.class_names)
+                conditions = {**needed, classes: labels}
+                samples = metrics.draw_samples(model, key.fold_in(_CONDITIONAL), conditions=conditions, **options)
+                found["conditional"] = {
+                    "accuracy": metrics.conditional_accuracy(classifier, samples, labels),
+                    "confident": metrics.class_report(classifier, samples).confident,
+                }
+                if n > 1 and len(images) > 1:
+                    reference = classifier.features(images)
+                    found["conditional"]["frechet"] = _distance(classifier.features(samples), reference)
+    return found
+
+
+def _of_classes(
+    classifier: metrics.Classifier, samples: Tensor, images: Tensor, others: Tensor | None
+) -> dict[str, Any]:
+    """The classes among the samples, and their distance from the test images, beside that of training images."""
+    report = metrics.class_report(classifier, samples)
+    found: dict[str, Any] = {
+        "classes": {
             **asdict(report),
             "effective_classes": report.effective_classes,
             "test_confident": metrics.class_report(classifier, images).confident,
         }
+    }
+    if len(samples) > 1 and len(images) > 1:
         reference = classifier.features(images)
-        if n > 1 and len(images) > 1:
-            found["frechet"] = _frechet(classifier, samples, reference, train, key.fold_in(_FLOOR))
-        classes = _taken_classes(model)
-        if classes is not None and with_classes:
-            labels = torch.arange(n) % len(classifier.class_names)
-            conditions = {**needed, classes: labels}
-            samples = metrics.draw_samples(model, key.fold_in(_CONDITIONAL), conditions=conditions, **options)
-            found["conditional"] = {
-                "accuracy": metrics.conditional_accuracy(classifier, samples, labels),
-                "confident": metrics.class_report(classifier, samples).confident,
-            }
-            if n > 1 and len(images) > 1:
-                found["conditional"]["frechet"] = _distance(classifier.features(samples), reference)
+        found["frechet"] = {
+            "measure": metrics.FRECHET_NAME,
+            "distance": _distance(classifier.features(samples), reference),
+            "samples": len(samples),
+            "test_images": len(reference),
+            "features": reference.shape[1],
+        }
+        if others is not None and len(others) > 1:
+            distance = metrics.frechet_distance(classifier.features(others), reference)
+            found["frechet"] |= {"train_distance": distance, "train_images": len(others)}
     return found
 
 
-def _frechet(
-    classifier: metrics.Classifier, samples: Tensor, reference: Tensor, train: NamedDataset | None, key: Key
+def _figures(
+    extractor: FeatureExtractor, images: Tensor, samples: Tensor, others: Tensor | None, key: Key, progress: bool
 ) -> dict[str, Any]:
-    """The samples' distance from the test images with these features, and that of as many training images."""
-    told: dict[str, Any] = {
-        "measure": metrics.FRECHET_NAME,
-        "distance": _distance(classifier.features(samples), reference),
+    """Every measure of the samples against the test images, beside those of training images."""
+
+    def seen(images: Tensor, name: str) -> Tensor:
+        return metrics.features_of(extractor, images.split(_PIECE), len(images), name=name, progress=progress)
+
+    real, fake = seen(images, "test images"), seen(samples, "samples")
+    other = None if others is None else seen(others, "training images")
+    figures = metrics.compare(extractor, real, fake, other, key=key)
+    return {
+        "features": extractor.name,
         "samples": len(samples),
-        "test_images": len(reference),
-        "features": reference.shape[1],
+        "test_images": len(images),
+        "train_images": None if others is None else len(others),
+        "figures": [each.to_dict() for each in figures],
     }
-    if train is not None and len(train) > 1:
-        features = classifier.features(first_in_random_order(train, len(samples), key).images)
-        told |= {"train_distance": metrics.frechet_distance(features, reference), "train_images": len(features)}
-    return told
+
+
+def _reconstruction(
+    model: GenerativeModel, test: NamedDataset, limit: int, batch_size: int, extractor: FeatureExtractor | None
+) -> dict[str, Any]:
+    try:
+        found = metrics.reconstruction(model, test, limit=limit, batch_size=batch_size, extractor=extractor)
+    except ValueError:
+        # A model that has broken down.
+        return {"images": 0, "psnr": math.nan, "ssim": None, "perceptual": None}
+    values = {name: getattr(found, name) for name in ("psnr", "ssim", "perceptual")}
+    return {"images": found.images, **{name: each and each.value for name, each in values.items()}}
 
 
 def _distance(features: Tensor, reference: Tensor) -> float:
@@ -258,6 +318,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if "train_distance" in frechet:
             told += f"  ({frechet['train_images']} training images: {frechet['train_distance']:.3f})"
         lines.append((frechet["measure"], told))
+    for told in found.get("measures", ()):
+        lines += _measure_rows(told)
+    if "reconstruction" in found:
+        lines.append(_reconstruction_row(found["reconstruction"]))
     if "conditional" in found:
         conditional = found["conditional"]
         lines += [
@@ -267,3 +331,35 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if "frechet" in conditional:
             lines.append(("with classes: Fréchet distance, as above", f"{conditional['frechet']:.3f}"))
     return lines
+
+
+# Figures that stand in one row, with what is better.
+_TOGETHER = (("frechet",), ("kernel",), ("precision", "recall"), ("density", "coverage"), ("score",))
+
+
+def _measure_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures by the features of one extractor; the classifier's Fréchet distance has a row of its own."""
+    figures = {each["measure"]: each for each in told["figures"]}
+    lines = []
+    for names in _TOGETHER:
+        group = [figures[name] for name in names if name in figures]
+        if not group or (names == ("frechet",) and told["features"] == "classifier"):
+            continue
+        values = ", ".join(f"{each['value']:.4g}" for each in group)
+        low, high = group[0]["interval"]
+        interval = f"  [{low:.4g} to {high:.4g}]" if len(group) == 1 and math.isfinite(low) else ""
+        real = [each["real"] for each in group if each["real"] is not None]
+        beside_it = f"  ({told['train_images']} training images: {', '.join(f'{x:.4g}' for x in real)})" if real else ""
+        title = group[0]["name"] if len(group) == 1 else f"{', '.join(names)} ({told['features']})"
+        lines.append((f"{title}, {group[0]['better']} is better", f"{values}{interval}{beside_it}"))
+    return lines
+
+
+def _reconstruction_row(told: dict[str, Any]) -> tuple[str, str]:
+    name, value = "reconstructions: PSNR", f"{told['psnr']:.2f} dB"
+    if told["ssim"] is not None:
+        name, value = f"{name}, SSIM", f"{value}, {told['ssim']:.4f}"
+    name += ", higher is better"
+    if told["perceptual"] is not None:
+        value += f"; perceptual distance {told['perceptual']:.4f}, lower is better"
+    return name, f"{value}  ({told['images']} test images)"

@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from gencore import ops, pictures, plugins
+from gencore import pictures, plugins
 from gencore.cli.common import (
     DataName,
     DataSettings,
@@ -29,6 +29,7 @@ from gencore.cli.common import (
 )
 from gencore.data import NamedDataset
 from gencore.models.base import Autoencodes, GenerativeModel, HasLatents, checked_images
+from gencore.models.latents import PathKind, information, latent_shape, path_between, prior, traversal
 from gencore.noise import Key
 
 Out = Annotated[
@@ -68,6 +69,9 @@ def interpolate(
         int | None, typer.Option(min=1, max=64, help=f"How many pairs of ends.  [default: {_PAIRS}, or all]")
     ] = None,
     columns: Annotated[int, typer.Option(min=2, max=64, help="Images from end to end.")] = 10,
+    kind: Annotated[
+        PathKind, typer.Option("--path", help="Along a straight line, or an arc, which keeps the lengths of the codes.")
+    ] = "spherical",
     seed: Seed = 0,
     out: Out = None,
     data_name: DataName = None,
@@ -84,13 +88,13 @@ def interpolate(
         if len(images) < 2:
             raise UserError(f"an interpolation needs 2 {images.split} images; data set {images.name} has 1")
         rows = min(_PAIRS, len(images) // 2) if rows is None else rows
-        codes, ends = _encoded(loaded.model, chosen_images(images, 2 * rows, seed).images)[0], f"{images.split} images"
+        codes, ends = encoded(loaded.model, chosen_images(images, 2 * rows, seed).images)[0], f"{images.split} images"
     else:
         rows = rows or _PAIRS
-        codes, ends = _prior(loaded.model, 2 * rows, seed), "samples"
-    path_of_codes = torch.cat([spherical(a, b, columns) for a, b in zip(codes[:rows], codes[rows:], strict=True)])
-    pictures.save(pictures.grid(_decoded(loaded.model, path_of_codes), columns), path)
-    report(path, f"{rows} interpolations between {ends}, {loaded.title}")
+        codes, ends = drawn(loaded.model, 2 * rows, seed), "samples"
+    paths = [path_between(a, b, columns, kind) for a, b in zip(codes[:rows], codes[rows:], strict=True)]
+    pictures.save(pictures.grid(decoded(loaded.model, torch.cat(paths)), columns), path)
+    report(path, f"{rows} {kind} interpolations between {ends}, {loaded.title}")
 
 
 def traverse(
@@ -118,7 +122,7 @@ def traverse(
 def reconstruction_picture(model: GenerativeModel, images: NamedDataset, n: int | None, seed: int) -> Image.Image:
     """Rows of ``n`` images, each above the row of their reconstructions; with None, some or all."""
     originals = chosen_images(images, n or _IMAGES, seed, at_most=n is None).images
-    pairs = torch.stack((originals, _decoded(model, _encoded(model, originals)[0]).cpu()))
+    pairs = torch.stack((originals, decoded(model, encoded(model, originals)[0]).cpu()))
     columns = min(len(originals), 8)
     rows = -(-len(originals) // columns)
     # An unfinished last row is filled with white, so that the images below it stay below their originals.
@@ -136,51 +140,37 @@ def traversal_picture(
     With ``images`` and an encoder, that code is of one of them, and the rows are the dimensions with the largest
     mean KL divergence from the prior; without, it is drawn from the prior, and the rows are the first dimensions.
     """
-    shape = _latent_shape(model)
-    size = torch.Size(shape).numel()
+    check_latents(model)
+    size = torch.Size(latent_shape(model)).numel()
     rows = min(rows, size)
     order, labels = list(range(size)), [f"z{i}" for i in range(rows)]
     if images is not None and isinstance(model, Autoencodes):
-        mu, logvar = _encoded(model, chosen_images(images, min(len(images), 512), seed).images)
-        divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
+        mu, logvar = encoded(model, chosen_images(images, min(len(images), 512), seed).images)
+        divergence = information(mu, logvar)
         order = divergence.argsort(descending=True, stable=True).tolist()
         labels = [f"z{i}  {float(divergence[i]):.2f} nats" for i in order[:rows]]
         base = mu[0]
     else:
-        base = _prior(model, 1, seed)[0]
-    codes = base.flatten().expand(rows, columns, size).clone()
-    for row, dimension in enumerate(order[:rows]):
-        codes[row, :, dimension] = torch.linspace(-_REACH, _REACH, columns)
-    return pictures.grid(_decoded(model, codes.reshape(-1, *shape)), columns, labels)
+        base = drawn(model, 1, seed)[0]
+    codes = traversal(base, order[:rows], torch.linspace(-_REACH, _REACH, columns))
+    return pictures.grid(decoded(model, codes.flatten(0, 1)), columns, labels)
 
 
-def spherical(a: Tensor, b: Tensor, steps: int) -> Tensor:
-    """``steps`` codes from ``a`` to ``b`` along the arc between their directions, their lengths in between.
-
-    A straight line between codes of a normal prior passes through shorter ones than the prior ever draws.
-    """
-    t = torch.linspace(0, 1, steps, device=a.device).reshape(-1, *[1] * a.dim())
-    length_a, length_b = a.norm().clamp(min=1e-12), b.norm().clamp(min=1e-12)
-    cosine = (a * b).sum() / (length_a * length_b)
-    if abs(float(cosine)) > 0.9999:
-        return a + t * (b - a)
-    angle = cosine.acos()
-    direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / torch.sin(angle)
-    return direction * (length_a + t * (length_b - length_a))
+def drawn(model: GenerativeModel, n: int, seed: int) -> Tensor:
+    """``n`` latents of the prior; latent ``i`` is that of sample ``i`` of the seed."""
+    check_latents(model)
+    return prior(model, n, Key(seed))
 
 
-def _prior(model: GenerativeModel, n: int, seed: int) -> Tensor:
-    return ops.normal((n, *_latent_shape(model)), Key(seed), device=model.device)
-
-
-def _latent_shape(model: GenerativeModel) -> tuple[int, ...]:
+def check_latents(model: GenerativeModel) -> None:
+    """Refuses a model without latents."""
     if not isinstance(model, HasLatents):
         raise UserError("this model has no latent code")
-    return model.latent_shape
 
 
 @torch.no_grad()
-def _encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
+def encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of the images' codes."""
     if not isinstance(model, Autoencodes):
         raise UserError("this model has no encoder, so it cannot reconstruct images")
     with plugins.blamed(model.plugin_name, "encode()"):
@@ -193,8 +183,9 @@ def _encoded(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
-    if not isinstance(model, HasLatents):
-        raise UserError("this model has no latent code")
+def decoded(model: GenerativeModel, codes: Tensor) -> Tensor:
+    """The images of codes, on the CPU."""
+    check_latents(model)
+    assert isinstance(model, HasLatents)
     with plugins.blamed(model.plugin_name, "decode()"):
         return checked_images(model.decode(codes), len(codes), model.spec)

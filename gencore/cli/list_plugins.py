@@ -11,6 +11,7 @@ import typer
 from gencore.cli.common import print_table
 from gencore.config import Config
 from gencore.data import DATASETS
+from gencore.models import ModelPlugin
 from gencore.plugins import MODELS
 from gencore.train import TrainConfig
 from gencore.train.settings import flat
@@ -44,7 +45,7 @@ def _list_plugins() -> None:
             plugin = MODELS.load(entry.name)
             family, summary = plugin.family, plugin.summary
             if plugin.preset_of is not None:
-                changes = ", ".join(f"{name}={value}" for name, value in flat(plugin.defaults).items())
+                changes = ", ".join(f"{name}={value}" for name, value in _defaults(plugin).items())
                 summary = f"{summary} (preset of {plugin.preset_of}: {changes})"
         rows.append((entry.name, family, f"{entry.package} {entry.version}", state, summary))
     print_table(rows)
@@ -65,7 +66,12 @@ def _list_settings(name: str) -> None:
     print(f"settings of {name}, for --set:")
     _print_settings(plugin.config, "", flat(plugin.defaults))
     print("\nsettings of the trainer:")
-    _print_settings(TrainConfig, "train.")
+    _print_settings(TrainConfig, "train.", flat(plugin.train))
+
+
+def _defaults(plugin: ModelPlugin) -> dict[str, Any]:
+    """A preset's own defaults, by the names of ``--set``."""
+    return flat(plugin.defaults) | {f"train.{name}": value for name, value in flat(plugin.train).items()}
 
 
 def _list_data_settings(name: str) -> None:

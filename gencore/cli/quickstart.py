@@ -44,8 +44,7 @@ _TIMED = (
 _RECIPES: dict[str, dict[str, Any]] = {
     "vae": {"train": {"steps": 1500, "schedule": "cosine", "average": {"decay": 0.99}}},
     "gan": {
-        "dropout": 0.0,
-        "gradient_penalty": 0.05,
+        "r1": 0.2,
         "generator_optimizer": {"lr": 5e-4},
         "discriminator_optimizer": {"lr": 1e-3},
         "train": {"steps": 2000, "average": {"decay": 0.995}},

@@ -116,8 +116,12 @@ def check_pillow(name: str) -> None:
         raise DataError(f"data set {name} needs Pillow: pip install 'gencore[train]'") from error
 
 
-def read_image(path: Path) -> Tensor:
-    """One picture in gray, (1, height, width) uint8, read as those of a data set are.
+def read_image(path: Path, channels: int = 1, size: int | None = None) -> Tensor:
+    """One picture, (channels, height, width) uint8, read as those of a data set are.
+
+    Args:
+        channels: 1 for gray, or 3.
+        size: height and width of a square picture, to which the shorter side is resized; the middle is kept.
 
     Raises:
         DataError: it is no picture that can be read; the message names it.
@@ -127,7 +131,8 @@ def read_image(path: Path) -> Tensor:
         with open(path, "rb") as stream:
             found = header(stream, path.name)
             stream.seek(0)
-            return torch.from_numpy(decoded(stream, path.name, 1, Fit(), Fit().shape(found)).copy())
+            fit = Fit(size)
+            return torch.from_numpy(decoded(stream, path.name, channels, fit, fit.shape(found)).copy())
     except BadImageError as error:
         raise DataError(f"{path} cannot be read as a picture: {error}") from error
 

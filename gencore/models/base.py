@@ -90,6 +90,8 @@ class Phase:
             al. 2020).
         batch_of: an earlier phase of the step whose last minibatch this one takes, instead of drawing its own. Its
             noise is its own all the same.
+        after: called after each step of the optimiser, where there is something that no gradient does, such as cutting
+            weights off. All processes call it together.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Phase:
     repeats: int = 1
     every: int = 1
     batch_of: str | None = None
+    after: Callable[[], None] | None = None
 
 
 class Draw(NamedTuple):
@@ -388,6 +391,7 @@ class ModelPlugin:
         summary: one line.
         preset_of: the plugin that it is a preset of; None for one of its own.
         defaults: the settings in which it differs from ``config``'s defaults, as :meth:`Config.to_dict` has them.
+        train: the same of the trainer's settings, which a run may override like any default.
     """
 
     name: str
@@ -397,8 +401,11 @@ class ModelPlugin:
     summary: str = ""
     preset_of: str | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def preset(self, name: str, summary: str, **defaults: Any) -> ModelPlugin:
+    def preset(
+        self, name: str, summary: str, *, train: Mapping[str, Any] = MappingProxyType({}), **defaults: Any
+    ) -> ModelPlugin:
         """This plugin under a name of its own, with other defaults: a known system of the family.
 
         >>> from gencore.models.vae import plugin
@@ -411,6 +418,7 @@ class ModelPlugin:
             summary=summary,
             preset_of=self.preset_of or self.name,
             defaults=merged(self.defaults, defaults),
+            train=merged(self.train, train),
         )
 
     def config_of(self, settings: Mapping[str, Any]) -> Any:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gencore import ops
 from gencore.arguments import integer
 from gencore.nn._checks import number
-from gencore.nn._plain import upfirdn2d
 
 # Of Karras et al. (2019, 2020): a binomial filter, bilinear interpolation twice.
 BINOMIAL = (1.0, 3.0, 3.0, 1.0)
@@ -47,15 +47,15 @@ def convolution(x: Tensor, weight: Tensor, filter: Tensor, *, up: int = 1, down:
     if up > 1:
         before, behind, gain = (taps + up - 1) // 2, (taps - up) // 2, float(up * up)
         if middle == 0:
-            return upfirdn2d(F.conv2d(x, weight, groups=groups), filter, up, 1, (before, behind) * 2, gain=gain)
+            return ops.upfirdn2d(F.conv2d(x, weight, groups=groups), filter, up, 1, (before, behind) * 2, gain=gain)
         # Every pixel is spread by the kernel: as if zeros were inserted behind each pixel but the last.
         y = F.conv_transpose2d(x, _turned(weight, groups), stride=up, groups=groups)
-        return upfirdn2d(y, filter, padding=(before - middle, behind - middle + up - 1) * 2, gain=gain)
+        return ops.upfirdn2d(y, filter, padding=(before - middle, behind - middle + up - 1) * 2, gain=gain)
     if down > 1:
         before, behind = (taps - down + 1) // 2, (taps - down) // 2
         if middle == 0:
-            return F.conv2d(upfirdn2d(x, filter, 1, down, (before, behind) * 2), weight, groups=groups)
-        y = upfirdn2d(x, filter, padding=(before + middle, behind + middle) * 2)
+            return F.conv2d(ops.upfirdn2d(x, filter, 1, down, (before, behind) * 2), weight, groups=groups)
+        y = ops.upfirdn2d(x, filter, padding=(before + middle, behind + middle) * 2)
         return F.conv2d(y, weight, stride=down, groups=groups)
     return F.conv2d(x, weight, padding=middle, groups=groups)
 

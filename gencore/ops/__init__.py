@@ -18,6 +18,10 @@ from gencore.ops.normal import normal as normal
 from gencore.ops.reparameterize import reparameterize as reparameterize
 from gencore.ops.reparameterize import reparameterize_kl as reparameterize_kl
 from gencore.ops.uniform import uniform as uniform
+from gencore.ops.upfirdn2d import downsample2d as downsample2d
+from gencore.ops.upfirdn2d import filter2d as filter2d
+from gencore.ops.upfirdn2d import upfirdn2d as upfirdn2d
+from gencore.ops.upfirdn2d import upsample2d as upsample2d
 
 register_rules()
 
@@ -27,6 +31,8 @@ __all__ = [
     "attention",
     "denoising_loss",
     "diffusion_step",
+    "downsample2d",
+    "filter2d",
     "group_norm",
     "normal",
     "reparameterize",
@@ -34,5 +40,7 @@ __all__ = [
     "spatial_attention",
     "step_coefficients",
     "uniform",
+    "upfirdn2d",
+    "upsample2d",
     "variational_bound",
 ]

@@ -33,7 +33,7 @@ class Contract:
 
     ``check(*args)`` raises where an argument is wrong. What it answers depends on the forms of arguments alone: types,
     shapes, dtypes, layouts and devices of tensors, and other arguments themselves. Without a check, :meth:`remember` is
-    told what was found right.
+    told what was found right. A type stands for any value of it, where the check looks no further.
     """
 
     def __init__(self, check: Callable[..., Any] = lambda *args: None):
@@ -50,7 +50,7 @@ class Contract:
         self.known(*args, unknown=forms)
         if forms and all(not isinstance(arg, Tensor) or _has_kernel(arg) for arg in args):
             if len(self._known) >= _MOST:
-                self._known.clear()
+                del self._known[next(iter(self._known))]  # The oldest.
             self._known[forms[0]] = answer
         return answer
 
@@ -95,7 +95,7 @@ class Contract:
 _UNKNOWN = object()
 # Forms that a contract remembers.
 _MOST = 4096
-_VALUES = frozenset((int, float, str, bool))
+_VALUES = frozenset((int, float, str, bool, type))
 _Parameter = torch.nn.Parameter
 
 
@@ -126,13 +126,17 @@ def check_floating(name: str, dtype: Any) -> None:
         raise TypeError(f"{name} must be one of {names}, got {str(dtype).removeprefix('torch.')}")
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense (strided) tensor, got {layout}")
+
+
 def check_tensor(name: str, tensor: Any) -> None:
     """``tensor`` must be a floating-point tensor with samples in its first dimension, on a device with kernels."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        layout = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-        raise ValueError(f"{name} must be a dense (strided) tensor, got {layout}")
+    check_dense(name, tensor)
     check_floating(f"dtype of {name}", tensor.dtype)
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples; got a scalar")
@@ -261,11 +265,7 @@ def check_out(
             is_plain = is_plain and type(tensor) in PLAIN_TYPES
     if not is_plain or torch.compiler.is_compiling() or is_fake(out) or is_wrapped(out):  # It has no memory.
         return
-    if (
-        0 in out.stride()
-        and out.numel()
-        and any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True))
-    ):
+    if not out.is_contiguous() and _may_overlap(out):
         raise ValueError(f"{own_name} must not have several elements in one place, as an expanded tensor has")
     if out.is_meta:  # It has no memory.
         return
@@ -288,6 +288,18 @@ def _is_like(a: Any, b: Tensor) -> bool:
         and a.device == b.device
         and a.shape == b.shape
     )
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether a tensor may have several elements in one place. None has where the steps along each dimension go beyond
+    all that those along shorter-stepped ones reach, as in any part or permutation of a dense tensor."""
+    reach = 0
+    for step, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1:
+            if step <= reach:
+                return tensor.numel() > 0
+            reach += (n - 1) * step
+    return False
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

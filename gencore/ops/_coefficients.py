@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gencore._torch import beside
 from gencore.arguments import integer
+from gencore.ops._checks import check_dense
 from gencore.schedule import Schedule
 
 
@@ -25,12 +26,18 @@ def check_steps(t: Any, x: Tensor) -> None:
     if not isinstance(t, Tensor):
         integer("t", t, what="an int or a tensor of int64 or int32")
         return
+    check_dense("t", t)
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"t must be an int or a tensor of int64 or int32, got one of {t.dtype}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must be one step per sample, of shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
     if t.device != x.device:
         raise ValueError(f"t must be on the device of the samples, {x.device}, got {t.device}")
+
+
+def form_of_steps(t: Any) -> Any:
+    """What :func:`check_steps` depends on, for a contract to remember: an int has no other form than its type."""
+    return int if type(t) is int else t
 
 
 def rows_at(t: Any, table: Tensor) -> tuple[Tensor, Tensor | None]:

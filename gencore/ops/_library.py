@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import torch
@@ -105,9 +107,12 @@ class Op:
             # With a setup_context of its own, apply() would look at the signature at every call: 15 microseconds.
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                outputs = run_kernel(name, args) if keeping is None else keeping(ctx, *args)
+                outputs, kept = (run_kernel(name, args), None) if keeping is None else keeping(*args)
                 if setup_context is not None:
                     setup_context(ctx, args, outputs)
+                if kept is not None:
+                    # Saved as the others are, so that hooks of saved tensors move it too.
+                    ctx.save_for_backward(*ctx.to_save, kept)
                 return outputs
 
         class Transformed(torch.autograd.Function):
@@ -152,7 +157,7 @@ class Op:
                 if self._definition is not None and needs_definition(args, self._has_jvp):
                     return self._definition(*args)
                 if self._transformed is not None and not torch.compiler.is_compiling():
-                    return self._transformed.apply(*args)
+                    return self._transformed.apply(*(_Whole(arg) if type(arg) is list else arg for arg in args))
             return self.library(*args)
         wanted = False
         for arg in args:
@@ -165,6 +170,10 @@ class Op:
         if wanted and self.with_gradient is not None and torch.is_grad_enabled():
             return self.with_gradient(*args)
         return run_kernel(self.name, args)
+
+
+class _Whole(list):  # type: ignore[type-arg]
+    """A list that transforms of ``torch.func`` do not take for as many arguments."""
 
 
 def _run(name: str, args: Sequence[Any]) -> Any:
@@ -199,18 +208,17 @@ _flops: dict[str, Callable[..., int]] = {}
 _layouts: dict[str, Layouts] = {}
 
 
-_is_explaining = False
+_is_explaining: ContextVar[bool] = ContextVar("_is_explaining", default=False)
 
 
 @contextmanager
 def explaining() -> Iterator[None]:
-    """Within it every op is called that would be, whether or not a backend has it."""
-    global _is_explaining
-    before, _is_explaining = _is_explaining, True
+    """Within it every op is called that would be, whether or not a backend has it. Other threads do not notice."""
+    token = _is_explaining.set(True)
     try:
         yield
     finally:
-        _is_explaining = before
+        _is_explaining.reset(token)
 
 
 def optional_kernel(name: str) -> str | None:
@@ -237,11 +245,11 @@ def has_kernel(name: str, args: Sequence[Any]) -> bool:
     """Whether the backend that serves the tensors has what an optional op runs; the compiler's have all."""
     first = next(arg for arg in args if isinstance(arg, Tensor))
     try:
-        if _is_explaining or first.is_meta or is_fake(first):
+        if first.is_meta or is_fake(first):
             return True
         if torch.compiler.is_compiling():
             return _is_served(_optional[name][0], first.device)
-        return choice.has_kernel(_optional[name][0], first)
+        return _is_explaining.get() or choice.has_kernel(_optional[name][0], first)
     except choice.NoBackend:
         return True
 
@@ -385,8 +393,9 @@ def define(
         jvp: the derivative in forward mode, as :class:`torch.autograd.Function` takes it, from what ``setup_context``
             saves for the gradient.
         optional: the kernel that it takes, where not every backend has it: the definition is then run.
-        keeping: ``(ctx, *args)``, what runs instead of the kernel where nothing observes the call and a gradient is
-            wanted: it may keep on ``ctx``, for ``backward``, what costs no more memory than the gradient.
+        keeping: ``(*args)``, what runs instead of the kernel where nothing observes the call and a gradient is wanted:
+            it gives the output, and None or a tensor, of no more memory than the gradient, that is saved behind what
+            ``setup_context`` saves.
         out: how its results may be written to tensors that are given: :meth:`Op.into` then does that.
     """
     name, _, arguments_and_returns = signature.partition("(")
@@ -436,8 +445,8 @@ def _define_into(signature: str, out: Out, fake: Callable[..., Any], layouts: La
     head, _, returns = signature.partition(") -> ")
     name, given = head.partition("(")[0], len(out.names)
     tensors = [
-        f"Tensor({letter}!){'?' * name.endswith('?')} {name.rstrip('?')}"
-        for letter, name in zip("abc", out.names, strict=False)
+        f"Tensor({letter}!){'?' * tensor.endswith('?')} {tensor.rstrip('?')}"
+        for letter, tensor in zip(ascii_lowercase[:given], out.names, strict=True)
     ]
     others = returns.strip("()").split(", ")[given:] if out.others else []
 
@@ -462,7 +471,7 @@ def _define_into(signature: str, out: Out, fake: Callable[..., Any], layouts: La
 
     def layouts_into(args: Mapping[str, Any]) -> list[Layout]:
         assert layouts is not None
-        names = [name.rstrip("?") for name in out.names]
+        names = [tensor.rstrip("?") for tensor in out.names]
         return [
             Layout({**way.inputs, **dict.fromkeys(names, way.outputs[0])}, way.outputs[given:])  # type: ignore[dict-item]
             for way in layouts(args)

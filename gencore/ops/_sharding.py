@@ -15,7 +15,7 @@ from gencore.ops._checks import rows_of
 from gencore.ops._library import Layout, Layouts
 
 # Arguments that are the same in every process, and that no user distributes.
-_SHARED = ("key", "table", "rows")
+_SHARED = ("key", "table", "rows", "filter")
 
 
 def register(name: str, layouts: Layouts, library: Any) -> None:

@@ -21,7 +21,7 @@ from gencore.ops._checks import (
     known_key,
     resolve_key,
 )
-from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of
+from gencore.ops._coefficients import check_schedule, check_steps, column_of, form_of_steps, rows_at, rows_of
 from gencore.ops._library import PLAIN_TYPES, Layout, Out, define, widened
 from gencore.ops.normal import normals_for
 from gencore.schedule import Schedule
@@ -77,7 +77,7 @@ def _check(x0: Any, t: Any) -> None:
     check_elements_of("x0", x0)
 
 
-_CONTRACT = Contract(_check)
+_CONTRACT = Contract()
 
 
 @overload
@@ -143,12 +143,13 @@ def add_noise(
     """
     known = None
     if type(schedule) is Schedule and is_plain_key(key) and (out is None or type(out) in PLAIN_TYPES):
-        known = _CONTRACT.known(x0, t)
+        known = _CONTRACT.known(x0, form_of_steps(t))
     if known is None:
         if is_overridden(x0, t, schedule, key, out):
             options = {"return_noise": return_noise, "out": out}
             return hand_over(add_noise, (x0, t, schedule, key, out), x0, t, schedule, key, **options)
-        _CONTRACT(x0, t)
+        _check(x0, t)
+        _CONTRACT.remember(None, x0, form_of_steps(t))
         check_schedule(schedule)
     # One row on the CPU is an argument of a launch.
     place = x0.device if isinstance(t, Tensor) else torch.device("cpu")

@@ -23,7 +23,7 @@ from gencore.ops._checks import (
     known_key,
     resolve_key,
 )
-from gencore.ops._coefficients import check_schedule, check_steps, column_of, rows_at, rows_of, widened
+from gencore.ops._coefficients import check_schedule, check_steps, column_of, form_of_steps, rows_at, rows_of, widened
 from gencore.ops._library import Layout, define, is_unobserved, pull_back, run_kernel
 from gencore.ops._library import widened as wide
 from gencore.ops.normal import normals_for
@@ -76,25 +76,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _keeping_error(
-    ctx: Any, output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, *key_and_noise: Any
-) -> Tensor:
-    """The loss, with what its gradient is a multiple of kept on ``ctx``, so that noise is made once.
+    output: Tensor, x0: Tensor, table: Tensor, t: Tensor | None, *key_and_noise: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and what its gradient is a multiple of, so that noise is made once.
 
     On CPUs making it takes longer than writing and reading as much. The gradient will be in its place.
     """
     key, noise = key_and_noise
     if noise is None and output.shape == x0.shape and choice.has_kernel("denoising_loss_and_error", x0):
-        loss, ctx.error = run_kernel("denoising_loss_and_error", (output, x0, table, t, key))
-        return loss
-    return run_kernel("denoising_loss", (output, x0, table, t, key, noise))
+        loss, error = run_kernel("denoising_loss_and_error", (output, x0, table, t, key))
+        return loss, error
+    return run_kernel("denoising_loss", (output, x0, table, t, key, noise)), None
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    output, x0, table, t, key, noise = ctx.saved_tensors
-    error = ctx.__dict__.pop("error", None)
+    output, x0, table, t, key, noise, *kept = ctx.saved_tensors
+    error = kept[0] if kept and not ctx.__dict__.get("is_error_scaled") else None
     alone = is_unobserved() and type(grad_loss) is Tensor and not is_batched_gradient(grad_loss)
     has_scale = error is not None and choice.has_kernel("denoising_loss_scale", x0)
     if has_scale and alone and not torch.is_grad_enabled():
+        ctx.is_error_scaled = True
         grad_output = choice.kernel("denoising_loss_scale", x0)(grad_loss, error, table, t, key)
     else:
         # The second time, or where it will itself be differentiated.
@@ -185,7 +186,7 @@ def denoising_loss(
     """
     known = None
     if type(weighting) is str and type(schedule) is Schedule and _is_plain_source(key, noise):
-        known = _CONTRACT.known(model_output, x0, t, noise, bound_weight)
+        known = _CONTRACT.known(model_output, x0, form_of_steps(t), noise)
     if known is None:
         tensors = (model_output, x0, t, schedule, key)
         if is_overridden(*tensors, noise, weighting):
@@ -194,7 +195,9 @@ def denoising_loss(
             return hand_over(denoising_loss, relevant, *tensors, **options, bound_weight=bound_weight)
         model_output = widened(model_output, x0)
         _check_source(schedule, key, noise)
-        _CONTRACT(model_output, x0, t, noise, bound_weight)
+        _check(model_output, x0, t, noise)
+        _CONTRACT.remember(None, model_output, x0, form_of_steps(t), noise)
+    _check_weight(bound_weight)
     variance: Variance | None = None
     weight = 0.0
     if model_output.shape != x0.shape:
@@ -234,7 +237,7 @@ def variational_bound(
     """
     known = None
     if type(schedule) is Schedule and _is_plain_source(key, noise):
-        known = _CONTRACT.known(model_output, x0, t, noise, 0.0)
+        known = _CONTRACT.known(model_output, x0, form_of_steps(t), noise)
     if known is None:
         tensors = (model_output, x0, t, schedule, key)
         if is_overridden(*tensors, noise):
@@ -242,7 +245,8 @@ def variational_bound(
             return hand_over(variational_bound, (*tensors, noise), *tensors, **options)
         model_output = widened(model_output, x0)
         _check_source(schedule, key, noise)
-        _CONTRACT(model_output, x0, t, noise, 0.0)
+        _check(model_output, x0, t, noise)
+        _CONTRACT.remember(None, model_output, x0, form_of_steps(t), noise)
     if (variance == "learned_range") != (model_output.shape != x0.shape):
         raise ValueError(
             "variance must be learned_range for a model_output of twice the channels of x0, and only for such, got "
@@ -288,20 +292,23 @@ def _check_source(schedule: Any, key: Any, noise: Any) -> None:
     check_schedule(schedule)
 
 
-def _check(output: Any, x0: Any, t: Any, noise: Any, bound_weight: Any) -> None:
+def _check_weight(bound_weight: Any) -> None:
+    if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
+        raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
+    if not 0 <= bound_weight < math.inf:  # type: ignore[operator]
+        raise ValueError(f"bound_weight must be at least 0 and finite, got {bound_weight}")
+
+
+def _check(output: Any, x0: Any, t: Any, noise: Any) -> None:
     check_tensor("x0", x0)
     if noise is not None:
         check_same("noise", noise, "x0", x0)
     check_elements_of("x0", x0)
     check_prediction("model_output", output, "x0", x0)
-    if isinstance(bound_weight, bool) or not isinstance(bound_weight, numbers.Real):
-        raise TypeError(f"bound_weight must be a number, got {type(bound_weight).__name__}")
-    if not 0 <= bound_weight < math.inf:  # type: ignore[operator]
-        raise ValueError(f"bound_weight must be at least 0 and finite, got {bound_weight}")
     check_steps(t, x0)
 
 
-_CONTRACT = Contract(_check)
+_CONTRACT = Contract()
 
 
 def check_prediction(name: str, output: Any, x_name: str, x: Tensor) -> None:

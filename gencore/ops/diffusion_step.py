@@ -17,6 +17,7 @@ from gencore.backends.reference import diffusion_step as reference
 from gencore.noise import Key
 from gencore.ops._checks import (
     Contract,
+    check_dense,
     check_elements_of,
     check_out,
     check_same,
@@ -316,6 +317,7 @@ def _check_coefficients(coefficients: Any, x: Tensor) -> None:
         raise TypeError(
             f"coefficients must be a tensor, got {type(coefficients).__name__}; step_coefficients makes one"
         )
+    check_dense("coefficients", coefficients)
     if coefficients.dtype != torch.float64:
         raise TypeError(f"coefficients must be of torch.float64, got {coefficients.dtype}")
     columns = len(STEP_COLUMNS)

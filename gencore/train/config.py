@@ -15,6 +15,7 @@ LENGTH = ("steps", "epochs")
 RESUMABLE = (
     *LENGTH, "log_every", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "accumulate", "workers",
     "compile", "sharding", "sample_every", "samples", "validate_every", "keep_best",
+    "measure_every", "measured_samples",
 )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class TrainConfig(Config):
     clip: float | None = field(None, gt=0, doc="largest norm of a phase's gradient; none: not clipped")
     average: AverageConfig | None = field(None, doc="moving average of the weights; none: no average")
     schedule: Literal["constant", "cosine"] = field("constant", doc="of the learning rate, after the warm-up")
+    schedule_end: float = field(0.0, ge=0, le=1, doc="cosine: share of the learning rate at the end")
     warmup: int = field(0, ge=0, doc="steps over which the learning rate rises linearly from 0")
     workers: int | None = field(
         None,
@@ -59,6 +61,10 @@ class TrainConfig(Config):
     validate_every: int | None = field(
         None, ge=1, doc="steps between measures of the losses on test images; none: not measured"
     )
+    measure_every: int | None = field(
+        None, ge=1, doc="steps between measures of samples against test images; none: not measured"
+    )
+    measured_samples: int = field(1000, ge=6, le=100_000, doc="samples that are measured then")
     keep_best: bool = field(False, doc="keep the checkpoint with the lowest validation loss too")
     checkpoint_every: int = field(1000, ge=1, doc="steps between checkpoints")
     checkpoint_minutes: float | None = field(
@@ -82,11 +88,13 @@ class TrainConfig(Config):
     def learning_rate_factor(self, step: int, total_steps: int) -> float:
         """What multiplies every learning rate in the step after ``step`` finished ones: a pure function of both.
 
-        Linear warm-up to 1, then constant, or half a cosine down to 0 at the end (Loshchilov and Hutter 2017, eq. 5).
+        Linear warm-up to 1, then constant, or half a cosine down to ``schedule_end`` (Loshchilov and Hutter 2017,
+        equation 5).
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
             return 1.0
         progress = (step - self.warmup) / max(1, total_steps - self.warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.schedule_end + (1.0 - self.schedule_end) * cosine

@@ -9,7 +9,7 @@ from typing import Any
 from gencore import data as data_sets
 from gencore.config import ConfigError
 from gencore.data import MissingSplitError, NamedDataset, Split
-from gencore.models.base import GenerativeModel
+from gencore.models.base import GenerativeModel, ModelPlugin
 from gencore.plugins import MODELS, faults_with
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, Run
@@ -120,7 +120,7 @@ def make_trainer(
     of_trainer, faults = settings.train, list[str]()
     if saved and "epochs" in of_trainer and "steps" not in of_trainer:
         of_trainer = {**of_trainer, "steps": None}
-    config = collect(TrainConfig, of_trainer, saved.train if saved else {}, "train.", faults, known)
+    config = collect(TrainConfig, of_trainer, saved.train if saved else _defaults(plugin), "train.", faults, known)
     # A resumed run keeps its settings; the trainer refuses those asked for anew that are not the run's.
     base = former.config if former and former.model == model else plugin.defaults
     of_model_faults: list[str] = []
@@ -136,11 +136,12 @@ def make_trainer(
     if faults := of_model_faults + faults:
         raise ConfigError(plugin.name, faults)
     validation = None
-    if config.validate_every is not None:
+    if config.validate_every is not None or config.measure_every is not None:
         try:
             validation = read(name, "test", of_data)
         except MissingSplitError as error:
-            raise TrainingError(f"train.validate_every needs test images: {error}") from error
+            if config.validate_every is not None:
+                raise TrainingError(f"train.validate_every needs test images: {error}") from error
     return Trainer(
         plugin,
         of_model,
@@ -154,3 +155,16 @@ def make_trainer(
         device=device,
         progress=progress,
     )
+
+
+def _defaults(plugin: ModelPlugin) -> Mapping[str, Any]:
+    """A plugin's defaults of the trainer.
+
+    Raises:
+        PluginError: they are wrong.
+    """
+    try:
+        TrainConfig.from_dict(plugin.train)
+    except ConfigError as error:
+        raise MODELS.broken(plugin.name, f"its train is wrong: {'; '.join(error.faults)}") from error
+    return plugin.train

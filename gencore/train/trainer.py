@@ -43,6 +43,7 @@ from gencore.train.descent import Average, Descent, PhaseRunner
 from gencore.train.errors import TrainingError
 from gencore.train.interruption import Interrupted, deferred_signals
 from gencore.train.log import MetricsLog, read_metrics
+from gencore.train.measuring import Measuring
 from gencore.train.memory import enough_memory
 from gencore.train.order import phase_key
 
@@ -147,8 +148,12 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model: GenerativeModel = build_model(plugin, model_config, data.spec)
             self.model.to(self.device).train()
-        if config.sample_every is not None and not self.model.can_sample:
-            raise TrainingError(f"train.sample_every needs a model that generates images, and {plugin.name} does not")
+        for name in ("sample_every", "measure_every"):
+            if getattr(config, name) is not None and not self.model.can_sample:
+                raise TrainingError(f"train.{name} needs a model that generates images, and {plugin.name} does not")
+        self._measuring: Measuring | None = None
+        if config.measure_every is not None:
+            self._measuring = Measuring(data, validation, config.measured_samples, config.seed, str(self.device))
         self.runners: list[PhaseRunner] = []
         self.descents: list[Descent] = []
         self.average: Average | None = None
@@ -418,19 +423,26 @@ class Trainer:
             record = self.record()
             losses = {name[:-5]: figure for name, figure in record.items() if name.endswith("/loss")}
             progress.figures({**losses, "images/s": record.get("images_per_second", math.nan)})
-        if config.validate_every is not None and (last or self.step % config.validate_every == 0):
+        if self._is_due(config.validate_every, last):
             found = self._validated()
             first = next(iter(found.values()))
             if config.keep_best and first < self._best:
                 is_best, self._best = True, first
             record = {**(record or {"step": self.step, "seconds": round(self.seconds, 3)}), **found}
+        if self._measuring is not None and self._is_due(config.measure_every, last):
+            with reports.aside(self.model, self.average):
+                found = self._measuring(self.model, self.processes, divided=config.sharding == "full")
+            record = {**(record or {"step": self.step, "seconds": round(self.seconds, 3)}), **found}
         if record and log is not None:
             log.write(record)
         if record and board is not None:
             board.scalars(record, self.step)
-        if config.sample_every is not None and (last or self.step % config.sample_every == 0):
+        if self._is_due(config.sample_every, last):
             self._draw(board)
         return is_best
+
+    def _is_due(self, every: int | None, last: bool) -> bool:
+        return every is not None and (last or self.step % every == 0)
 
     def _validated(self) -> dict[str, float]:
         assert self.validation is not None
@@ -476,7 +488,7 @@ class Trainer:
                 batch = drawn[phase.batch_of] if phase.batch_of is not None else self._next_batch()
                 drawn[phase.name] = batch
                 what = f"the loss of phase {phase.name!r} at step {self.step + 1}"
-                with plugins.blamed(self.run.model, what, TrainingError, OtherProcessError):
+                with plugins.blamed(self.run.model, what, ConfigError, TrainingError, OtherProcessError):
                     self._descend(runner, batch, phase_key(self.config.seed, self.step, runner.index, repetition))
                 if self.device.type == "cpu":
                     self._refuse_divergence()
@@ -534,6 +546,9 @@ class Trainer:
                 runner.add(step, share, is_last=part == config.accumulate - 1)
         with processes.waiting():
             runner.descend(self.step + 1, config.clip)
+            if runner.phase.after is not None:
+                with torch.no_grad():
+                    runner.phase.after()
 
     def autocast(self) -> Any:
         """The context that losses are computed in, for ``config.precision``."""

@@ -289,24 +289,20 @@ def test_a_key_at_minus_infinity_leaves_the_others_gradients(dtype, kernels):
 
 def test_the_module_refuses_what_is_no_attention():
     x, lse = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5)
-
-    def call(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1, missing=None) -> None:
-        tensor = x.data_ptr(), *x.stride()
-        tensors = [(0, *x.stride()) if i == missing else tensor for i in range(4)]
-        _cpu.attention(*tensors, lse.data_ptr(), dtype, sizes, 0.5, threads)
-
-    def call_backward(sizes=(2, 3, 5, 5, 4), dtype=0, threads=1, missing=None) -> None:
-        tensor = x.data_ptr(), *x.stride()
-        tensors = [(0, *x.stride()) if i == missing else tensor for i in range(5)]
-        _cpu.attention_backward(tensors, lse.data_ptr(), [tensor] * 3, dtype, sizes, 0.5, threads)
-
-    for function in (call, call_backward):
+    tensor = x.data_ptr(), *x.stride()
+    shape = _cpu.AttentionShape(batch=2, heads=3, queries=5, keys=5, size=4, key_heads=0, value_size=0)
+    right = {"lse": lse.data_ptr(), "dtype": 0, "shape": shape, "scale": 0.5, "options": None, "place": 1}
+    tensors = dict.fromkeys(("q", "k", "v", "out"), tensor)
+    gradients = dict.fromkeys(("grad_out", "grad_q", "grad_k", "grad_v"), tensor)
+    for function, arguments in (
+        (_cpu.attention, right | tensors), (_cpu.attention_backward, right | tensors | gradients),
+    ):  # fmt: skip
         for wrong in (
-            {"threads": 0}, {"dtype": 9}, {"sizes": (-1, 3, 5, 5, 4)}, {"sizes": (2, 3, 5, 5, 0)},
-            {"sizes": (2, 3, 5, -5, 4)}, {"sizes": (2, 3, 1 << 60, 5, 4)}, {"sizes": (2, 3, 5, 1 << 60, 4)},
-            {"missing": 0}, {"missing": 1}, {"missing": 2}, {"missing": 3},
+            {"place": 0}, {"dtype": 9}, {"shape": (-1, 3, 5, 5, 4, 0, 0)}, {"shape": (2, 3, 5, 5, 0, 0, 0)},
+            {"shape": (2, 3, 5, -5, 4, 0, 0)}, {"shape": (2, 3, 1 << 60, 5, 4, 0, 0)},
+            {"shape": (2, 3, 5, 1 << 60, 4, 0, 0)}, *({name: None} for name in tensors),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=r"attention\w*: invalid argument"):
-                function(**wrong)
+                function(**arguments | wrong)
     assert not x.any()
     assert not lse.any()

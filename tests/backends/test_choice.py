@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gencore
 from gencore import Key, ops
+from gencore._ops import OPS
 from gencore.backends import choice, cpu, cuda
+from gencore.ops import _library
 
 CUDA = torch.device("cuda", 0)
 
@@ -254,3 +259,33 @@ def test_tensors_without_data_may_be_on_a_gpu_that_is_not_here(without_a_gpu):
         assert ops.normal((2, 3), Key(1), device="cuda").device.type == "cuda"
         mu = torch.empty(2, 3, device="cuda")
         assert ops.reparameterize(mu, mu, Key(1)).device.type == "cuda"
+
+
+def test_the_cpu_has_every_kernel_that_the_rows_name():
+    """A name in a row that nobody has would be a kernel that nobody misses."""
+    names = {kernel.name for op in OPS for kernel in op.kernels}
+    assert {name for name in names if not hasattr(cpu.ops, name)} == set()
+
+
+def test_what_triton_has_for_an_op_the_rows_name():
+    """A kernel that a row does not name would not be exported, and PyTorch's operations run in its place."""
+    pytest.importorskip("triton")
+    for op in OPS:
+        module = importlib.import_module(f"gencore.backends.triton.{op.stem}")
+        own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        public = {name for name in own if not name.startswith("_") and inspect.isfunction(vars(module)[name])}
+        assert public <= {kernel.name for kernel in op.kernels}
+        exported = importlib.import_module("gencore.backends.triton")
+        assert all(vars(exported)[name] is vars(module)[name] for name in public)
+
+
+def test_another_thread_is_not_explaining():
+    """What explain() sets is its own thread's: another's calls run the kernels that there are."""
+    with _library.explaining():
+        assert _library._is_explaining.get()
+        seen: list[bool] = []
+        thread = threading.Thread(target=lambda: seen.append(_library._is_explaining.get()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    assert not _library._is_explaining.get()

@@ -56,7 +56,9 @@ def test_set_simd_level():
 def test_no_thread_is_refused(threads):
     out, key = torch.zeros(1 << 16, dtype=torch.bfloat16), Key(0).packed
     with pytest.raises(ValueError, match=r"gencore\._cpu\.normal: invalid argument"):
-        _cpu.normal(out.data_ptr(), 2, 1, out.numel(), 0, key.data_ptr(), 0, threads)
+        _cpu.normal(
+            out=out.data_ptr(), dtype=2, shape=(1, 1, out.numel(), 0), key=(key.data_ptr(), 0, False), place=threads
+        )
     assert not out.any()
 
 
@@ -78,31 +80,30 @@ def test_large_results_ask_for_huge_pages():
 
 def test_the_module_refuses_what_is_no_group_norm():
     x = torch.zeros(2, 6)
-    nothing = (None,) * 5
-
-    def call(shape=(2, 6), dtype=0, groups=3, activation=0, values=nothing, threads=1) -> None:
-        at = x.data_ptr()
-        _cpu.group_norm(at, at, 0, dtype, shape, groups, False, 1e-5, activation, values, threads)
-
-    call()
-    half = ((x.data_ptr(), 2, 0), *nothing[1:])
+    right = {
+        "x": x.data_ptr(), "y": x.data_ptr(), "statistics": None, "dtype": 0, "shape": (2, 6, 1, 3, False),
+        "eps": 1e-5, "activation": 0, "weight": None, "bias": None, "scale": None, "shift": None, "bias_in": None,
+        "place": 1,
+    }  # fmt: skip
+    _cpu.group_norm(**right)
     for wrong in (
-        {"groups": 4}, {"groups": 0}, {"threads": 0}, {"dtype": 9}, {"activation": 7}, {"values": half},
-        {"shape": (2, 6, 1 << 62)},
+        {"shape": (2, 6, 1, 4, False)}, {"shape": (2, 6, 1, 0, False)}, {"shape": (2, 6, 1 << 62, 3, False)},
+        {"place": 0}, {"dtype": 9}, {"activation": 7}, {"weight": (x.data_ptr(), 2, 0)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="group_norm: invalid argument"):
-            call(**wrong)
-    with pytest.raises(ValueError, match="shape must have samples and channels"):
-        call(shape=(2,))
-    with pytest.raises(ValueError, match="values must be five"):
-        call(values=nothing[1:])
+            _cpu.group_norm(**right | wrong)
 
 
-def step_of_module(x, y, rows, key, *, output=0, second=0, known=0, prediction=0, learned=False, index=0):
+def step_of_module(
+    x, y, rows, key, *, output=None, second=None, known=None, prediction=None, learned=False, index=None
+):
     """The module's diffusion_step, which is told addresses only."""
-    addresses = [x.data_ptr(), output, second, 0, 0, known, 0, y.data_ptr(), prediction]
-    table = rows.data_ptr(), len(rows), index, False
-    _cpu.diffusion_step(addresses, 0, len(x), x[0].numel(), 0, learned, False, table, key.packed.data_ptr(), 0, 1)
+    _cpu.diffusion_step(
+        x=x.data_ptr(), output=output, second=second, history0=None, history1=None, known=known, mask=None,
+        y=y.data_ptr(), prediction=prediction, dtype=0, shape=(len(x), 1, x[0].numel(), 0), learned=learned,
+        second_learned=False, table=(rows.data_ptr(), len(rows), index, False), key=(key.packed.data_ptr(), 0, False),
+        place=1,
+    )  # fmt: skip
 
 
 def test_a_step_without_an_output_has_no_variance_to_read():

@@ -142,41 +142,50 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(shape, monkeypatch):
 
 
 def test_an_error_names_the_op_and_its_shapes(monkeypatch):
-    key = Key(1).packed
+    words = Key(1).packed.data_ptr()
+    out, rows = torch.empty(21).data_ptr(), torch.ones(2, 16, dtype=torch.float64).data_ptr()
+    here, key = (0, None, None), (words, 0, False)
+    noise = {"out": None, "dtype": 0, "shape": (3, 1, 7, 0), "key": key, "place": here}
+    table = {"dtype": 0, "shape": (3, 1, 7, 0), "table": (rows, 2, None, True), "key": key, "place": here}
+    loss = table | {"output": out, "x0": out, "noise": None, "learned": False}
+    two_rows = {"dtype": 3, "shape": (2, 1, 7, 0), "table": (rows, 2, None, False)}
+    step = dict.fromkeys(("output", "second", "history0", "history1", "known", "mask"))
+    step |= {"x": out, "y": out, "prediction": out, "learned": False, "second_learned": False}
     with on_cuda(monkeypatch):
         module = cuda.load()._module
-        with pytest.raises(
-            ValueError, match=r"gencore._cuda.normal of 1 x 3 x 7 float32 values, on device 0: invalid arg"
-        ):
-            module.normal(0, 0, 3, 7, 0, key.data_ptr(), 0, False, 0, 0)
+        with pytest.raises(ValueError, match=r"_cuda.normal of 1 x 3 x 7 float32 values, on device 0: invalid arg"):
+            module.normal(**noise)
         with pytest.raises(
             ValueError, match="reparameterize of 2 x 3 x 8 bfloat16 values, channels_last with 4 channels"
         ):
-            module.reparameterize(0, 0, 0, 0, 0, 2, 3, 2, 8, 4, key.data_ptr(), 0, False, 0, 0)
+            module.reparameterize(
+                mu=None, logvar=None, z=None, slope=None, kl=None, dtype=2, shape=(3, 2, 8, 4), key=key, place=here
+            )
         with pytest.raises(ValueError, match="invalid argument"):
             # Rows on the host cannot be arguments of a launch.
-            module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 1, False, 0, 0)
-        out, rows = torch.empty(21).data_ptr(), torch.ones(2, 16, dtype=torch.float64).data_ptr()
-        rest = key.data_ptr(), 0, False, 0, 0
+            module.uniform(**noise | {"out": words, "shape": (1, 1, 1, 0), "key": (words, 1, False)})
         with pytest.raises(ValueError, match=r"_cuda.add_noise of 1 x 2 x 7 float16 values, on device 0: invalid arg"):
             # Nor can two rows of coefficients.
-            module.add_noise(out, out, 0, 3, 2, 7, 0, (rows, 2, 0, False), *rest)
+            module.add_noise(**table | two_rows, x0=out, x_t=out, noise=None)
         with pytest.raises(ValueError, match=r"denoising_loss of 1 x 3 x 7 .*: invalid argument"):
             # Three samples, two rows and no index.
-            module.denoising_loss(out, out, 0, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+            module.denoising_loss(**loss, loss=out, error=None)
+        with pytest.raises(ValueError, match=r"denoising_loss of 1 x 3 x 7 .*: invalid argument"):
+            # The error is written by the CPU alone.
+            module.denoising_loss(**loss | {"table": (rows, 1, None, True)}, loss=out, error=out)
         with pytest.raises(ValueError, match=r"denoising_loss_backward of 1 x 3 x 7 .*: invalid argument"):
-            module.denoising_loss_backward(out, out, out, 0, out, 0, 3, 7, 0, False, (rows, 2, 0, True), *rest)
+            module.denoising_loss_backward(**loss, grad_loss=out, grad_output=out)
         with pytest.raises(ValueError, match=r"diffusion_step of 1 x 3 x 7 .*: invalid argument"):
             # A prediction without an output.
-            module.diffusion_step(
-                [out, 0, 0, 0, 0, 0, 0, out, out], 0, 3, 7, 0, False, False, (rows, 1, 0, False), *rest
-            )
+            module.diffusion_step(**table | step | {"table": (rows, 1, None, False)})
         with pytest.raises(ValueError, match="of 1 x 1 x 34359738368"):
-            module.uniform(key.data_ptr(), 0, 1, 2**35, 0, key.data_ptr(), 0, False, 0, 0)
+            module.uniform(**noise | {"out": words, "shape": (1, 1, 2**35, 0)})
         with pytest.raises(ValueError, match="unknown dtype"):
-            module.uniform(key.data_ptr(), 9, 1, 1, 0, key.data_ptr(), 0, False, 0, 0)
+            module.uniform(**noise | {"out": words, "dtype": 9, "shape": (1, 1, 1, 0)})
         with pytest.raises(RuntimeError, match="on device 99: "):
-            module.uniform(key.data_ptr(), 0, 1, 1, 0, key.data_ptr(), 0, False, 99, 0)
+            module.uniform(**noise | {"out": words, "shape": (1, 1, 1, 0), "place": (99, None, None)})
+        with pytest.raises(TypeError, match=r"normal: place.device must be an int, got None"):
+            module.normal(**noise | {"place": (None, None, None)})
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has no order that could be chosen")
@@ -306,4 +315,7 @@ def test_the_emulator_watches_the_ops():
     with emulated() as backend:
         out.data_ptr()
         with pytest.raises(RuntimeError, match=r"normal of 1 x 2 x 32 float32.*fill_kernel"):
-            backend._module.normal(out.data_ptr(), 0, 2, 32, 0, Key(1).packed.data_ptr(), 0, False, 0, 0)
+            backend._module.normal(
+                out=out.data_ptr(), dtype=0, shape=(2, 1, 32, 0), key=(Key(1).packed.data_ptr(), 0, False),
+                place=(0, None, None),
+            )  # fmt: skip

@@ -81,6 +81,17 @@ class TestDeterministic:
         both = [lambda x, f=f: f(x, heads, scale=scale) for f in (plain.spatial_attention, ops.spatial_attention)]
         assert_same(*both, qkv, rtol=1e-4, atol=1e-5)
 
+    @formats
+    @pytest.mark.parametrize("taps", [(4, 4), (5,), (2, 3)])
+    def test_upfirdn2d(self, taps, memory_format):
+        x, filter = normal(2, 3, 6, 8, memory_format=memory_format), normal(*taps, seed=1)
+        for name in ("upsample2d", "downsample2d", "filter2d"):
+            functions = (getattr(plain, name), getattr(ops, name))
+            assert_same(*(lambda x, f, g=g: g(x, f, gain=0.3).contiguous() for g in functions), x, filter)
+        for more in ({"up": (3, 1), "down": (2, 3), "padding": (5, 1, 2, 4), "flip_filter": True}, {"padding": (2, 3)}):
+            pair = (lambda x, f, g=g, more=more: g(x, f, **more).contiguous() for g in (plain.upfirdn2d, ops.upfirdn2d))
+            assert_same(*pair, x, filter)
+
     @pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr", "own"])
     @pytest.mark.parametrize("parameterization", ["eps", "x0", "v", "velocity"])
     def test_denoising_loss(self, parameterization, weighting):

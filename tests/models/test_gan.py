@@ -9,22 +9,26 @@ from gencore.data.digits import load_digits
 from gencore.metrics import class_report, draw_samples, train_classifier
 from gencore.models import Adam, Autoencodes, HasLatents, HasLikelihoodBound, SamplingConfig, Step
 from gencore.models.gan import GAN, GANConfig, plugin
-from gencore.spec import Batch, DataSpec
+from gencore.models.gan import model as gan_model
+from gencore.spec import Batch, Condition, DataSpec
 
 SPEC = DataSpec((1, 8, 8))
+LABELLED = DataSpec((1, 8, 8), (Condition("digit", "class", ("zero", "one", "two")),))
 
 
 def build(spec=SPEC, seed=0, **settings):
     torch.manual_seed(seed)
-    settings = {"generator_sizes": (16, 24), "discriminator_sizes": (24, 16), "latent_size": 5} | settings
-    return GAN(GANConfig(**settings), spec)
+    small = {"generator_sizes": (16, 24), "discriminator_sizes": (24, 16), "latent_size": 5, "embedding_size": 4}
+    channels = {"generator_channels": (8, 16), "discriminator_channels": (8, 16)}
+    return GAN(GANConfig(**{**small, **channels, **settings}), spec)
 
 
 IMAGES = ops.uniform((6, 1, 8, 8), Key(1))
+LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
 
 
-def step_of(seed, images=IMAGES):
-    return Step(Batch(images), Key(seed))
+def step_of(seed, images=IMAGES, **times):
+    return Step(Batch(images, {"digit": LABELS[: len(images)]}), Key(seed), **times)
 
 
 class Constant(torch.nn.Module):
@@ -35,7 +39,7 @@ class Constant(torch.nn.Module):
         self.logits = torch.nn.ParameterList(torch.full((6,), float(value)) for value in logits)
         self.calls = 0
 
-    def forward(self, images, key=None):
+    def forward(self, images, labels=None, key=None):
         self.calls += 1
         return self.logits[min(self.calls, len(self.logits)) - 1]
 
@@ -111,79 +115,186 @@ def test_discriminator_step_leaves_the_generator_alone():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_discriminator_loss_is_equation_1(smoothing):
-    model = build(gradient_penalty=0.0, label_smoothing=smoothing)
+    model = build(r1=0.0, label_smoothing=smoothing)
     model.discriminator = Constant(0.7, -1.3)
     loss = model.phases()[0].loss(step_of(0))
     real, fake = 1 / (1 + math.exp(-0.7)), 1 / (1 + math.exp(1.3))
     expected = -(1 - smoothing) * math.log(real) - smoothing * math.log(1 - real) - math.log(1 - fake)
     assert loss.value.item() == pytest.approx(expected, rel=1e-6)
     assert loss.metrics["accuracy"] == 1
-    assert loss.metrics["real"].item() == pytest.approx(real, rel=1e-6)
-    assert loss.metrics["fake"].item() == pytest.approx(fake, rel=1e-6)
+    assert loss.metrics["real"].item() == pytest.approx(0.7, rel=1e-6)
+    assert loss.metrics["fake"].item() == pytest.approx(-1.3, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "sign"), [("minimax", -1), ("non-saturating", 1)])
-@pytest.mark.parametrize("logit", [0.4, -200.0, 200.0])
-def test_generator_losses(name, sign, logit):
-    model = build(loss=name)
-    model.discriminator = Constant(logit)
+def test_the_generators_loss_is_the_objectives():
+    model = build(objective="minimax")
+    model.discriminator = Constant(0.4)
+    loss = model.phases()[1].loss(step_of(0))
+    assert loss.value.item() == pytest.approx(math.log(1 - 1 / (1 + math.exp(-0.4))), rel=1e-6)
+    assert loss.metrics["fake"].item() == pytest.approx(0.4)
+
+
+def test_a_generator_of_pairs_sees_the_real_images():
+    model = build(objective="relativistic")
+    model.discriminator = Constant(0.4, -0.3)  # the samples are judged first
     loss = model.phases()[1].loss(step_of(0)).value
-    # log(1 - D) = -log(1 + e^l) for minimax, -log D = log(1 + e^-l) for the other; exact where sigmoid is 0 or 1.
-    exponent = -sign * logit
-    softplus = max(exponent, 0.0) + math.log1p(math.exp(-abs(exponent)))
-    assert loss.item() == pytest.approx(sign * softplus, rel=1e-6)
-    # Down either loss is up the logit; minimax saturates where D is sure that the image is not real.
-    loss.backward()
-    gradient = model.discriminator.logits[0].grad.sum().item()
-    assert gradient == pytest.approx(-1 / (1 + math.exp(-exponent)) if exponent > -700 else 0.0, rel=1e-5, abs=1e-12)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.3 - 0.4)), rel=1e-6)
 
 
-def test_gradient_penalty_of_a_linear_discriminator():
-    model = build(discriminator_sizes=(), dropout=0.0, gradient_penalty=3.0)
+@pytest.mark.parametrize(("name", "factor"), [("r1", 1.5), ("r2", 1.5), ("gradient_penalty", 3.0)])
+def test_penalties_of_a_linear_discriminator(name, factor):
+    model = build(discriminator_sizes=(), **{"r1": 0.0, name: 3.0})
+    other = build(discriminator_sizes=(), r1=0.0)
+    loss, plain = (each.phases()[0].loss(step_of(0)) for each in (model, other))
     weight = model.discriminator.head.weight
-    with_penalty = model.phases()[0].loss(step_of(0))
-    without = build(discriminator_sizes=(), dropout=0.0, gradient_penalty=0.0)
-    without.load_state_dict(model.state_dict())
-    # The logit is w (2 x - 1) + b, its gradient 2 w.
-    penalty = 4 * weight.square().sum()
-    torch.testing.assert_close(with_penalty.metrics["gradient_penalty"], penalty.detach())
-    plain = without.phases()[0].loss(step_of(0)).value
-    torch.testing.assert_close(with_penalty.value - plain, 1.5 * penalty)
-    (gradient,) = torch.autograd.grad(with_penalty.value - plain.detach(), [weight])
-    (gradient_plain,) = torch.autograd.grad(plain, [without.discriminator.head.weight])
-    torch.testing.assert_close(gradient - gradient_plain, 12 * weight.detach())
+    # The logit is w x + b for images in [-1, 1], its gradient w.
+    norm = weight.norm()
+    penalty = (norm - 1).square() if name == "gradient_penalty" else norm.square()
+    torch.testing.assert_close(loss.metrics[name], penalty.detach())
+    torch.testing.assert_close(loss.value - plain.value, factor * penalty)
+    (ours,) = torch.autograd.grad(loss.value, [weight])
+    (data,) = torch.autograd.grad(plain.value, [other.discriminator.head.weight])
+    (theirs,) = torch.autograd.grad(factor * penalty, [weight])
+    torch.testing.assert_close(ours - data, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_a_function_of_the_key():
-    """Every layer has a dropout with noise of its own; see the tests of :class:`gencore.nn.Dropout`."""
-    model = build(dropout=0.3)
-    logits = model.discriminator(IMAGES, Key(0))
-    assert torch.equal(logits, model.discriminator(IMAGES, Key(0)))
-    torch.testing.assert_close(logits[2:], model.discriminator(IMAGES[2:], Key(0).samples(2)))
-    assert not torch.allclose(logits, model.discriminator(IMAGES, Key(1)))
-    assert not torch.allclose(logits, model.discriminator(IMAGES))
-    dropouts = model.discriminator.dropouts
-    assert [(dropout.p, dropout.stream) for dropout in dropouts] == [(0.3, 0), (0.3, 1)]
+def test_penalties_become_smaller_by_half_a_cosine():
+    model = build(r1=2.0, r2=1.0, penalty_final=0.1)
+    losses = [model.phases()[0].loss(step_of(0, number=number, total=101)) for number in (0, 50, 100)]
+    weighed = [loss.metrics["r1"] + 0.5 * loss.metrics["r2"] for loss in losses]
+    rest = losses[0].value - weighed[0]
+    for loss, penalty, share in zip(losses, weighed, (1.0, 0.55, 0.1), strict=True):
+        torch.testing.assert_close(loss.value, rest + share * penalty)
+
+
+def test_a_lazy_penalty_is_a_phase_of_its_own():
+    every = build(r1=3.0, r2=1.0, gradient_penalty=2.0)
+    lazy = build(r1=3.0, r2=1.0, gradient_penalty=2.0, penalty_every=8)
+    without = build(r1=0.0)
+    discriminator, penalty, generator = lazy.phases()
+    assert [phase.name for phase in lazy.phases()] == ["discriminator", "penalty", "generator"]
+    assert (penalty.every, penalty.batch_of) == (8, "discriminator")
+    assert penalty.optimizer is discriminator.optimizer
+    assert (generator.every, generator.optimizer is discriminator.optimizer) == (1, False)
+    plain = discriminator.loss(step_of(0)).value
+    assert torch.equal(plain, without.phases()[0].loss(step_of(0)).value)
+    whole, own = every.phases()[0].loss(step_of(0)), penalty.loss(step_of(0))
+    torch.testing.assert_close(own.value, 8 * (whole.value - plain))
+    assert own.metrics.keys() == {"r1", "r2", "gradient_penalty"}
+    for name, figure in own.metrics.items():
+        torch.testing.assert_close(figure, whole.metrics[name])
+
+
+def test_weights_are_clipped_after_each_step_of_the_discriminator():
+    model = build(r1=0.0, objective="wasserstein", weight_clip=0.01)
+    for phase in model.phases():
+        if phase.after is not None:
+            phase.after()
+    assert max(p.abs().max().item() for p in model.discriminator.parameters()) == pytest.approx(0.01)
+    assert max(p.abs().max().item() for p in model.generator.parameters()) > 0.05
+
+
+def test_augmented_images_are_what_the_discriminator_sees_and_what_it_says_moves_the_probability():
+    augmentation = {"probability": 0.5, "images": 60, "every": 1, "target": 0.0}
+    model = build(r1=0.0, augmentation=augmentation).train()
+    seen = []
+    model.discriminator.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    discriminator, generator = model.phases()
+    loss = discriminator.loss(step_of(0))
+    assert loss.metrics["augmentation"] == 0.5
+    real, fake = seen
+    changed = (real != 2 * IMAGES - 1).flatten(1).any(1)
+    assert changed.any()
+    generator.loss(step_of(0))
+    assert torch.equal(seen[2], fake)  # the same key: the same sample and the same changes
+    assert model.augmentation.probability == 0.5
+    discriminator.after()
+    assert model.augmentation.probability != 0.5
+    seen.clear()
+    model.eval()
+    discriminator.loss(step_of(0))
+    assert torch.equal(seen[0], 2 * IMAGES - 1)
+
+
+def test_the_gradient_goes_through_the_augmentation_twice():
+    model = build(r1=3.0, augmentation={"probability": 1.0}).train()
+    loss = model.phases()[0].loss(step_of(0))
+    gradients = torch.autograd.grad(loss.value, list(model.discriminator.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert loss.metrics["r1"] > 0
+    model.phases()[1].loss(step_of(0)).value.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.generator.parameters())
+
+
+@pytest.mark.parametrize("conditioning", ["embedding", "projection"])
+def test_a_conditional_model(conditioning):
+    model = build(LABELLED, conditioning=conditioning)
+    assert model.takes == {"digit": "optional"}
+    for phase in model.phases():
+        gradients = torch.autograd.grad(phase.loss(step_of(7)).value, phase.optimizer.parameters)
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+    images = model.sample(6, Key(0), {"digit": LABELS})
+    assert torch.equal(model.sample(6, Key(0), {"digit": LABELS}), images)
+    other = model.sample(6, Key(0), {"digit": (LABELS + 1) % 3})
+    assert ((images - other).abs().flatten(1).max(1).values > 1e-4).all()
+    latents = ops.normal((6, 5), Key(0).stream(gan_model.STREAM_LATENTS))
+    torch.testing.assert_close(model.decode(latents, LABELS), images)
+    torch.testing.assert_close(model.decode(latents), model.decode(latents, torch.zeros(6, dtype=torch.int64)))
+
+
+def test_images_without_a_class_have_one_that_is_drawn_from_the_key():
+    model = build(LABELLED, conditioning="embedding")
+    free = model.sample(300, Key(0))
+    classes = torch.stack([model.sample(300, Key(0), {"digit": torch.full((300,), c)}) for c in range(3)])
+    nearest = (classes - free).abs().flatten(2).max(2).values
+    assert nearest.min(0).values.max() < 1e-5
+    counts = nearest.argmin(0).bincount(minlength=3)
+    assert (counts - 100).abs().max() < 4 * math.sqrt(300 * 2 / 9)
+    mixed = torch.where(torch.arange(300) % 2 == 0, -1, 1)
+    partly = model.sample(300, Key(0), {"digit": mixed})
+    torch.testing.assert_close(partly[::2], free[::2])
+    torch.testing.assert_close(partly[1::2], classes[1][1::2])
+    torch.testing.assert_close(model.sample(7, Key(0).samples(3)), free[3:10])
+
+
+@pytest.mark.parametrize("network", ["mlp", "dcgan", "resnet"])
+@pytest.mark.parametrize("spec", [SPEC, LABELLED], ids=["plain", "classes"])
+def test_samples_of_batch_norm_do_not_depend_on_those_they_are_made_with(network, spec):
+    model = build(spec, network=network, generator_norm="batch", conditioning="auto").train()
+    for seed in range(3):
+        model.phases()[1].loss(step_of(seed))
+    together = model.sample(7, Key(3))
+    apart = torch.cat([model.sample(1, Key(3)), model.sample(6, Key(3).samples(1))])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    assert all(module.training for module in model.modules())
+    # In training they do.
+    loss, part = (model.phases()[1].loss(step_of(0, IMAGES[:n])).value for n in (6, 3))
+    assert not torch.allclose(loss, part)
+
+
+def test_a_batch_norm_needs_two_images():
+    model = build(network="dcgan", generator_norm="batch").train()
+    for phase in model.phases():
+        with pytest.raises(ConfigError, match=r"train\.batch_size: must be at least 2 images .* was 1"):
+            phase.loss(step_of(0, IMAGES[:1]))
+    model.eval().phases()[0].loss(step_of(0, IMAGES[:1]))
+    build(network="dcgan").train().phases()[0].loss(step_of(0, IMAGES[:1]))
 
 
 def test_no_two_draws_of_a_step_share_noise(monkeypatch):
-    """Real and fake images drop different units, and neither is the noise of the latents."""
-    model = build(dropout=0.5)
-    keys, forward, normal = [], model.discriminator.forward, ops.normal
-    monkeypatch.setattr(ops, "normal", lambda shape, key, **rest: keys.append(key) or normal(shape, key, **rest))
-    model.discriminator.forward = lambda images, key=None: keys.append(key) or forward(images, key)
-    for phase in model.phases():
+    """Latents, missing classes, factors, dropout and transforms of real images, of samples, and between them."""
+    settings = {"dropout": 0.5, "gradient_penalty": 1.0, "conditioning": "embedding"}
+    model = build(LABELLED, **settings, augmentation={"transforms": ("flip", "color")}).train()
+    keys = []
+    for name in ("normal", "uniform"):
+        drawn = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda shape, key, *, drawn=drawn, **rest: keys.append(key) or drawn(shape, key, **rest)
+        )
+    for phase, count in zip(model.phases(), (2 + 1 + 3 * 4, 2 + 4), strict=True):
         keys.clear()
         phase.loss(step_of(0))
-        packed = {tuple(key.packed.tolist()) for key in keys}
-        assert len(packed) == len(keys) == {"discriminator": 3, "generator": 2}[phase.name]
-
-
-def test_evaluating_the_discriminator_drops_nothing():
-    model = build(dropout=0.9)
-    whole = model.discriminator(IMAGES)
-    assert torch.equal(model.discriminator(IMAGES), whole)
-    assert torch.equal(model.eval().discriminator(IMAGES, Key(0)), whole)
+        assert len({tuple(key.packed.tolist()) for key in keys}) == len(keys) == count
 
 
 @pytest.mark.parametrize(
@@ -205,7 +316,8 @@ def test_there_is_no_choice_of_sampling():
 
 
 def test_config_round_trip():
-    config = GANConfig.from_settings({"loss": "minimax", "generator_optimizer.lr": "1e-3", "discriminator_steps": "2"})
+    settings = {"objective": "minimax", "generator_optimizer.lr": "1e-3", "discriminator_steps": "2"}
+    config = GANConfig.from_settings(settings)
     assert config.generator_optimizer.beta1 == 0.5
     assert GANConfig.from_dict(config.to_dict()) == config
     assert plugin.config is GANConfig
@@ -217,16 +329,77 @@ def test_config_round_trip():
 def test_config_faults():
     with pytest.raises(ConfigError) as info:
         GANConfig(generator_sizes=(10**12,), discriminator_sizes=(64, 10**12), latent_size=10**12)
-    names = ("generator_sizes[0]", "discriminator_sizes[1]", "latent_size")
+    names = ("latent_size", "generator_sizes[0]", "discriminator_sizes[1]")
     assert info.value.faults == [f"{name}: must be <= 65536, was {10**12}" for name in names]
+
+
+FAULTS = {
+    "generator_channels: must not be empty, was ()": {"network": "dcgan", "generator_channels": ()},
+    "discriminator_channels: must be multiples of 8 for network=r3gan, but 12 is not": {
+        "network": "r3gan", "generator_norm": "none", "discriminator_channels": (8, 12)
+    },
+    "generator_norm: must be none for network=r3gan, was layer": {"network": "r3gan"},
+    "dropout: must be 0 for network=resnet, was 0.1": {"network": "resnet", "dropout": 0.1},
+    "label_smoothing: must be 0 for objective=hinge, was 0.1": {"objective": "hinge", "label_smoothing": 0.1},
+    "r1: must be 0 for discriminator_norm=batch, with which the gradient of an image is one of others too, was 4": {
+        "discriminator_norm": "batch"
+    },
+    "penalty_every: must be 1 without a penalty, was 4": {"r1": 0.0, "penalty_every": 4},
+    "augmentation.target: must be none for objective=wasserstein, whose scores have no sign to go by, was 0.6": {
+        "objective": "wasserstein", "augmentation": {"probability": 0.1}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_settings_that_do_not_go_together(fault):
+    with pytest.raises(ConfigError) as info:
+        GANConfig(**FAULTS[fault])
+    assert info.value.faults == [fault]
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec", "fault"),
+    [
+        (
+            {"network": "resnet"},
+            DataSpec((1, 30, 30)),
+            "network: resnet makes images whose sides are 4 to 7 times a power of two (the longer one any multiple of "
+            "it), such as 28x28 or 32x32 pixels, but the data set's are 30x30",
+        ),
+        (
+            {"conditioning": "projection"},
+            DataSpec((1, 8, 8), (Condition("kind", "class", ("only",)),)),
+            "conditioning: must be none or auto for images of one class, which says nothing, was projection",
+        ),
+        (
+            {"conditioning": "embedding"},
+            SPEC,
+            "conditioning: must be none or auto for images of no classes, was embedding",
+        ),
+        (
+            {"augmentation": {"target": None}},
+            DataSpec((3, 8, 12)),
+            "augmentation.transforms: rotate must have square images, but they are 8x12",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_with_the_images(settings, spec, fault):
+    assert list(GANConfig(**settings).faults_with(spec)) == [fault]
+
+
+def test_one_class_is_no_condition_where_it_is_a_matter_of_choice():
+    model = build(DataSpec((1, 8, 8), (Condition("kind", "class", ("only",)),)), conditioning="auto")
+    assert model.takes == {}
+    model.phases()[1].loss(step_of(0))
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non-saturating"])
 def test_finds_both_modes_of_a_small_distribution(loss):
     """Half the images are (0.2, 0.8), half (0.8, 0.2), with a little noise: samples must be near each, about evenly."""
     model = build(
-        DataSpec((1, 1, 2)), latent_size=2, loss=loss, dropout=0.0, generator_sizes=(32, 32),
-        discriminator_sizes=(32, 32), gradient_penalty=0.5,
+        DataSpec((1, 1, 2)), latent_size=2, objective=loss, r1=2.0, generator_sizes=(32, 32),
+        discriminator_sizes=(32, 32),
     )  # fmt: skip
     optimizers = [torch.optim.Adam(p.optimizer.parameters, lr=2e-3, betas=(0.5, 0.999)) for p in model.phases()]
     modes = torch.tensor([[0.2, 0.8], [0.8, 0.2]])
@@ -252,7 +425,7 @@ def test_samples_show_the_classes_of_digits(one_thread, tmp_path, loss):
     from gencore.train import AverageConfig, TrainConfig, Trainer, load
 
     train, test = load_digits(None, "train"), load_digits(None, "test")
-    config = GANConfig(loss=loss)
+    config = GANConfig(objective=loss)
     settings = TrainConfig(steps=3000, batch_size=64, average=AverageConfig(0.995))
     Trainer(plugin, config, train, settings, tmp_path, data_name="digits", device="cpu", progress=False).fit()
     report = class_report(train_classifier(train, test), draw_samples(load(tmp_path, device="cpu"), Key(0)))

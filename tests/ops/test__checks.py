@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,6 +97,57 @@ def test_memory_is_bounded(contract, monkeypatch):
         contract(torch.zeros(2, 3), number)
         assert contract.known(torch.zeros(2, 3), number) == (number, False)
         assert len(contract._known) <= 8
+
+
+def test_the_oldest_is_forgotten(contract, monkeypatch):
+    monkeypatch.setattr(_checks, "_MOST", 3)
+    x = torch.zeros(2, 3)
+    for number in range(4):
+        contract(x, number)
+    assert [contract.known(x, number) is not None for number in range(4)] == [False, True, True, True]
+
+
+def test_numbers_that_nothing_depends_on_are_not_remembered():
+    """A step of the sampler, a weight that changes while training: one form, whatever they are."""
+    x, schedule = torch.randn(2, 4), diffusion.linear(10)
+    ops.add_noise(x, 0, schedule, Key(0))
+    ops.denoising_loss(x, x, 0, schedule, Key(0), bound_weight=0.5)
+    contracts = [sys.modules[f"gencore.ops.{op}"]._CONTRACT for op in ("add_noise", "denoising_loss")]
+    before = [dict(contract._known) for contract in contracts]
+    for t in range(1, 10):
+        ops.add_noise(x, t, schedule, Key(0))
+        ops.denoising_loss(x, x, t, schedule, Key(0), bound_weight=1 / t)
+        ops.variational_bound(torch.cat([x, x], 1), x, t, schedule, Key(0), variance="learned_range")
+        ops.denoising_loss(torch.cat([x, x], 1), x, t, schedule, Key(0))
+    # The output with a variance is the one form more.
+    assert [len(c._known) - len(b) for c, b in zip(contracts, before, strict=True)] == [0, 1]
+    for wrong in (True, 10, -1, int, 2.0):
+        with pytest.raises((TypeError, ValueError), match="t must be"):
+            ops.add_noise(x, wrong, schedule, Key(0))
+    for wrong in (True, -1.0, math.inf, math.nan, "1"):
+        with pytest.raises((TypeError, ValueError), match="bound_weight must be"):
+            ops.denoising_loss(x, x, 1, schedule, Key(0), bound_weight=wrong)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "overlaps"),
+    [
+        ((2, 3), (3, 1), False),
+        ((2, 3), (1, 2), False),
+        ((2, 3), (7, 2), False),
+        ((2, 1, 3), (3, 0, 1), False),
+        ((2, 3), (1, 1), True),
+        ((2, 3), (2, 1), True),
+        ((2, 3), (0, 1), True),
+        ((4, 2, 2), (3, 2, 1), True),
+        ((0, 3), (1, 1), False),
+    ],
+)
+def test_what_lies_in_one_place(shape, strides, overlaps):
+    tensor = torch.zeros(64).as_strided(shape, strides)
+    assert _checks._may_overlap(tensor) is overlaps
+    places = [sum(i * s for i, s in zip(index, strides, strict=True)) for index in np.ndindex(shape)]
+    assert (len(set(places)) < len(places)) is overlaps
 
 
 def test_ops_refuse_what_is_wrong_after_right_calls():

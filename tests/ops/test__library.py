@@ -16,6 +16,7 @@ from gencore._ops import OPS
 
 SCHEDULE = diffusion.linear(10)
 T = torch.tensor([3, 7])
+FILTER = torch.tensor([1.0, 2.0, 1.0]) / 4
 ROWS = ops.step_coefficients(x=0.9, direct=0.1, x0=0.3, noise=0.5)
 
 # Of a tensor (2, 3, 4), every op that has a gradient.
@@ -32,6 +33,10 @@ DIFFERENTIABLE = {
         torch.cat((x, x.cos()), 1), x.detach(), T, SCHEDULE, Key(0), variance="learned_range"
     ),
     "diffusion_step": lambda x: ops.diffusion_step(x, x.sin(), ROWS, Key(0), history=(x,)),
+    "upfirdn2d": lambda x: ops.upfirdn2d(x[None], FILTER.to(x), up=2, padding=1)[0],
+    "upsample2d": lambda x: ops.upsample2d(x[None], FILTER.to(x))[0],
+    "downsample2d": lambda x: ops.downsample2d(x[None], FILTER.to(x))[0],
+    "filter2d": lambda x: ops.filter2d(x[None], FILTER.to(x))[0],
 }
 
 
@@ -117,6 +122,7 @@ def test_the_meta_device(dtype, autocast):
             lambda: ops.add_noise(x, t, SCHEDULE, key),
             lambda: ops.diffusion_step(x, x, ROWS, key, threshold=0.9),
             lambda: ops.normal(x.shape, key, dtype=dtype, device="meta"),
+            lambda: ops.filter2d(x, torch.empty(3, 3, device="meta")),
         ):
             y = call()
             assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
@@ -225,6 +231,8 @@ class _Everything(torch.nn.Module):
         losses = ops.denoising_loss(y, x, t, self.schedule, key) + ops.variational_bound(
             y, x, t, diffusion.linear(10), key
         )
+        z = ops.downsample2d(ops.upsample2d(ops.filter2d(y[None], FILTER), FILTER), FILTER)
+        y = y + ops.upfirdn2d(z, FILTER, padding=1)[0]
         return ops.spatial_attention(y, 1), kl, losses
 
 

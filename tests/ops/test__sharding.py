@@ -17,11 +17,14 @@ SCHEDULE, KEY = diffusion.linear(10), Key(5).stream(1).samples(3)
 ROW = ops.step_coefficients(x=0.9, direct=0.1, noise=0.5)
 ROWS = ops.step_coefficients(x=[0.9, 0.8, 0.7], direct=0.1, noise=0.5)
 
+FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
 # Of images, parameters of channels, an embedding and steps of the schedule; the batch is odd.
 CASES = {
     "group_norm": lambda x, w, e, t: ops.group_norm(x, 2, w, w, scale=e, activation="silu"),
     "attention": lambda x, w, e, t: ops.attention(x, x, x),
     "spatial_attention": lambda x, w, e, t: ops.spatial_attention(torch.cat((x, x, x), 1), 2),
+    "upfirdn2d": lambda x, w, e, t: ops.downsample2d(ops.upsample2d(x, FILTER), FILTER),
     "reparameterize": lambda x, w, e, t: ops.reparameterize(x, x, KEY),
     "a key per sample": lambda x, w, e, t: ops.reparameterize(x, x, Key(torch.tensor([4, 5, 6]))),
     "several draws": lambda x, w, e, t: ops.reparameterize(x, x, KEY, num_samples=2),

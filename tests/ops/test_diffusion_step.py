@@ -422,6 +422,18 @@ ROW = ops.step_coefficients(x=1.0)
         ((X, X.double(), ROW), {}, TypeError, "output must have the dtype of x, torch.float32, got torch.float64"),
         ((X, torch.zeros(2, 6).double(), ROW), {}, TypeError, "output must have the dtype of x"),
         ((X, X, [1.0]), {}, TypeError, "coefficients must be a tensor, got list; step_coefficients makes one"),
+        (
+            (X, X, ROW.to_sparse()),
+            {},
+            ValueError,
+            r"coefficients must be a dense \(strided\) tensor, got one of layout",
+        ),
+        (
+            (X, X, torch.nested.nested_tensor([ROW.flatten(), ROW.flatten()[:3]])),
+            {},
+            ValueError,
+            "coefficients must be a dense .* got a nested tensor",
+        ),
         ((X, X, ROW.float()), {}, TypeError, "coefficients must be of torch.float64, got torch.float32"),
         (
             (X, X, ROW[:3]),

@@ -24,7 +24,10 @@ from gencore.train.log import read_metrics
 # Of rounding: sums of the processes are added in another order, and Adam divides small numbers by each other.
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
 SMALL_DDPM = ("--set", "channels=8,16", "--set", "num_groups=4", "--set", "conditional=true", "--set", "dropout=0.2")
-SMALL_GAN = ("--set", "generator_sizes=16", "--set", "discriminator_sizes=16", "--set", "dropout=0.3")
+SMALL_GAN = (
+    "--set", "generator_sizes=16", "--set", "discriminator_sizes=16", "--set", "dropout=0.3",
+    "--set", "augmentation.images=500", "--set", "augmentation.every=2",
+)  # fmt: skip
 
 
 def by_torchrun(count: int, *arguments: str | Path) -> list[str]:

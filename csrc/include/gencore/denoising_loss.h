@@ -21,7 +21,8 @@ namespace gencore {
 // elements: the prediction, then v, in twice the channels (so in logical order one after the other, in channels_last
 // side by side in every pixel). x0: samples x elements. noise: like x0; null if eps is to be made, else `key` is not
 // used. loss: samples values of float32, or of float64 if that is `dtype`. table: the columns of_x0, of_noise, weight,
-// bound_weight, moved, middle, half_range, posterior.
+// bound_weight, moved, middle, half_range, posterior. error, like x0, may be null: else d is written there, rounded to
+// `dtype`; `learned` is then false. On the CPU alone.
 struct DenoisingLoss {
   const void* output;
   const void* x0;
@@ -32,6 +33,7 @@ struct DenoisingLoss {
   bool learned;
   Coefficients table;
   NoiseKey key;
+  void* error = nullptr;
 
   static constexpr int columns = 8;
 };
@@ -58,9 +60,7 @@ struct DenoisingLossBackward {
 namespace gencore::cpu {
 
 // `threads` is at least 1; small tensors take fewer. An index that is not in the table is an invalid argument.
-//
-// error, like x0, may be null: else d is written there, rounded to `dtype`. `learned` is then false.
-Status denoising_loss(const DenoisingLoss& args, void* error, int threads);
+Status denoising_loss(const DenoisingLoss& args, int threads);
 Status denoising_loss_backward(const DenoisingLossBackward& args, int threads);
 // From d to the gradient, in its place: args.grad_output holds the one, then the other. `learned` is false; output, x0,
 // noise and key are not used.
