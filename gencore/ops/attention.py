@@ -90,8 +90,8 @@ def attention(
     The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
     mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
     nothing of the size T x S either; so has Triton, but for calls with a mask, causal, key_lengths, dropout, shared
-    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. They also compute
-    everything where a gradient of ``mask`` is wanted.
+    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. The gradient of ``mask``
+    has kernels on the CPU and in Triton; its own derivatives, and forward mode along it, are PyTorch's operations.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
