@@ -184,7 +184,7 @@ class _Form(NamedTuple):
     ) -> Tensor:
         if self.one_head:
             q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        if mask is not None and mask.shape != self.shape_of_mask:
+        if mask is not None and self.shape_of_mask is not None and mask.shape != self.shape_of_mask:
             mask = mask.view(self.shape_of_mask)
         settings = Settings(mask, key_lengths, words, self.scale, self.causal, self.dropout)
         out = attend_unobserved(q, k, v, settings, wants_gradient)

@@ -396,10 +396,10 @@ def general_attention_backward(
             plan, (samples, of_heads, rows, _) = plan_of_mask(*sizes[:4]), grad_mask.shape
             tiles = (triton.cdiv(queries, plan.tiles.queries) if rows > 1 else 1) * triton.cdiv(keys, plan.tiles.keys)
             arguments, constants = described(tensors, **tokens)
-            parts = {name: value for name, value in plan.constants.items() if not name.endswith(("PA", "PB"))}
+            cuts = {name: value for name, value in plan.constants.items() if not name.endswith(("PA", "PB"))}
             general_mask_kernel[(samples * of_heads * tiles,)](
                 grad_out, q, k, v, grad_mask, *parts_of(lse), delta, *hiding, *arguments, batch, *numbers,
-                **parts, **constants, **kinds, HAS_SAMPLES=samples > 1, HAS_HEADS=of_heads > 1, HAS_QUERIES=rows > 1,
+                **cuts, **constants, **kinds, HAS_SAMPLES=samples > 1, HAS_HEADS=of_heads > 1, HAS_QUERIES=rows > 1,
                 enable_fp_fusion=False,
             )  # fmt: skip
     for grad, got in zip(grads, into, strict=True):
@@ -409,10 +409,23 @@ def general_attention_backward(
 
 
 def general_attention_mask_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, *others: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    key_lengths: Tensor | None,
+    key: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float,
+    wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v and of the mask; ``others``: as above."""
-    *settings, wanted = others
+    """The gradients of q, k, v and of the mask."""
     grad_mask = torch.zeros(mask.shape, dtype=lse.dtype, device=mask.device)
-    grads = general_attention_backward(grad_out, q, k, v, out, lse, mask, *settings, wanted[:3], grad_mask)
+    grads = general_attention_backward(
+        grad_out, q, k, v, out, lse, mask, key_lengths, key, scale, causal, dropout, wanted[:3], grad_mask
+    )
     return *grads, grad_mask.to(mask.dtype)
