@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], dict[str, Any]]] = {
     "variational_bound": lambda x, t: {"model_output": x, "x0": x, "t": t, "schedule": SCHEDULE, "noise": x},
     "diffusion_step": lambda x, t: {"x": x, "output": x, "coefficients": STEP, "key": KEY},
     "group_norm": lambda x, t: {"x": x, "num_groups": 1},
+    "bias_act": lambda x, t: {"x": x, "bias": x[0], "activation": "leaky_relu"},
     "attention": lambda x, t: dict.fromkeys("qkv", x.view(1, 1, 1, 4)),
     "spatial_attention": lambda x, t: {"qkv": x[:, :3, None], "num_heads": 1},
     **dict.fromkeys(

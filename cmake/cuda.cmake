@@ -98,7 +98,8 @@ find_package(CUDAToolkit REQUIRED)
 list(TRANSFORM gencore_ops PREPEND csrc/cuda/ OUTPUT_VARIABLE cuda_sources)
 list(TRANSFORM cuda_sources APPEND .cu)
 add_library(gencore_cuda STATIC csrc/cuda/error.cu csrc/cuda/attention_bfloat16.cu csrc/cuda/attention_float16.cu
-                                csrc/cuda/attention_general.cu csrc/cuda/group_norm_second.cu
+                                csrc/cuda/attention_general.cu csrc/cuda/attention_second.cu
+                                csrc/cuda/group_norm_second.cu
                                 ${cuda_sources})
 add_library(gencore::gencore_cuda ALIAS gencore_cuda)
 set_target_properties(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-Direction = Literal["forward", "backward"]
+# The last: in forward mode, and of second order.
+Direction = Literal["forward", "backward", "second"]
 Family = Literal["convolution", "attention", "norm, activation", "noise, diffusion, VAE"]
 
 
@@ -98,18 +99,29 @@ OPS = (
         ("groups",),
     ),
     Op(
+        "bias_act",
+        {"bias_act": "bias_act"},
+        (
+            Kernel("bias_act", "forward"),
+            Kernel("bias_act_backward", "backward", 1),
+            Kernel("bias_act_double_backward"),
+        ),
+        ("forward", "forward and backward"),
+        "norm, activation",
+    ),
+    Op(
         "attention",
         {"attention": "attention", "spatial_attention": "attention"},
         (
             Kernel("attention", "forward"),
             Kernel("attention_backward", "backward", 1),
-            Kernel("attention_jvp"),
-            Kernel("attention_double_backward"),
+            Kernel("attention_jvp", "second"),
+            Kernel("attention_double_backward", "second", 1),
             Kernel("general_attention", "forward", table="general_attention"),
             Kernel("general_attention_backward", "backward", 1, "general_attention"),
             Kernel("general_attention_mask_backward"),
-            Kernel("general_attention_jvp"),
-            Kernel("general_attention_double_backward"),
+            Kernel("general_attention_jvp", "second", table="general_attention"),
+            Kernel("general_attention_double_backward", "second", 1, "general_attention"),
         ),
         ("forward", "forward and backward"),
         "attention",

@@ -84,6 +84,10 @@ USES = {
     "a step of everything": Use(known, (X, X, X, X, X)),
     "group_norm": Use(lambda x, w, b: ops.group_norm(x, 2, w, b, eps=0.1), ((2, 4, 3, 2), (4,), (4,))),
     "group_norm, adaptive": Use(adaptive, ((2, 4, 3, 2), (4,), (4,), (2, 4), (2, 4), (2, 4))),
+    "bias_act": Use(lambda x, b: ops.bias_act(x, b, "gelu", gain=1.3, clamp=0.9), ((2, 3, 2, 2), (3,))),
+    "bias_act, from y": Use(
+        lambda x, b: ops.bias_act(x, b, "leaky_relu", slope=0.3, gain=1.3, clamp=1.1), ((2, 3, 2, 2), (3,))
+    ),
     "attention": Use(ops.attention, ((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))),
     "attention, scaled": Use(
         lambda q, k, v: ops.attention(q, k, v, scale=-0.7), ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 2))

@@ -60,11 +60,21 @@ OP_ROOMS = {
     "gencore/ops": ("{}.py", {"__init__"}),
     "gencore/backends/reference": ("{}.py", {"__init__"}),
     "gencore/backends/triton": ("{}.py", {"__init__", "noise"}),
-    "csrc/include/gencore": ("{}.h", {"cuda", "limits", "math", "pages", "philox", "simd", "types"}),
+    "csrc/include/gencore": (
+        "{}.h",
+        {"activations", "channel_values", "cuda", "limits", "math", "pages", "philox", "simd", "types"},
+    ),
     "csrc/cpu": ("{}.cpp", {"dispatch", "group_norm_second", "limits", "pages"}),
     "csrc/cuda": (
         "{}.cu",
-        {"attention_bfloat16", "attention_float16", "attention_general", "error", "group_norm_second"},
+        {
+            "attention_bfloat16",
+            "attention_float16",
+            "attention_general",
+            "attention_second",
+            "error",
+            "group_norm_second",
+        },
     ),
     "tests/ops": ("test_{}.py", set()),
     "gencore/bench/suite": ("{}.py", {"__init__", "base", "networks", "training", "unet"}),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -123,6 +125,20 @@ def norm_derived(*shape: int, groups: int, memory_format: torch.memory_format | 
     return run
 
 
+def activated(*shape: int, activation: str, memory_format: torch.memory_format | None = None):
+    """With derivatives of first and second order."""
+
+    def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
+        x, bias, g = draw(*shape, memory_format=memory_format), draw(shape[1]), draw(*shape)
+        x, bias, g = (tensor.detach().requires_grad_() for tensor in (x, bias, g))
+        y = ops.bias_act(x, bias, activation, gain=1.5, clamp=2.0)
+        grads = torch.autograd.grad(y, (x, bias), g, create_graph=True)
+        more = torch.autograd.grad(grads, (g, x, bias), [draw(*shape), draw(shape[1])], allow_unused=True)
+        return [y, *grads, *(one for one in more if one is not None)]
+
+    return run
+
+
 def attended(size: int, queries: int = 130, keys: int | None = None, heads: int = 2):
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         q = draw(1, heads, queries, size)
@@ -145,14 +161,15 @@ def attended_in_part(size: int, size_v: int, dropout: float = 0.0):
     return run
 
 
-def derived(size: int, queries: int = 130, keys: int = 77):
+def derived(size: int, queries: int = 130, keys: int = 77, **options: Any):
     """Attention in forward mode, and the gradients of its gradients."""
 
     def run(draw: Callable[..., Tensor]) -> Sequence[Tensor]:
         shapes = (1, 2, queries, size), (1, 2, keys, size), (1, 2, keys, size)
         qkv, along, g = [draw(*s) for s in shapes], [draw(*s).detach() for s in shapes], draw(*shapes[0])
-        forwards = torch.func.jvp(ops.attention, tuple(x.detach() for x in qkv), tuple(along))
-        grads = torch.autograd.grad(ops.attention(*qkv), qkv, g, create_graph=True)
+        attend = functools.partial(ops.attention, **options)
+        forwards = torch.func.jvp(attend, tuple(x.detach() for x in qkv), tuple(along))
+        grads = torch.autograd.grad(attend(*qkv), qkv, g, create_graph=True)
         return [*forwards, *torch.autograd.grad(grads, (g, *qkv), along)]
 
     return run
@@ -211,6 +228,10 @@ LAUNCHES = (
     Launch("group_norm, whole groups", normed(4, 64, 20, 20, groups=32, adaptive=True), F16, _HALF),
     Launch("group_norm's derivatives", norm_derived(2, 20, 24, 24, groups=2), F32, 4 * _SUMS),
     Launch("group_norm's derivatives, rows", norm_derived(2, 64, 9, 9, groups=8, memory_format=CL), BF16, _HALF),
+    Launch("bias_act, from y", activated(2, 20, 9, 9, activation="leaky_relu"), F32, _SUMS),
+    Launch("bias_act", activated(4, 64, 32, 32, activation="gelu"), BF16, _HALF),
+    Launch("bias_act, channels_last", activated(2, 64, 16, 16, activation="elu", memory_format=CL), F16, _HALF),
+    Launch("bias_act, float64", activated(2, 6, 5, activation="softplus"), F64, 1e-12),
     Launch("attention, 40", attended(40), BF16, _HALF),
     Launch("attention, 64", attended(64), BF16, _HALF),
     Launch("attention, 80", attended(80), F16, _HALF),
@@ -225,10 +246,11 @@ LAUNCHES = (
     Launch("attention, options, dropout", attended_in_part(40, 24, 0.2), F32, _SUMS),
     Launch("attention's derivatives, 40", derived(40), BF16, _HALF),
     Launch("attention's derivatives, 64", derived(64), BF16, _HALF),
-    Launch("attention's derivatives, 128", derived(128), F16, _HALF),
-    Launch("attention's derivatives, 160", derived(160, 70), BF16, _HALF),
+    Launch("attention's derivatives, 128", derived(128, 70, 40), F16, _HALF),
+    Launch("attention's derivatives, 160", derived(160, 33, 20), BF16, _HALF),
     Launch("attention's derivatives, float32", derived(40, 70), F32, _SUMS),
     Launch("attention's derivatives, float64", derived(20, 33), F64, 1e-12),
+    Launch("attention's derivatives, options", derived(20, 33, 40, causal=True, dropout=0.2, key=Key(5)), F32, _SUMS),
     Launch("upfirdn2d", filtered(4, 4), F32, _SUMS),
     Launch("upfirdn2d, half", filtered(4, 4), BF16, _HALF),
     Launch("upfirdn2d, channels_last", filtered(4, 4, memory_format=CL, channels=24), F16, _HALF),

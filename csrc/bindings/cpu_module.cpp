@@ -11,6 +11,7 @@
 #include "bind.h"
 #include "gencore/add_noise.h"
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -145,5 +146,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind<&cpu::group_norm_backward>(m, "group_norm_backward");
   bind<&cpu::group_norm_jvp>(m, "group_norm_jvp");
   bind<&cpu::group_norm_double_backward>(m, "group_norm_double_backward");
+  bind<&cpu::bias_act>(m, "bias_act");
+  bind<&cpu::bias_act_backward>(m, "bias_act_backward");
+  bind<&cpu::bias_act_double_backward>(m, "bias_act_double_backward");
   bind<&cpu::upfirdn2d>(m, "upfirdn2d");
 }

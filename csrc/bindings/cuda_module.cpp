@@ -11,6 +11,7 @@
 #include "bind.h"
 #include "gencore/add_noise.h"
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/denoising_loss.h"
 #include "gencore/diffusion_step.h"
 #include "gencore/group_norm.h"
@@ -75,6 +76,11 @@ std::string described(const AttentionShape& shape, DType dtype) {
   return std::to_string(shape.batch) + " x " + std::to_string(shape.heads) + " heads of " + std::to_string(shape.size) +
          " " + described(dtype) + " channels, " + std::to_string(shape.queries) + " queries and " +
          std::to_string(shape.keys) + " keys";
+}
+
+std::string described(const BiasActShape& shape, DType dtype) {
+  return std::to_string(shape.outer) + " x " + std::to_string(shape.channels) + " channels x " +
+         std::to_string(shape.inner) + " " + described(dtype) + " values";
 }
 
 std::string described(const ResampledAxis& axis) {
@@ -183,15 +189,23 @@ PYBIND11_MODULE(_cuda, m) {
   bind<&cuda::diffusion_step>(m, "diffusion_step");
   bind<&cuda::attention>(m, "attention");
   bind<&cuda::attention_backward>(m, "attention_backward");
+  bind<&cuda::attention_jvp>(m, "attention_jvp");
+  bind<&cuda::attention_double_backward>(m, "attention_double_backward");
   bind<&cuda::group_norm>(m, "group_norm");
   bind<&cuda::group_norm_backward>(m, "group_norm_backward");
   bind<&cuda::group_norm_jvp>(m, "group_norm_jvp");
   bind<&cuda::group_norm_double_backward>(m, "group_norm_double_backward");
+  bind<&cuda::bias_act>(m, "bias_act");
+  bind<&cuda::bias_act_backward>(m, "bias_act_backward");
+  bind<&cuda::bias_act_double_backward>(m, "bias_act_double_backward");
   bind<&cuda::upfirdn2d>(m, "upfirdn2d");
   bind_workspace(m, "reparameterize_workspace", &cuda::reparameterize_workspace);
   bind_workspace(m, "denoising_loss_workspace", &cuda::denoising_loss_workspace);
   bind_workspace(m, "attention_workspace", &cuda::attention_workspace);
   bind_workspace(m, "attention_backward_workspace", &cuda::attention_backward_workspace);
+  bind_workspace(m, "attention_jvp_workspace", &cuda::attention_jvp_workspace);
+  bind_workspace(m, "attention_double_backward_workspace", &cuda::attention_double_backward_workspace);
+  bind_workspace(m, "bias_act_workspace", &cuda::bias_act_workspace);
   bind_workspace(m, "group_norm_workspace", &cuda::group_norm_workspace);
   bind_workspace(m, "group_norm_backward_workspace", &cuda::group_norm_backward_workspace);
   bind_workspace(m, "group_norm_jvp_workspace", &cuda::group_norm_jvp_workspace);

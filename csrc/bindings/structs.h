@@ -3,6 +3,7 @@
 
 #include "bind.h"
 #include "gencore/attention.h"
+#include "gencore/bias_act.h"
 #include "gencore/group_norm.h"
 #include "gencore/types.h"
 #include "gencore/upfirdn2d.h"
@@ -27,6 +28,8 @@ inline void bind_structs(pybind11::module_& m) {
   bindings::bind_struct<ChannelValues>(m, "ChannelValues");
   bindings::bind_struct<GroupNormShape>(m, "GroupNormShape");
   bindings::bind_struct<GroupNormDirection>(m, "GroupNormDirection");
+  bindings::bind_struct<BiasActShape>(m, "BiasActShape");
+  bindings::bind_struct<BiasActSettings>(m, "BiasActSettings");
   bindings::bind_struct<ResampledAxis>(m, "ResampledAxis");
 }
 

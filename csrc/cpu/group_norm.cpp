@@ -100,7 +100,7 @@ struct Forward {
 
   static F value(F centered, F a, F b) {
     const F t = P::fma(centered, a, b);
-    if constexpr (with_silu) return silu<P>(t, exponential_minus<P>(t));
+    if constexpr (with_silu) return Silu<P>().value(t);
     return t;
   }
 };
@@ -240,7 +240,7 @@ struct Backward {
   static F gradient(F grad_y, F centered, F a, F b) {
     if constexpr (!with_silu) return grad_y;
     const F t = P::fma(centered, a, b);
-    return P::mul(grad_y, silu_derivative<P>(t, exponential_minus<P>(t)));
+    return P::mul(grad_y, Silu<P>().first(t));
   }
 
   template <bool keep>

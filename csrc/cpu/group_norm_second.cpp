@@ -146,7 +146,7 @@ struct Jvp : Along<T, GroupNormJvp, 3> {
                      F change = P::fma(k[3], load_part<P>(d_x + i, count), P::fma(k[4], centered, k[5]));
                      if constexpr (with_silu) {
                        const F t = P::fma(centered, k[1], k[2]);
-                       change = P::mul(silu_derivative<P>(t, exponential_minus<P>(t)), change);
+                       change = P::mul(Silu<P>().first(t), change);
                      }
                      store_part<P>(d_y + i, change, count);
                    });
@@ -224,10 +224,10 @@ struct DoubleBackward : Along<T, GroupNormDoubleBackward, with_silu ? 11 : 6> {
       const F c = P::sub(part.load(x + i), m), d = part.load(d_x + i);
       F h = part.load(grad_y + i);
       if constexpr (with_silu) {
-        const F t = P::fma(c, factor, offset), s = sigmoid<P>(exponential_minus<P>(t));
-        const F p = P::mul(h, silu_second_derivative<P>(t, s)), p_c = P::mul(p, c);
+        const F t = P::fma(c, factor, offset), s = Silu<P>::sigmoid(t);
+        const F p = P::mul(h, Silu<P>::second(t, s)), p_c = P::mul(p, c);
         if constexpr (keep) part.store(kept + i, s);
-        h = P::mul(h, silu_derivative_at<P>(t, s));
+        h = P::mul(h, Silu<P>::first(t, s));
         sum[6] = P::add(sum[6], p);
         sum[7] = P::add(sum[7], p_c);
         sum[8] = P::fma(p_c, c, sum[8]);
@@ -329,9 +329,9 @@ struct DoubleBackward : Along<T, GroupNormDoubleBackward, with_silu ? 11 : 6> {
         if constexpr (is_kept) {
           s = load_part<P>(kept + i, count);
         } else {
-          s = sigmoid<P>(exponential_minus<P>(t));
+          s = Silu<P>::sigmoid(t);
         }
-        const F first = silu_derivative_at<P>(t, s), p = P::mul(h, silu_second_derivative<P>(t, s));
+        const F first = Silu<P>::first(t, s), p = P::mul(h, Silu<P>::second(t, s));
         into = P::fma(k[1], P::mul(p, change), into);
         h = P::mul(h, first);
         change = P::mul(first, change);

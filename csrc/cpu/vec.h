@@ -60,29 +60,18 @@ struct Double {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static bool greater(F a, F b) { return a > b; }
+  static F select(bool mask, F yes, F no) { return mask ? yes : no; }
+  static F exp(F x) { return std::exp(x); }
+  static F exp_minus(F x) { return std::exp(-x); }
+  static F expm1_of_negative(F x) { return std::expm1(x); }
+  static F log1p_of_unit(F x) { return std::log1p(x); }
+  static NormalTail<F> normal_tail(F x) { return normal_tail_of(x); }
   static F load(const double* p) { return *p; }
   static F load(const float* p) { return *p; }
   static void store(double* p, F x) { *p = x; }
   static void transpose(F (&)[width]) {}
 };
-
-template <class P>
-inline typename P::F exponential(typename P::F x) {
-  if constexpr (std::is_same_v<P, Double>) {
-    return std::exp(x);
-  } else {
-    return exp<P>(x);
-  }
-}
-
-template <class P>
-inline typename P::F exponential_minus(typename P::F x) {
-  if constexpr (std::is_same_v<P, Double>) {
-    return std::exp(-x);
-  } else {
-    return exp_minus<P>(x);
-  }
-}
 
 // The arithmetic for elements of type T: binary64 for float64, binary32 for all others.
 template <class T>

@@ -28,6 +28,7 @@ struct V {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static Mask greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static F scale(F x, F, U n) {
     const __m256i bias = _mm256_set1_epi32(127);
     const __m256i half = _mm256_srai_epi32(n.v, 1), rest = _mm256_sub_epi32(n.v, half);

@@ -28,6 +28,7 @@ struct V {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static Mask greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   // vscalefps rounds once, as the two multiplications of the other levels do: only their second can be inexact.
   static F scale(F x, F n, U) { return _mm512_scalef_ps(x, n); }
 

@@ -43,6 +43,7 @@ struct V {
     return static_cast<float>(total);
 #endif
   }
+  static Mask greater(F a, F b) { return a > b; }
   static F scale(F x, F, U n) {
     const std::int32_t half = static_cast<std::int32_t>(n) >> 1, rest = static_cast<std::int32_t>(n) - half;
     return x * float_of(static_cast<U>(half + 127) << 23) * float_of(static_cast<U>(rest + 127) << 23);

@@ -75,15 +75,6 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// The kernels count the channels of a head and the tiles of tokens in 32 bits.
-bool is_acceptable(const AttentionShape& shape, const AttentionOptions& options) {
-  constexpr std::int64_t most_size = std::int64_t{1} << 30, most_tokens = std::int64_t{1} << 34;
-  return is_valid(shape, options) && std::max(shape.size, shape.value_size) <= most_size &&
-         std::max(shape.queries, shape.keys) <= most_tokens && (options.key.on_device || options.key.rows == 0);
-}
-
-bool is_missing(const HeadsTensor& tensor, std::int64_t tokens) { return tensor.data == nullptr && tokens > 0; }
-
 }  // namespace
 
 template <class T>

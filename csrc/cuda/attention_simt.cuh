@@ -15,7 +15,8 @@ namespace gencore::cuda {
 
 constexpr int simt_threads = 256, simt_edge = 16, panel_channels = 16;
 
-template <class T, int part_>
+// `panels_`: how many there are at once.
+template <class T, int part_, int panels_ = 2>
 struct SimtTiles {
   using Element = T;
   using P = Arithmetic<T>;
@@ -28,7 +29,7 @@ struct SimtTiles {
 
   struct Shared {
     union {
-      F panels[2][panel_channels][pitch];
+      F panels[panels_][panel_channels][pitch];
       F rows[panel_channels][part];
     };
     // weights[j][i] weighs token j of the tile for token i of the block.
@@ -135,16 +136,18 @@ __device__ __forceinline__ void make_dot_products(
   }
 }
 
-// Hands a thread's weights on, rounded to the type; they are all there behind the next barrier.
-template <class Tiles>
+// Hands a thread's weights on, as they are after rounding to the type if `rounds`; they are all there behind the next
+// barrier.
+template <class Tiles, bool rounds = true>
 __device__ __forceinline__ void put_weights(typename Tiles::Shared& shared,
                                             const typename Tiles::F (&values)[Tiles::micro][Tiles::micro]) {
+  using T = typename Tiles::Element;
 #pragma unroll
   for (int j = 0; j < Tiles::micro; ++j) {
 #pragma unroll
     for (int i = 0; i < Tiles::micro; ++i) {
       shared.weights[edge_column() * Tiles::micro + j][edge_row() * Tiles::micro + i] =
-          rounded_to<typename Tiles::Element>(values[i][j]);
+          rounds ? rounded_to<T>(values[i][j]) : values[i][j];
     }
   }
 }

@@ -93,6 +93,15 @@ template <class T>
 cudaError_t attention_prepare(const AttentionBackward& args, typename Arithmetic<T>::F* values, double factor,
                               cudaStream_t stream);
 
+// The kernels count the channels of a head and the tiles of tokens in 32 bits.
+inline bool is_acceptable(const AttentionShape& shape, const AttentionOptions& options) {
+  constexpr std::int64_t most_size = std::int64_t{1} << 30, most_tokens = std::int64_t{1} << 34;
+  return is_valid(shape, options) && std::max(shape.size, shape.value_size) <= most_size &&
+         std::max(shape.queries, shape.keys) <= most_tokens && (options.key.on_device || options.key.rows == 0);
+}
+
+inline bool is_missing(const HeadsTensor& tensor, std::int64_t tokens) { return tensor.data == nullptr && tokens > 0; }
+
 // As many blocks as there are tasks; kernels stride over what the largest grid leaves.
 inline dim3 blocks_of(std::int64_t tasks) {
   return dim3(static_cast<unsigned>(std::min<std::int64_t>(tasks, (std::int64_t{1} << 31) - 1)));

@@ -96,17 +96,6 @@ struct LossItem {
   }
 };
 
-// A half type has no use for the last bits of binary32, see standard_deviation.
-template <class T>
-__device__ __forceinline__ typename Arithmetic<T>::F exponential_for(typename Arithmetic<T>::F x) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr float log2_e = 1.44269504088896340736f;
-    return ptx::exp2_approx(__fmul_rn(x, log2_e));
-  } else {
-    return exponential<Arithmetic<T>>(x);
-  }
-}
-
 // For samples of the first step: value += factor times the decoder's term, or its derivative. It is no part of the
 // kernels, whose registers it would take, and all that it needs and gives is in memory of the thread.
 template <class P, int size>
@@ -154,7 +143,8 @@ __device__ __forceinline__ void add_bound(const LossItem<T, channels_last>& item
   for (int i = 0; i < size; ++i) {
     const F gap = P::sub(log_variance[i], c.posterior), shift = P::mul(c.moved, item.error[i]);
     // e^-lv = e^-gap e^-posterior
-    const F narrow = exponential_for<T>(-gap), apart = P::mul(P::mul(shift, shift), P::mul(narrow, c.precision));
+    const F narrow = exponential<FunctionsOf<T>>(-gap),
+            apart = P::mul(P::mul(shift, shift), P::mul(narrow, c.precision));
     const F widths = derivative ? P::sub(one, narrow) : P::add(P::sub(gap, one), narrow);
     value[i] = P::fma(factor, P::mul(half, derivative ? P::sub(widths, apart) : P::add(widths, apart)), value[i]);
   }

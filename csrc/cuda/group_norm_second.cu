@@ -56,7 +56,7 @@ cudaError_t along(const GroupNormDoubleBackward& args, bool second, void* worksp
   return with_layout(args.dtype, args.shape, aligned, [&](auto* type, auto width, auto channels_last) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (!second) return along<T, width, channels_last, direction_terms>(args, workspace, stream);
-    if (args.activation == Activation::none) {
+    if (args.activation == Activation::linear) {
       return along<T, width, channels_last, linear_terms>(args, workspace, stream);
     }
     return along<T, width, channels_last, all_terms>(args, workspace, stream);

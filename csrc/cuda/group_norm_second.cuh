@@ -63,10 +63,10 @@ struct SecondBatch {
 template <class T>
 __device__ __forceinline__ void differentiate_silu(typename Arithmetic<T>::F t, typename Arithmetic<T>::F& first,
                                                    typename Arithmetic<T>::F& second) {
-  using P = Arithmetic<T>;
-  const auto s = sigmoid_of<T>(t);
-  first = silu_derivative_at<P>(t, s);
-  second = silu_second_derivative<P>(t, s);
+  using Row = Silu<FunctionsOf<T>>;
+  const auto s = Row::sigmoid(t);
+  first = Row::first(t, s);
+  second = Row::second(t, s);
 }
 
 template <class T, int width, bool channels_last, int terms>

@@ -319,44 +319,15 @@ __device__ __forceinline__ auto channel_coefficients(const Args& args, std::int6
                                 static_cast<F>((rest * inverse * weight + bias) * scale + shift), static_cast<F>(rest)};
 }
 
-// e^-x
-template <class T>
-__device__ __forceinline__ auto exponential_minus(typename Arithmetic<T>::F x) {
-  if constexpr (std::is_same_v<T, double>) {
-    return ::exp(-x);
-  } else if constexpr (sizeof(T) == 2) {
-    return ptx::exp2_approx(__fmul_rn(x, -1.44269504088896340736f));
-  } else {
-    return exp_minus<Lane>(x);
-  }
-}
-
-// silu and its derivative for elements of type T. As in standard_deviation, half types take approximations.
+// silu and its derivative for elements of type T.
 template <class T>
 __device__ __forceinline__ auto silu_of(typename Arithmetic<T>::F x) {
-  using P = Arithmetic<T>;
-  const auto e = exponential_minus<T>(x);
-  if constexpr (sizeof(T) == 2) {
-    return P::mul(x, ptx::reciprocal_approx(P::add(1.0f, e)));
-  } else {
-    return silu<P>(x, e);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ auto sigmoid_of(typename Arithmetic<T>::F x) {
-  using P = Arithmetic<T>;
-  const auto e = exponential_minus<T>(x);
-  if constexpr (sizeof(T) == 2) {
-    return ptx::reciprocal_approx(P::add(1.0f, e));
-  } else {
-    return sigmoid<P>(e);
-  }
+  return Silu<FunctionsOf<T>>().value(x);
 }
 
 template <class T>
 __device__ __forceinline__ auto silu_derivative_of(typename Arithmetic<T>::F x) {
-  return silu_derivative_at<Arithmetic<T>>(x, sigmoid_of<T>(x));
+  return Silu<FunctionsOf<T>>().first(x);
 }
 
 }  // namespace gencore::cuda

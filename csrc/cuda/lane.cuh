@@ -31,6 +31,7 @@ struct Lane {
   static __device__ __forceinline__ F sqrt(F a) { return ptx::sqrt_normal(a); }
   static __device__ __forceinline__ F min(F a, F b) { return ptx::min_nan(a, b); }
   static __device__ __forceinline__ F max(F a, F b) { return ptx::max_nan(a, b); }
+  static __device__ __forceinline__ bool greater(F a, F b) { return a > b; }
   static __device__ __forceinline__ F scale(F x, F, U n) {
     const int half = static_cast<int>(n) >> 1, rest = static_cast<int>(n) - half;
     const F low = __uint_as_float(static_cast<U>(half + 127) << 23),
@@ -75,14 +76,34 @@ struct Double {
   // The second operand if one is NaN.
   static __device__ __forceinline__ F min(F a, F b) { return a < b ? a : b; }
   static __device__ __forceinline__ F max(F a, F b) { return a > b ? a : b; }
+  static __device__ __forceinline__ bool greater(F a, F b) { return a > b; }
+  static __device__ __forceinline__ F select(bool mask, F yes, F no) { return mask ? yes : no; }
+  static __device__ __forceinline__ F exp(F x) { return ::exp(x); }
+  static __device__ __forceinline__ F exp_minus(F x) { return ::exp(-x); }
+  static __device__ __forceinline__ F expm1_of_negative(F x) { return ::expm1(x); }
+  static __device__ __forceinline__ F log1p_of_unit(F x) { return ::log1p(x); }
+  static __device__ __forceinline__ NormalTail<F> normal_tail(F x) { return normal_tail_of(x); }
+};
+
+// The arithmetic for exponentials and quotients of a half type. It has no use for the last bits of binary32, and takes
+// the approximations of the hardware: a tenth of the instructions, of which there are else too many to keep up with
+// memory.
+struct Approximate : Lane {
+  static __device__ __forceinline__ F exp(F x) { return ptx::exp2_approx(__fmul_rn(x, 1.44269504088896340736f)); }
+  static __device__ __forceinline__ F exp_minus(F x) {
+    return ptx::exp2_approx(__fmul_rn(x, -1.44269504088896340736f));
+  }
+  static __device__ __forceinline__ F div(F a, F b) { return __fmul_rn(a, ptx::reciprocal_approx(b)); }
 };
 
 // The arithmetic for elements of type T: binary64 for float64, binary32 for all others.
 template <class T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, Double, Lane>;
+// The same where exponentials are taken.
+template <class T>
+using FunctionsOf = std::conditional_t<sizeof(T) == 2, Approximate, Arithmetic<T>>;
 
-// exp(log_variance / 2), for elements of type T. A half type has no use for the last bits of binary32, and takes the
-// approximation of the hardware: a tenth of the instructions, of which there are else too many to keep up with memory.
+// exp(log_variance / 2), for elements of type T; as in Approximate.
 template <class T>
 __device__ __forceinline__ auto standard_deviation(typename Arithmetic<T>::F log_variance) {
   if constexpr (std::is_same_v<T, double>) {
@@ -92,16 +113,6 @@ __device__ __forceinline__ auto standard_deviation(typename Arithmetic<T>::F log
     return ptx::exp2_approx(__fmul_rn(log_variance, half_log2_e));
   } else {
     return gencore::exp<Lane>(__fmul_rn(log_variance, 0.5f));
-  }
-}
-
-// e^x, for P either of the above.
-template <class P>
-__device__ __forceinline__ typename P::F exponential(typename P::F x) {
-  if constexpr (std::is_same_v<P, Double>) {
-    return ::exp(x);
-  } else {
-    return gencore::exp<P>(x);
   }
 }
 

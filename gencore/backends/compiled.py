@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
@@ -24,7 +25,6 @@ from gencore.backends.layout import (
     suggested_format,
 )
 from gencore.backends.structs import (
-    ACTIVATION,
     DTYPE,
     AttentionOptions,
     Coefficients,
@@ -392,9 +392,7 @@ class CompiledOps:
             scale=scale, options=options, base=self._base(lse),
             grad_mask=None if grad_mask is None else repeated(grad_mask), place=self._place(q, workspace),
         )  # fmt: skip
-        for result, written in zip(results, into, strict=True):
-            if result is not None and written is not None and written is not result:
-                result.copy_(written)
+        copy_written(results, into)
         return results
 
     def general_attention(
@@ -607,3 +605,10 @@ class CompiledOps:
         )  # fmt: skip
         del held, d_held
         return tuple(grads)
+
+
+def copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> None:
+    """What stands in the place of results is copied to them."""
+    for result, written in zip(results, into, strict=True):
+        if result is not None and written is not None and written is not result:
+            result.copy_(written)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ except ImportError as error:
         "from another folder or install with `pip install -e .`)"
     ) from error
 
-from gencore.backends.compiled import CompiledOps
-from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels, kept_format, log_sums
-from gencore.backends.structs import DTYPE, attention_shape, heads, noise_shape
+from gencore.backends.compiled_attention import CompiledAttentionOps
+from gencore.backends.compiled_bias_act import CompiledBiasActOps
+from gencore.backends.layout import empty_parts_of_log_sums, kept_format
+from gencore.backends.structs import DTYPE, noise_shape
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
 _LARGE = 6 << 20
@@ -71,7 +71,7 @@ def multiply_adds_per_second(of_bfloat16: bool) -> float:
     return _cpu.multiply_adds_per_second(of_bfloat16)
 
 
-class CpuOps(CompiledOps):
+class CpuOps(CompiledAttentionOps, CompiledBiasActOps):
     def _key(self, key: Tensor, tensor: Tensor) -> Tensor:
         return key if key.is_cpu and key.is_contiguous() else key.cpu().contiguous()
 
@@ -118,60 +118,6 @@ class CpuOps(CompiledOps):
         del held
         return error
 
-    def attention_jvp(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        scale: float,
-        d_out: Tensor | None = None,
-        options: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``d_out``: where to write to."""
-        if d_out is None:
-            d_out = self._empty_like(q)
-        lse = self._dense_log_sums(lse)
-        d_lse = log_sums(q)
-        self._module.attention_jvp(
-            q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(), dq=heads(dq), dk=heads(dk),
-            dv=heads(dv), d_out=heads(d_out), d_lse=d_lse.data_ptr(), dtype=DTYPE[q.dtype],
-            shape=attention_shape(q, k, v), scale=scale, options=options, base=self._base(lse), place=self._place(q),
-        )  # fmt: skip
-        return d_out, d_lse
-
-    def attention_double_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        scale: float,
-        wanted: Sequence[bool],
-        grads: tuple[Tensor, ...] | None = None,
-        options: Any = None,
-    ) -> tuple[Tensor | None, ...]:
-        """``grads``: where to write to; all of them are then wanted."""
-        lse = self._dense_log_sums(lse)
-        results = grads or self._gradients((grad_out, q, k, v), wanted)
-        grad_grad_out, grad_q, grad_k, grad_v = results
-        self._module.attention_double_backward(
-            grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
-            dq=heads(dq), dk=heads(dk), dv=heads(dv), grad_grad_out=heads(grad_grad_out), grad_q=heads(grad_q),
-            grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=attention_shape(q, k, v),
-            scale=scale, options=options, base=self._base(lse), place=self._place(q),
-        )  # fmt: skip
-        return results
-
     def _empty_log_sums(self, q: Tensor) -> Tensor:
         return empty_parts_of_log_sums(q)
 
@@ -194,43 +140,6 @@ class CpuOps(CompiledOps):
         )
         del held
         return *grads, grad_mask.to(mask.dtype)
-
-    def general_attention_jvp(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings: Any,
-    ) -> tuple[Tensor, Tensor]:
-        held, scale, options = self._options(q, *settings)
-        d_out = empty_with_channels(q, v.shape[3])
-        results = self.attention_jvp(q, k, v, out, lse, dq, dk, dv, scale, d_out, options)
-        del held
-        return results
-
-    def general_attention_double_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        *settings_and_wanted: Any,
-    ) -> tuple[Tensor | None, ...]:
-        *settings, wanted = settings_and_wanted
-        held, scale, options = self._options(q, *settings)
-        grads = self.attention_double_backward(grad_out, q, k, v, out, lse, dq, dk, dv, scale, wanted, options=options)
-        del held
-        return grads
 
 
 ops = CpuOps(_cpu)

@@ -112,3 +112,15 @@ def empty_gradients(values: Sequence[Tensor | None], wanted: Sequence[bool]) -> 
         torch.empty_like(value, memory_format=torch.contiguous_format) if want and value is not None else None
         for value, want in zip(values, wanted, strict=True)
     ]
+
+
+def planes_of(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int]:
+    """Of a tensor in its format: it is so many times so many channels of so many elements side by side."""
+    channels = x.shape[1] if x.dim() > 1 else 1
+    outer = x.shape[0] if memory_format is torch.contiguous_format else x.numel() // max(channels, 1)
+    return outer, channels, x.numel() // max(outer * channels, 1)
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """An uninitialised tensor for a sum over each channel."""
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

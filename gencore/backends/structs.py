@@ -5,6 +5,7 @@ Functions with the structs' names make them from their fields, as tuples. None s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from gencore._cpu import (
 )
 from gencore._cpu import (
     AttentionShape,
+    BiasActSettings,
+    BiasActShape,
     ChannelValues,
     GroupNormDirection,
     GroupNormShape,
@@ -30,9 +33,10 @@ from gencore._cpu import (
 from gencore._cpu import (
     ResampledAxis as ResampledAxis,
 )
+from gencore.backends.activations import NUMBERS as ACTIVATION
+from gencore.backends.layout import planes_of
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATION = {None: 0, "silu": 1}
 _CONTIGUOUS = torch.contiguous_format
 
 
@@ -105,4 +109,15 @@ def group_norm_direction(d_x: Tensor | None, *d_values: Tensor | None) -> tuple[
     held, (weight, bias, scale, shift, bias_in) = channel_values(*d_values)
     return held, GroupNormDirection(
         x=None if d_x is None else d_x.data_ptr(), weight=weight, bias=bias, scale=scale, shift=shift, bias_in=bias_in
+    )
+
+
+def bias_act_shape(x: Tensor, memory_format: torch.memory_format) -> Any:
+    outer, channels, inner = planes_of(x, memory_format)
+    return BiasActShape(outer=outer, channels=channels, inner=inner)
+
+
+def bias_act_settings(activation: str, slope: float, gain: float, clamp: float | None) -> Any:
+    return BiasActSettings(
+        activation=ACTIVATION[activation], slope=slope, gain=gain, clamp=math.inf if clamp is None else clamp
     )

@@ -204,6 +204,35 @@ UPFIRDN2D = (
 )
 
 
+BIAS_ACT = _merged(
+    (
+        Case((0, 4, 3, 3), "empty batch"),
+        Case((2, 4, 0, 3), "no pixels"),
+        Case((1, 1), "one element"),
+        Case((9, 5), "a layer's outputs, rows shorter than a vector"),
+        Case((3, 1030), "more channels than a piece of columns"),
+        Case((2, 6, 5), "one spatial dimension"),
+        Case((1, 3, 1100), "planes of several tiles with an odd tail"),
+        Case((2, 3, 4, 5, 6), "video", layout="channels_last_3d"),
+        *(
+            Case(shape, why, layout=layout, timed=timed)
+            for shape, why, timed in (
+                ((2, 5, 6, 7), "planes of an odd number of pixels", ()),
+                ((3, 7, 3, 3), "planes shorter than a vector", ()),
+                ((2, 24, 8, 8), "whole vectors", ()),
+                ((1, 32, 4, 4), "the least that is timed", _BOTH),
+                ((16, 512, 4, 4), "the first block of StyleGAN2", _BOTH),
+                ((8, 128, 64, 64), "a middle block of StyleGAN2", _BOTH),
+                ((4, 64, 256, 256), "a late block of StyleGAN2", _GPU),
+                ((16, 32, 1024, 1024), "its last block", _GPU),
+            )
+            for layout in ("contiguous", "channels_last")
+        ),
+        Case((64, 512), "the mapping network of StyleGAN2", timed=_BOTH),
+    )
+)
+
+
 # (batch, heads, tokens, size), each for self-attention and, in U-Nets of latents, for the 77 tokens of a prompt.
 _HEADS: Mapping[str, Sequence[tuple[int, int, int, int]]] = {
     "sd15": ((2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 8, 64, 160)),

@@ -386,6 +386,37 @@ def group_norm(
     return y if out is None else out.copy_(y)
 
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "elu": F.elu, "selu": F.selu,
+    "softplus": F.softplus, "silu": F.silu, "gelu": F.gelu,
+}  # fmt: skip
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "linear",
+    *,
+    slope: float = 0.2,
+    gain: float = 1.0,
+    clamp: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`gencore.ops.bias_act`."""
+    y = x if bias is None else x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    if activation == "leaky_relu":
+        y = F.leaky_relu(y, slope)
+    elif activation != "linear":
+        y = _ACTIVATIONS[activation](y)
+    if not _is(gain, 1):
+        y = y * gain
+    if clamp is not None:
+        y = y.clamp(-clamp, clamp)
+    if out is not None:
+        return out.copy_(y)
+    return y.clone() if y is x else y
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """:func:`gencore.ops.attention`."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale)

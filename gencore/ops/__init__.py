@@ -8,6 +8,7 @@ from gencore.ops._library import register_rules
 from gencore.ops.add_noise import add_noise as add_noise
 from gencore.ops.attention import attention as attention
 from gencore.ops.attention import spatial_attention as spatial_attention
+from gencore.ops.bias_act import bias_act as bias_act
 from gencore.ops.denoising_loss import denoising_loss as denoising_loss
 from gencore.ops.denoising_loss import variational_bound as variational_bound
 from gencore.ops.diffusion_step import STEP_COLUMNS as STEP_COLUMNS
@@ -29,6 +30,7 @@ __all__ = [
     "STEP_COLUMNS",
     "add_noise",
     "attention",
+    "bias_act",
     "denoising_loss",
     "diffusion_step",
     "downsample2d",

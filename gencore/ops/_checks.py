@@ -185,6 +185,20 @@ def check_same(name: str, tensor: Any, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
+def check_channel_values(name: str, value: Any, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Values of the channels of ``x``, which was checked: of that shape, of ``x``'s dtype or float32; or None."""
+    if value is None:
+        return
+    if isinstance(value, Tensor) and not value.is_nested and value.shape != shape:
+        raise ValueError(f"{name} must have the shape ({letters}) of x, {shape}, got {tuple(value.shape)}")
+    check_tensor(name, value)
+    if value.dtype != x.dtype and (value.dtype != torch.float32 or x.dtype == torch.float64):
+        allowed = str(x.dtype) + ("" if x.dtype in (torch.float32, torch.float64) else " or torch.float32")
+        raise TypeError(f"{name} must have the dtype {allowed} for such an x, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
 def resolve_key(key: Key | None, tensor: Tensor) -> Tensor:
     """The key's words for the samples of ``tensor``; without a key, one from torch's generator."""
     if key is None:

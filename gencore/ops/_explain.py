@@ -164,8 +164,10 @@ def _by_table(
     """Who runs a call on a GPU, what that rests on, why others do not, and notes on who makes its derivatives, if those
     are others."""
     op = op.removesuffix("_out")
-    kernel = _KERNELS.get(op, op)
-    args = _heads(arguments) if op == "spatial_attention" else tuple(arguments.values())
+    kernel = _KERNELS.get(op, op.removeprefix("spatial_"))
+    args = tuple(arguments.values())
+    if op.startswith("spatial_"):
+        args = (None,) * dispatch.KERNELS[kernel].main + _heads(arguments)
     runner, source, refused = choice.dispatched(kernel, device).explained(*args)
     if source != "not measured":
         refused |= {name: f"the table has it after {runner}" for name in ("cuda", "triton") if name not in refused}
@@ -177,8 +179,13 @@ def _by_table(
         behind, why, _ = choice.dispatched(gradient, device).explained(*of_gradient)
         if (behind, why) != (runner, source):
             notes.append(f"its gradient: {behind}, {why}")
-    if kernel == "attention" and (further := choice.runner_of("attention_jvp", device)) != runner:
-        notes.append(f"its second derivative and forward mode: {further or _OPERATIONS}")
+    further = f"{kernel}_jvp"
+    if further in dispatch.KERNELS:
+        behind, why, _ = choice.dispatched(further, device).explained(*args)
+        if (behind, why) != (runner, source):
+            notes.append(f"its second derivative and forward mode: {behind}, {why}")
+    elif optional_kernel(further) is not None and (last := choice.runner_of(further, device)) != runner:
+        notes.append(f"its second derivative and forward mode: {last or _OPERATIONS}")
     return runner, source, refused, notes
 
 

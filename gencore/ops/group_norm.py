@@ -11,7 +11,7 @@ from torch import Tensor
 from gencore._torch import hand_over, is_overridden
 from gencore.arguments import integer
 from gencore.backends import choice
-from gencore.ops._checks import Contract, autocast_dtype, check_out, check_tensor
+from gencore.ops._checks import Contract, autocast_dtype, check_channel_values, check_out, check_tensor
 from gencore.ops._group_norm import VALUES, normalize
 from gencore.ops._library import PLAIN_TYPES, widened
 
@@ -127,9 +127,9 @@ def _check(
         raise ValueError(f"eps must be at least 0, got {eps}")
     check_activation(activation)
     for name, value in (("weight", weight), ("bias", bias)):
-        _check_value(name, value, x, (channels,), "C")
+        check_channel_values(name, value, x, (channels,), "C")
     for name, value in (("scale", scale), ("shift", shift), ("bias_in", bias_in)):
-        _check_value(name, value, x, (samples, channels), "N, C")
+        check_channel_values(name, value, x, (samples, channels), "N, C")
     return num_groups, eps if isinstance(eps, torch.SymFloat) else float(eps)  # type: ignore[return-value]
 
 
@@ -139,16 +139,3 @@ _CONTRACT = Contract(_check)
 def check_activation(activation: Any) -> None:
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f'activation must be "silu" or None, got {activation!r}')
-
-
-def _check_value(name: str, value: Any, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, Tensor) and not value.is_nested and value.shape != shape:
-        raise ValueError(f"{name} must have the shape ({letters}) of x, {shape}, got {tuple(value.shape)}")
-    check_tensor(name, value)
-    if value.dtype != x.dtype and (value.dtype != torch.float32 or x.dtype == torch.float64):
-        allowed = str(x.dtype) + ("" if x.dtype in (torch.float32, torch.float64) else " or torch.float32")
-        raise TypeError(f"{name} must have the dtype {allowed} for such an x, got {value.dtype}")
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")

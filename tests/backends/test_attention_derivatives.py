@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from attention_bounds import heads_of
-from kernels import NAMES, running
+from attention_options import KEY, USES, Use, close, small
+from kernels import BACKENDS, NAMES, Kernels, running
 from support import same_bits
 from torch import Tensor
 
@@ -17,10 +20,11 @@ from gencore import _cpu, ops
 from gencore.backends import choice
 from gencore.bench.cases import AttentionCase
 from gencore.ops import _attention as definitions
+from gencore.ops import _general_attention as with_options
 
 LEVELS = tuple(name for name in NAMES if name.startswith("cpu-"))
 # Those that have these kernels.
-WITH_KERNELS = ("cpu-scalar", "triton")
+WITH_KERNELS = ("cpu-scalar", "cuda", "triton")
 SCALE = 0.3
 CASES = (
     AttentionCase(1, 1, 1, 1, 1, "one element"),
@@ -40,6 +44,11 @@ def inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu") -> tupl
     generator = torch.Generator().manual_seed(0)
     qkv, direction = (case.tensors(dtype, device, generator) for _ in range(2))
     return qkv, direction, torch.randn(qkv[0].shape, generator=generator).to(device, dtype)
+
+
+def slow(kernels: Kernels) -> bool:
+    """Whether it is the emulator, which takes a second for a tile of queries by keys."""
+    return kernels.emulated and not kernels.interpreted
 
 
 def derivatives(
@@ -65,8 +74,31 @@ def defined(qkv: list[Tensor], direction: list[Tensor | None], g: Tensor) -> lis
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype, kernels):
+    assert_right(case, dtype, kernels, DIRECTIONS)
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("case", "dtype", "directions"),
+    [
+        (AttentionCase(1, 1, 5, 7, 3, "heads shorter than a vector"), torch.float32, DIRECTIONS),
+        (AttentionCase(2, 3, 1, 1, 1, "one element"), torch.float64, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 70, 90, 20, "more than a tile", layout="tokens"), torch.float32, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 35, 33, 70, "two parts"), torch.float64, DIRECTIONS[:1]),
+        (AttentionCase(1, 1, 10, 9, 70, "two parts"), torch.bfloat16, DIRECTIONS[-1:]),
+        (AttentionCase(1, 1, 10, 9, 130, "two parts of the larger size"), torch.float32, DIRECTIONS[:1]),
+        (AttentionCase(1, 2, 10, 9, 8, ""), torch.float16, DIRECTIONS[1:2]),
+    ],
+    ids=str,
+)
+def test_values_on_cuda(case, dtype, directions, kernels):
+    """Fewer of them, as the emulator takes a second for a tile of queries by keys."""
+    assert_right(case, dtype, kernels, directions)
+
+
+def assert_right(case: AttentionCase, dtype: torch.dtype, kernels: Kernels, directions: Sequence[Any]) -> None:
     qkv, direction, g = inputs(case, dtype, kernels.device)
-    for there in DIRECTIONS:
+    for there in directions:
         some = [x if has else None for x, has in zip(direction, there, strict=True)]
         for got, want in zip(derivatives(qkv, some, g), defined(qkv, some, g), strict=True):
             assert got.shape == want.shape
@@ -75,11 +107,55 @@ def test_values(case, dtype, kernels):
             torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
+@pytest.mark.parametrize(
+    ("use", "dtype"),
+    [
+        (small(USES["all together"]), torch.float32),
+        (small(USES["one head for all"]), torch.float64),
+        (small(USES["lengths"])._replace(q=(3, 1, 4, 8), k=(3, 1, 7, 8)), torch.float32),
+        (small(USES["longer values"])._replace(size_v=70), torch.bfloat16),
+        (small(USES["mask of pairs"]), torch.float16),
+        (Use((1, 2, 70, 8), (1, 1, 70, 8), 5, causal=True), torch.float32),
+    ],
+    ids=str,
+)
+def test_options(use, dtype, kernels):
+    """Against the definition in float64; and only what is wanted is made."""
+    tensors, direction = use.tensors(dtype, kernels.device), use.tensors(dtype, kernels.device, seed=1)
+    options = use.options(kernels.device)
+    key = KEY.packed if use.dropout else None
+    settings = (options.get("mask"), options.get("key_lengths"), key, 0.3, use.causal, use.dropout)
+    if settings[0] is not None:
+        settings = (settings[0].expand(*use.q[:3], use.k[2]), *settings[1:])
+    g = torch.randn(*use.q[:3], use.size_v, generator=torch.Generator().manual_seed(2)).to(kernels.device, dtype)
+    out, lse = choice.kernel("general_attention", g)(*tensors, *settings)
+    found = choice.kernel("general_attention_jvp", g)(*tensors, out, lse, *direction, *settings)
+    second = choice.kernel("general_attention_double_backward", g)
+    grads = second(g, *tensors, out, lse, *direction, *settings, [True] * 4)
+
+    here = [x.cpu() if isinstance(x, Tensor) else x for x in settings]
+    exact = [x.cpu().double() for x in (*tensors, *direction)]
+    want = with_options._definition_jvp(*exact[:3], None, None, *exact[3:], *here)
+    of_grads = with_options._definition_double_backward(
+        g.cpu().double(), *exact[:3], None, None, *exact[3:], *here, [True] * 4
+    )
+    for one, expected in zip((*found, *grads), (*want, *of_grads), strict=True):
+        close(one, expected, dtype)
+    for place, one in enumerate(grads):
+        some = second(g, *tensors, out, lse, *direction, *settings, [i == place for i in range(4)])
+        assert [x is not None for x in some] == [i == place for i in range(4)]
+        assert same_bits(some[place], one)
+        if use.q[2] > 9 or kernels.interpreted:
+            break
+
+
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_all_logits_change_by_alike_takes_no_digits(dtype, kernels):
     """Keys with a large common part, moved along queries with one."""
-    (q, k, v), (dq, dk, dv), g = inputs(AttentionCase(1, 2, 256, 256, 32, ""), torch.float32, kernels.device)
+    case = AttentionCase(1, 1, 20, 60, 32, "") if slow(kernels) else AttentionCase(1, 2, 256, 256, 32, "")
+    (q, k, v), (dq, dk, dv), g = inputs(case, torch.float32, kernels.device)
     qkv = [x.to(dtype) for x in (q, k + 8, v)]
     direction = [x.to(dtype) for x in (dq + 1, dk, dv)]
     g = g.to(dtype)
@@ -131,7 +207,8 @@ def test_bits_for_any_simd_level(dtype):
 
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 def test_bits_for_any_split_of_the_batch_and_any_strides(kernels):
-    qkv, direction, g = inputs(AttentionCase(3, 2, 70, 90, 24, ""), torch.float32, kernels.device)
+    case = AttentionCase(3, 1, 10, 9, 5, "") if slow(kernels) else AttentionCase(3, 2, 70, 90, 24, "")
+    qkv, direction, g = inputs(case, torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)
     part = derivatives([x[1:2] for x in qkv], [x[1:2] for x in direction], g[1:2])
     assert all(same_bits(a[1:2], b) for a, b in zip(whole, part, strict=True))
@@ -146,7 +223,8 @@ def test_bits_for_any_split_of_the_batch_and_any_strides(kernels):
 
 @pytest.mark.parametrize("kernels", WITH_KERNELS, indirect=True)
 def test_only_what_is_wanted_is_made(kernels):
-    qkv, direction, g = inputs(AttentionCase(1, 2, 70, 90, 24, ""), torch.float32, kernels.device)
+    case = AttentionCase(1, 1, 10, 9, 5, "") if slow(kernels) else AttentionCase(1, 2, 70, 90, 24, "")
+    qkv, direction, g = inputs(case, torch.float32, kernels.device)
     whole = derivatives(qkv, direction, g)[2:]
     for place in range(4):
         some = derivatives(qkv, direction, g, tuple(i == place for i in range(4)))[2:]

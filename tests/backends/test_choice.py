@@ -58,25 +58,25 @@ def test_cuda_comes_before_triton(monkeypatch):
 
 def test_a_kernel_that_the_first_backend_lacks_is_the_next_ones(monkeypatch):
     served = {
-        "cuda": SimpleNamespace(attention="cuda's"),
-        "triton": SimpleNamespace(attention="triton's", attention_jvp="triton's"),
+        "cuda": SimpleNamespace(group_norm="cuda's"),
+        "triton": SimpleNamespace(group_norm="triton's", group_norm_jvp="triton's"),
     }
     monkeypatch.setattr(choice, "refusal", lambda name, device: None if name in served else "no")
     monkeypatch.setattr(choice, "load", served.get)
     forget_backends()
     tensor = SimpleNamespace(is_cpu=False, device=CUDA)
-    assert [choice.runner_of(op, CUDA) for op in ("attention", "attention_jvp", "add")] == ["cuda", "triton", None]
-    assert [choice.has_kernel(op, tensor) for op in ("attention", "attention_jvp", "add")] == [True, True, False]
-    assert choice.kernel("attention_jvp", tensor) == "triton's"
+    assert [choice.runner_of(op, CUDA) for op in ("group_norm", "group_norm_jvp", "add")] == ["cuda", "triton", None]
+    assert [choice.has_kernel(op, tensor) for op in ("group_norm", "group_norm_jvp", "add")] == [True, True, False]
+    assert choice.kernel("group_norm_jvp", tensor) == "triton's"
     with pytest.raises(AttributeError, match="add"):
         choice.kernel("add", tensor)
     with gencore.backend("cuda"):
         # Nothing is handed over to another backend than the one that is named.
-        assert not choice.has_kernel("attention_jvp", tensor)
+        assert not choice.has_kernel("group_norm_jvp", tensor)
     monkeypatch.setattr(choice, "refusal", lambda name, device: f"no {name}")
     forget_backends()
     with pytest.raises(choice.NoBackend, match="no cuda"):
-        choice.has_kernel("attention_jvp", tensor)
+        choice.has_kernel("group_norm_jvp", tensor)
     forget_backends()
 
 

@@ -47,7 +47,7 @@ def test_a_table_is_whole(path):
             assert row.features.keys() == FEATURES.get(op, {"layout", "values"})
             assert row.order
             assert set(row.order) <= set(dispatch.RUNNERS)
-            if entry.direction == "backward" or op != "attention":
+            if entry.direction != "forward" or op != "attention":
                 assert not set(row.order) & set(PYTORCH)
             assert (set(row.seconds) == set(row.order)) == (entry.measured is not None)
 
@@ -144,8 +144,12 @@ def test_the_batch_decides_nothing():
     calls = {
         "attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
+        "attention_jvp": lambda batch: [torch.empty(batch, 4, 100, 40)] * 4,
+        "attention_double_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 5,
         "general_attention": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
         "general_attention_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
+        "general_attention_jvp": lambda batch: [torch.empty(batch, 4, 100, 40)] * 3,
+        "general_attention_double_backward": lambda batch: [torch.empty(batch, 4, 100, 40)] * 6,
         "reparameterize_backward": lambda batch: [None, None, None, torch.empty(batch, 3, 8, 8)],
         "denoising_loss_backward": lambda batch: [torch.empty(batch), *[torch.empty(batch, 3, 8, 8)] * 2],
     }

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attention_options import KEY
 from kernels import EmulatedOps, Kernels, running
 from support import same_bits
 from torch import Tensor
 
-from gencore import Key
 from gencore.backends import choice, cuda
 from gencore.backends.reference import attention as reference
 
 pytestmark = pytest.mark.gpu(or_emulator=True)
-KEY = Key(7).stream(3).samples(5)
 SCALE = 0.3
 
 

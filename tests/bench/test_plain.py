@@ -395,6 +395,7 @@ def test_each_can_be_compiled():
         (plain.variational_bound, (image, image, t, LINEAR), {"noise": image}),
         (plain.step, (image, image, row), {}),
         (plain.group_norm, (image, 4), {"bias_in": image[:, :, 0, 0], "activation": "silu"}),
+        (plain.bias_act, (image, image[0, :, 0, 0]), {"activation": "silu", "gain": 2.0, "clamp": 1.0}),
         (plain.attention, (image, image, image), {}),
         (plain.spatial_attention, (image, 2), {}),
     ):

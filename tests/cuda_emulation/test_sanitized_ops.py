@@ -19,8 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # float64; what the compiler and autograd do around them is not the sanitizers' business.
 WHICH = "cuda and not (check or compiles or torch.float16 or (attention and torch.float64))"
 
-# Further derivatives have tests of their own, of which a small one has all kernels.
-PLACES = ("tests/ops", "tests/backends/test_group_norm_derivatives.py::test_only_what_is_wanted_is_made")
+# Further derivatives have tests of their own, of which small ones have all kernels.
+PLACES = (
+    "tests/ops",
+    "tests/backends/test_group_norm_derivatives.py::test_only_what_is_wanted_is_made",
+    "tests/backends/test_attention_derivatives.py::test_only_what_is_wanted_is_made",
+    "tests/backends/test_attention_derivatives.py::test_options",
+)
 
 
 @pytest.mark.slow

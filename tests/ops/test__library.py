@@ -22,6 +22,8 @@ ROWS = ops.step_coefficients(x=0.9, direct=0.1, x0=0.3, noise=0.5)
 # Of a tensor (2, 3, 4), every op that has a gradient.
 DIFFERENTIABLE = {
     "group_norm": lambda x: ops.group_norm(x, 3, x[0, :, 0], scale=x[:, :, 1], activation="silu"),
+    "bias_act": lambda x: ops.bias_act(x, x[0, :, 0], "gelu", clamp=1.5),
+    "bias_act, from y": lambda x: ops.bias_act(x, x[0, :, 0], "leaky_relu", clamp=1.5),
     "attention": lambda x: ops.attention(x[None], x[None] + 1, x[None]),
     "spatial_attention": lambda x: ops.spatial_attention(x, 1),
     "reparameterize": lambda x: ops.reparameterize(x, x, Key(0)),
@@ -45,6 +47,7 @@ WRITING = {
     "normal": lambda x, out: ops.normal(x.shape, Key(0), out=out),
     "uniform": lambda x, out: ops.uniform(x.shape, Key(0), out=out),
     "group_norm": lambda x, out: ops.group_norm(x, 3, x[0, :, 0], scale=x[:, :, 1], out=out),
+    "bias_act": lambda x, out: ops.bias_act(x, x[0, :, 0], "silu", out=out),
     "add_noise": lambda x, out: ops.add_noise(x, T, SCHEDULE, Key(0), out=out),
     "diffusion_step": lambda x, out: ops.diffusion_step(x, x, ROWS, Key(0), out=out),
     "diffusion_step, prediction": lambda x, out: (ops.diffusion_step(x, x, ROWS, Key(0), prediction=out), out)[1],

@@ -22,6 +22,8 @@ FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 # Of images, parameters of channels, an embedding and steps of the schedule; the batch is odd.
 CASES = {
     "group_norm": lambda x, w, e, t: ops.group_norm(x, 2, w, w, scale=e, activation="silu"),
+    "bias_act": lambda x, w, e, t: ops.bias_act(x, w, "gelu"),
+    "bias_act, from y": lambda x, w, e, t: ops.bias_act(x, w, "leaky_relu", gain=2.0, clamp=1.0),
     "attention": lambda x, w, e, t: ops.attention(x, x, x),
     "spatial_attention": lambda x, w, e, t: ops.spatial_attention(torch.cat((x, x, x), 1), 2),
     "upfirdn2d": lambda x, w, e, t: ops.downsample2d(ops.upsample2d(x, FILTER), FILTER),
@@ -86,6 +88,7 @@ def _written(mesh: Any) -> dict[str, bool]:
         "normal": (ops.normal(x.shape, KEY, out=out()), ops.normal(x.shape, KEY)),
         "add_noise": (ops.add_noise(out(), 4, SCHEDULE, KEY, out=out()), ops.add_noise(x, 4, SCHEDULE, KEY)),
         "group_norm": (ops.group_norm(out(), 2, out=out()), ops.group_norm(x, 2)),
+        "bias_act": (ops.bias_act(y := out(), None, "tanh", out=y), ops.bias_act(x, None, "tanh")),
         "diffusion_step": (ops.diffusion_step(y := out(), y, ROW, KEY, out=y), ops.diffusion_step(x, x, ROW, KEY)),
     }
     return {name: torch.equal(got.full_tensor(), want) for name, (got, want) in pairs.items()}

@@ -172,5 +172,10 @@ std::int64_t attention_workspace(DType dtype, const AttentionShape& shape);
 Error attention(const Attention& args, void* workspace, Stream stream);
 std::int64_t attention_backward_workspace(DType dtype, const AttentionShape& shape);
 Error attention_backward(const AttentionBackward& args, void* workspace, Stream stream);
+// Those of half types are for where Triton is not: their products are not the tensor cores'.
+std::int64_t attention_jvp_workspace(DType dtype, const AttentionShape& shape);
+Error attention_jvp(const AttentionJvp& args, void* workspace, Stream stream);
+std::int64_t attention_double_backward_workspace(DType dtype, const AttentionShape& shape);
+Error attention_double_backward(const AttentionDoubleBackward& args, void* workspace, Stream stream);
 
 }  // namespace gencore::cuda

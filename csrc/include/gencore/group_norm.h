@@ -2,22 +2,12 @@
 // before, scale and shift (adaptive group normalization), the activation.
 #pragma once
 
+#include "gencore/activations.h"
+#include "gencore/channel_values.h"
 #include "gencore/cuda.h"
 #include "gencore/types.h"
 
 namespace gencore {
-
-enum class Activation : int { none = 0, silu = 1 };
-
-// One value per channel, or per sample and channel: that of sample n and channel c is element n * stride + c.
-struct ChannelValues {
-  // Null: left out.
-  const void* data;
-  // That of the tensor, or float32.
-  DType dtype;
-  // 0: all samples share the values.
-  std::int64_t stride;
-};
 
 // A tensor of samples x channels x pixels, or, with channels_last, samples x pixels x channels. A group is
 // channels / groups neighbouring channels of a sample with all their pixels.
@@ -38,6 +28,7 @@ struct GroupNorm {
   DType dtype;
   GroupNormShape shape;
   double eps;
+  // linear or silu, here and below.
   Activation activation;
   ChannelValues weight, bias, scale, shift, bias_in;
 };
@@ -127,7 +118,7 @@ bool has_valid_types(const Values& given, DType dtype) {
 template <class Args>
 bool has_valid_values(const Args& args) {
   return has_valid_types(args, args.dtype) &&
-         (args.activation == Activation::none || args.activation == Activation::silu);
+         (args.activation == Activation::linear || args.activation == Activation::silu);
 }
 
 // The same of the direction too.

@@ -6,10 +6,12 @@
 // What kernels share: nvcc compiles it for the device, other compilers for the host.
 #if defined(__CUDACC__)
 #define GENCORE_INLINE __device__ __forceinline__
+#define GENCORE_MEMBER __device__ __forceinline__
 #define GENCORE_UNROLL _Pragma("unroll")
 #else
 // Internal linkage: a copy compiled for a newer processor must never stand in for one compiled for an older.
 #define GENCORE_INLINE static inline
+#define GENCORE_MEMBER inline
 #define GENCORE_UNROLL _Pragma("GCC unroll 16")
 #endif
 

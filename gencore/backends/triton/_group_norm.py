@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gencore.backends.triton.noise import exponential, multiply_add
-
 _MOST_ROUNDS = 16
 # Channels side by side in a tile: 128 bytes in the half types.
 _MOST_CHANNELS = 64
@@ -232,20 +230,3 @@ def coefficients(
     if shift is not None:
         term += channel_values(shift + sample * shift_stride + channel, exists)
     return arithmetic(rstd * w * modulation, x), arithmetic(term, x)
-
-
-@triton.jit
-def exponential_for(t, x):
-    """e^t; what is rounded to a half type next needs no more than the GPU's own, in a quarter of the instructions."""
-    return tl.exp(t) if x.dtype.element_ty.primitive_bitwidth == 16 else exponential(t)
-
-
-@triton.jit
-def silu(t, x):
-    return t / (1.0 + exponential_for(-t, x))
-
-
-@triton.jit
-def silu_derivative(t, x):
-    sigmoid = 1.0 / (1.0 + exponential_for(-t, x))
-    return sigmoid * multiply_add(t, 1.0 - sigmoid, 1.0)

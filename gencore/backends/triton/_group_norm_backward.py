@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gencore.backends.layout import empty_gradients, in_format, suggested_format
+from gencore.backends.triton._activations import silu_derivatives
 from gencore.backends.triton._group_norm import (
     Limits,
     aligned,
@@ -24,7 +25,6 @@ from gencore.backends.triton._group_norm import (
     cut,
     place,
     scaling,
-    silu_derivative,
     slots,
     statistics_of,
     tile,
@@ -50,7 +50,7 @@ def differentials(grad_y, x, at, inside, center, factor, term, SILU: tl.constexp
     dt = load(grad_y + at, inside)
     away = load(x + at, inside) - center[:, None]
     if SILU:
-        dt *= silu_derivative(multiply_add(away, factor[:, None], term[:, None]), x)
+        dt *= silu_derivatives(multiply_add(away, factor[:, None], term[:, None]), x)[0]
         dt = tl.where(inside, dt, 0.0)
     return dt, tl.where(inside, away, 0.0)
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gencore.backends.layout import empty_gradients, in_format, suggested_format
+from gencore.backends.triton._activations import silu_derivatives
 from gencore.backends.triton._group_norm import (
     Limits,
     aligned,
@@ -26,7 +27,6 @@ from gencore.backends.triton._group_norm import (
     channel_values,
     coefficients,
     cut,
-    exponential_for,
     place,
     scaling,
     slots,
@@ -60,10 +60,7 @@ def differentials(d_x, x, at, inside, center, factor, term, SILU: tl.constexpr):
     first = tl.full(away.shape, 1.0, away.dtype)
     second = tl.zeros_like(away)
     if SILU:
-        t = multiply_add(away, factor[:, None], term[:, None])
-        sigmoid = 1.0 / (1.0 + exponential_for(-t, x))
-        first = sigmoid * multiply_add(t, 1.0 - sigmoid, 1.0)
-        second = sigmoid * (1.0 - sigmoid) * multiply_add(t, multiply_add(sigmoid, -2.0, 1.0), 2.0)
+        first, second = silu_derivatives(multiply_add(away, factor[:, None], term[:, None]), x)
     return d, away, first, second
 
 

@@ -35,6 +35,10 @@ from gencore.backends.triton._general_attention import general_attention_backwar
 from gencore.backends.triton._general_attention import (
     general_attention_mask_backward as general_attention_mask_backward,
 )
+from gencore.backends.triton._general_attention_double_backward import (
+    general_attention_double_backward as general_attention_double_backward,
+)
+from gencore.backends.triton._general_attention_tangent import general_attention_jvp as general_attention_jvp
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import multiply_add
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gencore.backends.layout import suggested_format
+from gencore.backends.triton._activations import silu
 from gencore.backends.triton._group_norm import (
     Limits,
     aligned,
@@ -23,7 +24,6 @@ from gencore.backends.triton._group_norm import (
     coefficients,
     cut,
     place,
-    silu,
     slots,
     tile,
     value_arguments,

@@ -20,6 +20,8 @@ NAMES = (
     "attention_double_backward",
     "general_attention",
     "general_attention_backward",
+    "general_attention_tangent",
+    "general_attention_double_backward",
 )
 KEY = Key(0).packed
 
@@ -46,6 +48,11 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
                 ops.general_attention_mask_backward(
                     x, x, x[:, :1], x[:, :1], out, lse, *given, [False, False, False, True]
                 )
+        # All that takes registers.
+        given = (mask, lengths, KEY, 0.1, True, 0.1)
+        heads = (x, x[:, :1], x[:, :1])
+        ops.general_attention_jvp(*heads, x, lse, *heads, *given)
+        ops.general_attention_double_backward(x, *heads, x, lse, *heads, *given, [True] * 4)
 
 
 def main(wanted: list[Any]) -> None:

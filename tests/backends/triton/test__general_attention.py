@@ -17,6 +17,7 @@ from torch import Tensor
 from gencore import Key
 from gencore.backends.reference import attention as reference
 from gencore.noise import reference_uniform
+from gencore.ops import _general_attention as definitions
 
 pytest.importorskip("triton")
 
@@ -25,9 +26,13 @@ from gencore.backends.triton import _attention_seen as seen
 from gencore.backends.triton._tiles import halves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = [
-    sys.modules[f"gencore.backends.triton.{name}"] for name in ("_general_attention", "_general_attention_backward")
-]
+NAMES = (
+    "_general_attention",
+    "_general_attention_backward",
+    "_general_attention_tangent",
+    "_general_attention_double_backward",
+)
+MODULES = [sys.modules[f"gencore.backends.triton.{name}"] for name in NAMES]
 KEY = Key(7).stream(3).samples(5)
 # Relative to the largest value: half types round probabilities and their derivatives, then results, to 8 and 11 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -124,6 +129,45 @@ def test_definition_on_either_kind_of_gpu(sizes, has_warpgroups, monkeypatch):
     for module in MODULES:
         monkeypatch.setattr(module, "has_warpgroups", lambda tensor: has_warpgroups)
     check(Use(2, 1, 20, 40, *sizes, causal=True), torch.bfloat16)
+
+
+def further(use: Use, dtype: torch.dtype) -> None:
+    """In forward mode and of second order, against the definition in float64."""
+    (*heads, g), settings = use.tensors(dtype), use.settings()
+    direction = [x.cos() for x in heads]
+    out, lse = kernels.general_attention(*heads, *settings)
+    got = kernels.general_attention_jvp(*heads, out, lse, *direction, *settings)
+    grads = kernels.general_attention_double_backward(g, *heads, out, lse, *direction, *settings, [True] * 4)
+    exact = [x.cpu().double() for x in (*heads, *direction)]
+    mask, *others = (x.cpu() if isinstance(x, Tensor) else x for x in settings)
+    mask = None if mask is None else mask.expand(use.batch, use.heads, use.queries, use.keys)
+    want = [
+        *definitions._definition_jvp(*exact[:3], None, None, *exact[3:], mask, *others),
+        *definitions._definition_double_backward(
+            g.cpu().double(), *exact[:3], None, None, *exact[3:], mask, *others, [True] * 4
+        ),
+    ]
+    for a, b in zip((*got, *grads), want, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=TOLERANCE[dtype] * max(float(b.abs().max()), 0.1))
+
+
+FURTHER = {
+    "in chunks, values in parts": (torch.bfloat16, Use(1, 1, 9, 20, 160, 150, ((9, 20), torch.bool))),
+    "float64 in parts": (torch.float64, Use(2, 1, 20, 40, 8, 80, ((20, 40), torch.float64), causal=True)),
+    "several tiles of queries": (torch.float16, Use(1, 1, 150, 33, 20, 24, causal=True)),
+    "rows within blocks of noise": (torch.bfloat16, Use(1, 1, 10, 15, 16, 16, dropout=0.3)),
+}
+
+
+@pytest.mark.parametrize(("dtype", "use"), FURTHER.values(), ids=FURTHER.keys())
+def test_further_derivatives(dtype, use):
+    further(use, dtype)
+
+
+def test_further_derivatives_on_gpus_without_warpgroups(monkeypatch):
+    for module in MODULES:
+        monkeypatch.setattr(module, "has_warpgroups", lambda tensor: False)
+    further(Use(2, 1, 20, 40, 40, 70, causal=True), torch.bfloat16)
 
 
 def test_masks_are_read_as_they_lie(monkeypatch):

@@ -261,13 +261,15 @@ def check_attention(found: dict[str, Any], capability: int, size: int, layout: s
         assert has_lengths or not any(name.endswith(("b16", "u16")) for name in accesses), why
         wide = sum(n for name, n in accesses.items() if name.endswith(("v4.b32", "v2.b64")))
         # With options the gradient of keys takes every tile of queries as if it were the last, which may end anywhere.
-        assert wide > 0 or (kernel == "general_keys_kernel" and layout == "contiguous"), why
+        of_keys = kernel in ("general_keys_kernel", "general_second_keys_kernel")
+        assert wide > 0 or (of_keys and layout == "contiguous"), why
 
 
 def test_instructions_of_attention(tmp_path):
     kernels = {"attention_kernel", "delta_kernel", "keys_kernel", "queries_kernel"}
     kernels |= {"tangent_kernel", "second_keys_kernel", "second_queries_kernel"}
     kernels |= {"general_attention_kernel", "general_keys_kernel", "general_queries_kernel", "general_mask_kernel"}
+    kernels |= {"general_tangent_kernel", "general_second_keys_kernel", "general_second_queries_kernel"}
     for variant, results in zip(ATTENTION, run("ptx_attention.py", ATTENTION, tmp_path), strict=True):
         assert {found["kernel"] for found in results} == kernels
         for found in results:
