@@ -119,6 +119,7 @@ OPS = (
             Kernel("attention_double_backward", "second", 1),
             Kernel("general_attention", "forward", table="general_attention"),
             Kernel("general_attention_backward", "backward", 1, "general_attention"),
+            Kernel("general_attention_mask_backward"),
             Kernel("general_attention_jvp", "second", table="general_attention"),
             Kernel("general_attention_double_backward", "second", 1, "general_attention"),
         ),

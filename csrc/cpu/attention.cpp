@@ -105,9 +105,14 @@ Status attention(const Attention& given, int threads) {
 }
 
 Status attention_backward(const AttentionBackward& given, int threads) {
-  const AttentionBackward args = completed(given);
+  AttentionBackward args = completed(given);
   const AttentionShape& shape = args.shape;
   if (threads < 1 || !is_acceptable(shape, args.options)) return Status::invalid_argument;
+  if (args.grad_mask.data != nullptr) {
+    const bool is_added = args.options.mask.data != nullptr && !args.options.mask_is_boolean;
+    if (!is_added || (args.grad_mask.channel != 0 && args.grad_mask.channel != 1)) return Status::invalid_argument;
+    if (args.grad_mask.channel == 0 && shape.keys > 1) args.grad_mask = {};
+  }
   if (is_empty(shape)) return Status::ok;
   if (lacks(shape, {args.grad_out.data, args.q.data, args.out.data, args.lse}, {args.k.data, args.v.data})) {
     return Status::invalid_argument;

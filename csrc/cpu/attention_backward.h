@@ -20,13 +20,13 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
     const std::int64_t row = Base::row_of(shape.size), value_row = Base::row_of(shape.value_size);
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     return Base::own_space(grads, chunks) + of_keys * (shape.size + shape.value_size + row) +
-           tile_queries * (shape.size + 2 * shape.value_size + row + value_row + 2) + 2 * tile_keys * tile_queries +
+           tile_queries * (shape.size + 2 * shape.value_size + row + value_row + 1) + 2 * tile_keys * tile_queries +
            Arrays<A>::lost;
   }
 
-  Backward(const AttentionBackward& args, const KeyGradients& grads, const Elements<A>& elements, const Chunks& chunks,
-           Arrays<A> arrays, A* parts)
-      : Base(grads, elements, chunks, arrays, parts), args_(args) {
+  Backward(const AttentionBackward& args, const KeyGradients& grads, const Elements<A>& elements,
+           const Groups<A>& groups, const Chunks& chunks, Arrays<A> arrays, A* parts)
+      : Base(grads, elements, groups, chunks, arrays, parts), args_(args) {
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     k_columns_ = arrays.take(of_keys * size_);
     v_columns_ = arrays.take(of_keys * value_size_);
@@ -36,7 +36,6 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
     out_columns_ = arrays.take(value_size_ * tile_queries);
     q_rows_ = arrays.take(tile_queries * row_);
     grad_rows_ = arrays.take(tile_queries * value_row_);
-    lse_ = arrays.take(tile_queries);
     delta_ = arrays.take(tile_queries);
     weights_ = arrays.take(tile_keys * tile_queries);
     grad_scores_ = arrays.take(tile_keys * tile_queries);
@@ -56,12 +55,12 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
     columns(out_columns_, args_.out, head_, query, queries, value_size_);
     rows(q_rows_, args_.q, head_, query, queries, size_);
     rows(grad_rows_, args_.grad_out, head_, query, queries, value_size_);
-    read_lse<P>(lse_, static_cast<const A*>(args_.lse) + Base::first_query() + query, queries,
-                Base::seen_.may_see_none());
+    Base::read_log_sums({args_.base, args_.lse}, query, queries);
     Base::find_delta(delta_, grad_columns_, out_columns_, queries);
   }
 
-  void add(std::int64_t tile, std::int64_t keys, std::int64_t queries) {
+  void add(std::int64_t tile, const Region& region) {
+    const std::int64_t keys = region.keys, queries = region.queries;
     const A *const k = k_columns_ + tile * size_ * tile_keys, *const v = v_columns_ + tile * value_size_ * tile_keys;
     for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { find_weights<vectors>(k, v, lane, keys); });
     const std::int64_t of_rows = tile * tile_keys * row_;
@@ -73,6 +72,7 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
       Base::add_by_queries(Base::grad_k_ + of_rows, grad_scores_, q_rows_, keys, queries, size_);
     }
     if (grads_.q.data != nullptr) Base::add_by_keys(grad_scores_, k_rows_ + of_rows, keys, queries);
+    if (grads_.mask.data != nullptr) Base::add_to_mask(grad_scores_, region);
   }
 
  private:
@@ -80,12 +80,9 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
   template <int vectors>
   void find_weights(const A* k, const A* v, std::int64_t lane, std::int64_t keys) {
     const bool drops = Base::seen_.kept() != nullptr;
-    F lse[vectors], delta[vectors];
-    for (int n = 0; n < vectors; ++n) {
-      lse[n] = P::load(lse_ + lane + n * width);
-      delta[n] = P::load(delta_ + lane + n * width);
-    }
-    Base::template find_probabilities<vectors>(weights_, k, q_columns_, lane, keys, lse);
+    F delta[vectors];
+    for (int n = 0; n < vectors; ++n) delta[n] = P::load(delta_ + lane + n * width);
+    Base::template find_probabilities<vectors>(weights_, k, q_columns_, lane, keys);
     Base::template products<vectors>(value_size_, v, grad_columns_, lane, keys, [&](std::int64_t i, int n, F grad) {
       const F p = P::load(weights_ + i);
       P::store(grad_scores_ + i, P::mul(p, P::sub(Base::left(grad, i), delta[n])));
@@ -95,16 +92,17 @@ class Backward : public OverKeys<P, A, Backward<P, A>> {
 
   const AttentionBackward& args_;
   A *k_columns_, *v_columns_, *k_rows_;
-  A *q_columns_, *grad_columns_, *out_columns_, *q_rows_, *grad_rows_, *lse_, *delta_;
+  A *q_columns_, *grad_columns_, *out_columns_, *q_rows_, *grad_rows_, *delta_;
   A *weights_, *grad_scores_;
 };
 
 template <class P, class A>
 Status backward(const AttentionBackward& args, const Elements<A>& elements, int threads) {
-  const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale, args.options};
-  return over_keys<Backward<P, A>>(grads, elements, threads, [&](const Chunks& chunks, A* space, A* parts) {
-    return Backward<P, A>(args, grads, elements, chunks, Arrays<A>(space), parts);
-  });
+  const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale, args.options, args.grad_mask};
+  return over_keys<Backward<P, A>>(
+      grads, elements, threads, [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
+        return Backward<P, A>(args, grads, elements, groups, chunks, Arrays<A>(space), parts);
+      });
 }
 
 }  // namespace

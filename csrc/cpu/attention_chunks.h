@@ -5,24 +5,25 @@
 // order, whoever computed them: so the bits depend neither on threads nor on what else is in the batch.
 #pragma once
 
+#include "attention_mask_gradient.h"
 #include "attention_seen.h"
 
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
 // Who computes what: an item is some neighbouring chunks of the keys of one head, that of all queries' heads which
-// share it.
+// share it, and after it of the other heads of its group.
 struct Chunks {
   std::int64_t tiles, tiles_per_chunk, chunks, chunks_per_item, items_per_head;
 
-  Chunks(const AttentionShape& shape, std::int64_t threads, std::int64_t bytes) {
+  Chunks(const AttentionShape& shape, std::int64_t groups, std::int64_t threads, std::int64_t bytes) {
     // The least of a chunk makes gathering queries cheap beside it.
     constexpr std::int64_t most_chunks = 8, least_tiles = 4, most_bytes = 64 << 20;
     tiles = divide_up(shape.keys, tile_keys);
     tiles_per_chunk = std::max<std::int64_t>(1, std::max(least_tiles, divide_up(tiles, most_chunks)));
     chunks = std::max<std::int64_t>(1, divide_up(tiles, tiles_per_chunk));
     // One item per head needs no memory for parts; but there shall be some for every thread, and none too large.
-    const std::int64_t fair = divide_up(2 * threads, std::max<std::int64_t>(1, shape.batch * shape.key_heads));
+    const std::int64_t fair = divide_up(2 * threads, std::max<std::int64_t>(1, groups));
     const std::int64_t fitting = divide_up(5 * shape.keys * shape.size * bytes, most_bytes);
     items_per_head = threads == 1 ? fitting : std::max(fair, fitting);
     items_per_head = std::max<std::int64_t>(1, std::min(items_per_head, chunks));
@@ -39,11 +40,17 @@ struct KeyGradients {
   const AttentionShape& shape;
   double scale;
   const AttentionOptions& options;
+  HeadsTensor mask{};
+};
+
+// Keys and queries of a tile: the first, and how many.
+struct Region {
+  std::int64_t key, keys, query, queries;
 };
 
 // A worker's way over the chunks of an item. `Derived` has begin_keys(tile, key) and begin_queries(query), which read
-// what it needs of their tokens, and add(tile, keys, queries), which adds to part_, grad_k_ and grad_v_ what a tile of
-// keys and one of queries give. The first two are multiplied by the scale in the end.
+// what it needs of their tokens, and add(tile, region), which adds to part_, grad_k_, grad_v_ and the gradient of the
+// mask what a tile of keys and one of queries give. The first two are multiplied by the scale in the end.
 template <class P, class A, class Derived>
 class OverKeys {
  protected:
@@ -56,12 +63,17 @@ class OverKeys {
   static std::int64_t tile_of_grad_q(const AttentionShape& shape) { return shape.size * tile_queries; }
 
   void run(std::int64_t item) {
-    Derived& derived = static_cast<Derived&>(*this);
-    const AttentionShape& shape = grads_.shape;
-    const std::int64_t key_head = item / chunks_.items_per_head, shared = shape.heads / shape.key_heads;
-    key_head_ = {key_head / shape.key_heads, key_head % shape.key_heads};
-    all_keys_ = seen_.keys(key_head_.batch);
+    const std::int64_t group = item / chunks_.items_per_head;
     const std::int64_t first_chunk = item % chunks_.items_per_head * chunks_.chunks_per_item;
+    mask_ = groups_.part_of(group);
+    groups_.for_heads(group, [&](const Head& head) { run_head(head, first_chunk); });
+  }
+
+  void run_head(const Head& key_head, std::int64_t first_chunk) {
+    Derived& derived = static_cast<Derived&>(*this);
+    const std::int64_t shared = grads_.shape.heads / grads_.shape.key_heads;
+    key_head_ = key_head;
+    all_keys_ = seen_.keys(key_head_.batch);
     const std::int64_t last_chunk = std::min(chunks_.chunks, first_chunk + chunks_.chunks_per_item);
     const std::int64_t first = first_chunk * chunks_.tiles_per_chunk;
     const std::int64_t last = std::min(chunks_.tiles, last_chunk * chunks_.tiles_per_chunk);
@@ -103,13 +115,15 @@ class OverKeys {
   static std::int64_t own_space(const KeyGradients& grads, const Chunks& chunks) {
     const AttentionShape& shape = grads.shape;
     return chunks.tiles_per_item() * tile_keys * (row_of(shape.size) + row_of(shape.value_size)) +
-           2 * tile_of_grad_q(shape) + Seen<P, A>::space(grads.options);
+           2 * tile_of_grad_q(shape) + 2 * tile_queries + Seen<P, A>::space(grads.options);
   }
 
   // `parts` has room for the gradients of all queries from each chunk; null if an item has all chunks of its head.
-  OverKeys(const KeyGradients& grads, const Elements<A>& elements, const Chunks& chunks, Arrays<A>& arrays, A* parts)
+  OverKeys(const KeyGradients& grads, const Elements<A>& elements, const Groups<A>& groups, const Chunks& chunks,
+           Arrays<A>& arrays, A* parts)
       : grads_(grads),
         elements_(elements),
+        groups_(groups),
         chunks_(chunks),
         size_(grads.shape.size),
         row_(row_of(size_)),
@@ -124,6 +138,7 @@ class OverKeys {
     grad_v_ = arrays.take(of_keys * value_row_);
     part_ = arrays.take(size_ * tile_queries);
     grad_q_ = arrays.take(size_ * tile_queries);
+    for (A** values : {&base_, &lse_}) *values = arrays.take(tile_queries);
   }
 
   static std::int64_t row_of(std::int64_t size) { return round_up(size, Arrays<A>::unit); }
@@ -146,6 +161,10 @@ class OverKeys {
             std::int64_t size) const {
     elements_.read(tile, row_of(size), head.at(tensor, token, elements_.size), tokens, size, tensor.token,
                    tensor.channel, false);
+  }
+
+  void read_log_sums(const LogSums<A>& sums, std::int64_t query, std::int64_t queries) {
+    sums.template read<P>(base_, lse_, first_query() + query, queries, seen_.may_see_none(), seen_.gives_logits());
   }
 
   // Of each query of a tile the sum of the products of two tensors' channels.
@@ -175,14 +194,16 @@ class OverKeys {
 
   // The probabilities of a tile, but for what is dropped, from columns of keys and queries.
   template <int vectors>
-  void find_probabilities(A* p, const A* k, const A* q, std::int64_t lane, std::int64_t keys,
-                          const F (&lse)[vectors]) const {
+  void find_probabilities(A* p, const A* k, const A* q, std::int64_t lane, std::int64_t keys) const {
     const Exponential<P> exponential = exponential_;
     const A* const bias = seen_.bias();
     const F factor = seen_.factor();
+    F lse[vectors];
+    for (int n = 0; n < vectors; ++n) lse[n] = P::load(lse_ + lane + n * width);
     products<vectors>(size_, k, q, lane, keys, [&](std::int64_t i, int n, F score) {
-      if (bias != nullptr) score = P::fma(score, factor, P::load(bias + i));
-      P::store(p + i, exponential.normalized(score, lse[n]));
+      if (bias == nullptr) return P::store(p + i, exponential.normalized(score, lse[n]));
+      score = P::fma(score, factor, P::load(bias + i));
+      P::store(p + i, exponential.normalized(score, P::load(base_ + lane + n * width), lse[n]));
     });
   }
 
@@ -208,22 +229,30 @@ class OverKeys {
     });
   }
 
+  // Adds the gradients of a tile's logits to that of the mask.
+  void add_to_mask(const A* grads, const Region& region) const {
+    const HeadsTensor& mask = grads_.mask;
+    A* const to = mask_ + head_.batch * mask.batch + head_.head * mask.head + region.query * mask.token + region.key;
+    add_turned<P>(to, mask.token, grads, region.queries, region.keys);
+  }
+
   const KeyGradients& grads_;
   const Elements<A>& elements_;
+  const Groups<A>& groups_;
   const Chunks& chunks_;
   const std::int64_t size_, row_, value_size_, value_row_, tiles_of_queries_;
   Seen<P, A> seen_;
   const Exponential<P> exponential_;
   Head head_{}, key_head_{};
   std::int64_t all_keys_ = 0;
-  A *grad_k_, *grad_v_, *part_, *grad_q_;
+  A *grad_k_, *grad_v_, *part_, *grad_q_, *base_, *lse_, *mask_ = nullptr;
 
  private:
   void add_tile(Derived& derived, std::int64_t tile, std::int64_t key, std::int64_t query) {
-    const std::int64_t keys = keys_from(key), queries = queries_from(query);
-    if (keys <= 0 || seen_.skips(query, queries, key)) return;
-    seen_.prepare(head_, query, queries, key, keys);
-    derived.add(tile, keys, queries);
+    const Region region{key, keys_from(key), query, queries_from(query)};
+    if (region.keys <= 0 || seen_.skips(query, region.queries, key)) return;
+    seen_.prepare(head_, query, region.queries, key, region.keys);
+    derived.add(tile, region);
   }
 
   template <int vectors, int a_row>
@@ -291,26 +320,27 @@ struct AddParts {
   }
 };
 
-// Has workers, which make_worker(chunks, space, parts) makes, go over all keys.
+// Has workers, which make_worker(groups, chunks, space, parts) makes, go over all keys.
 template <class Worker, class A, class MakeWorker>
 Status over_keys(const KeyGradients& grads, const Elements<A>& elements, int threads, MakeWorker&& make_worker) {
   const AttentionShape& shape = grads.shape;
   const std::int64_t heads = shape.batch * shape.heads, tiles = divide_up(shape.queries, tile_queries);
-  const std::int64_t key_heads = shape.batch * shape.key_heads;
   const std::int64_t useful = useful_threads(shape, threads);
-  const Chunks chunks(shape, useful, sizeof(A));
-  const std::int64_t items = key_heads * chunks.items_per_head;
+  const Groups<A> groups(shape, grads.mask);
+  const Chunks chunks(shape, groups.count, useful, sizeof(A));
+  const std::int64_t items = groups.count * chunks.items_per_head;
   const int team = static_cast<int>(std::min(useful, std::max<std::int64_t>(1, items)));
   const bool in_parts = chunks.items_per_head > 1 && grads.q.data != nullptr;
   const Workspace<A> space(team, Worker::space(grads, chunks));
   const Workspace<A> parts(1, in_parts ? heads * chunks.chunks * tiles * Worker::tile_of_grad_q(shape) : 0);
-  if (!space.ok() || !parts.ok()) return Status::out_of_memory;
+  if (!space.ok() || !parts.ok() || !groups.ok()) return Status::out_of_memory;
   A* const of_chunks = in_parts ? parts.of_thread(0) : nullptr;
-  for_items(items, team, [&](int thread) { return make_worker(chunks, space.of_thread(thread), of_chunks); });
+  for_items(items, team, [&](int thread) { return make_worker(groups, chunks, space.of_thread(thread), of_chunks); });
   if (in_parts) {
     for_items(heads * tiles, team,
               [&](int) { return AddParts<Worker, A>{grads, elements, chunks.chunks, tiles, of_chunks}; });
   }
+  groups.add_parts(team);
   return Status::ok;
 }
 

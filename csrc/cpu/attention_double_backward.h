@@ -22,13 +22,14 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     const std::int64_t row = Base::row_of(shape.size), value_row = Base::row_of(shape.value_size);
     const std::int64_t of_keys = chunks.tiles_per_item() * tile_keys;
     return Base::own_space(grads, chunks) + of_keys * (2 * shape.size + 2 * shape.value_size + 2 * row) +
-           tile_queries * (2 * shape.size + shape.value_size + 2 * row + value_row + 4) + 4 * tile_keys * tile_queries +
+           tile_queries * (2 * shape.size + shape.value_size + 2 * row + value_row + 3) + 4 * tile_keys * tile_queries +
            Arrays<A>::lost;
   }
 
   DoubleBackward(const AttentionDoubleBackward& args, const KeyGradients& grads, const Elements<A>& elements,
-                 const A* mean, const A* delta, const A* second, const Chunks& chunks, Arrays<A> arrays, A* parts)
-      : Base(grads, elements, chunks, arrays, parts),
+                 const A* mean, const A* delta, const A* second, const Groups<A>& groups, const Chunks& chunks,
+                 Arrays<A> arrays, A* parts)
+      : Base(grads, elements, groups, chunks, arrays, parts),
         args_(args),
         all_means_(mean),
         all_deltas_(delta),
@@ -43,7 +44,7 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     grad_columns_ = arrays.take(value_size_ * tile_queries);
     for (A** tile : {&q_rows_, &dq_rows_}) *tile = arrays.take(tile_queries * row_);
     grad_rows_ = arrays.take(tile_queries * value_row_);
-    for (A** values : {&lse_, &delta_, &mean_, &second_}) *values = arrays.take(tile_queries);
+    for (A** values : {&delta_, &mean_, &second_}) *values = arrays.take(tile_queries);
     for (A** tile : {&weights_, &moved_, &grad_scores_, &second_scores_}) {
       *tile = arrays.take(tile_keys * tile_queries);
     }
@@ -72,7 +73,7 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
       columns(dq_columns_, args_.dq, head_, query, queries, size_);
       rows(dq_rows_, args_.dq, head_, query, queries, size_);
     }
-    read_lse<P>(lse_, static_cast<const A*>(args_.lse) + place, queries, seen_.may_see_none());
+    Base::read_log_sums({args_.base, args_.lse}, query, queries);
     for (std::int64_t i = 0; i < tile_queries; ++i) {
       mean_[i] = i < queries ? all_means_[place + i] : 0;
       delta_[i] = i < queries ? all_deltas_[place + i] : 0;
@@ -80,7 +81,8 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     }
   }
 
-  void add(std::int64_t tile, std::int64_t keys, std::int64_t queries) {
+  void add(std::int64_t tile, const Region& region) {
+    const std::int64_t keys = region.keys, queries = region.queries;
     const std::int64_t of_rows = tile * tile_keys * row_;
     for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { find_weights<vectors>(tile, lane, keys); });
     A *const grad_k = Base::grad_k_ + of_rows, *const grad_v = Base::grad_v_ + tile * tile_keys * value_row_;
@@ -102,9 +104,8 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
   // the gradient, in moved_ those of the products of grad_out with v.
   template <int vectors>
   void find_weights(std::int64_t tile, std::int64_t lane, std::int64_t keys) {
-    F lse[vectors], delta[vectors], mean[vectors], second[vectors];
+    F delta[vectors], mean[vectors], second[vectors];
     for (int n = 0; n < vectors; ++n) {
-      lse[n] = P::load(lse_ + lane + n * width);
       delta[n] = P::load(delta_ + lane + n * width);
       mean[n] = P::load(mean_ + lane + n * width);
       second[n] = P::load(second_ + lane + n * width);
@@ -112,7 +113,7 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
     const std::int64_t of_columns = tile * size_ * tile_keys, of_values = tile * value_size_ * tile_keys;
     const A *const k = k_columns_ + of_columns, *const v = v_columns_ + of_values;
     const A *const dk = dk_columns_ + of_columns, *const dv = dv_columns_ + of_values;
-    Base::template find_probabilities<vectors>(weights_, k, q_columns_, lane, keys, lse);
+    Base::template find_probabilities<vectors>(weights_, k, q_columns_, lane, keys);
     for (std::int64_t key = 0; key < keys; ++key) {
       for (int n = 0; n < vectors; ++n) P::store(moved_ + key * tile_queries + lane + n * width, P::set(0));
     }
@@ -140,7 +141,7 @@ class DoubleBackward : public OverKeys<P, A, DoubleBackward<P, A>> {
   const F scale_;
   A *k_columns_, *v_columns_, *dk_columns_, *dv_columns_, *k_rows_, *dk_rows_;
   A *q_columns_, *dq_columns_, *grad_columns_, *q_rows_, *dq_rows_, *grad_rows_;
-  A *lse_, *delta_, *mean_, *second_;
+  A *delta_, *mean_, *second_;
   A *weights_, *moved_, *grad_scores_, *second_scores_;
 };
 
@@ -150,16 +151,18 @@ Status double_backward(const AttentionDoubleBackward& args, const Elements<A>& e
   const Workspace<A> values(1, 3 * queries);
   if (!values.ok()) return Status::out_of_memory;
   A *const mean = values.of_thread(0), *const delta = mean + queries, *const second = delta + queries;
-  const Along<A> along{args.q,         args.k,  args.v,  args.out,           static_cast<const A*>(args.lse),
+  const Along<A> along{args.q,         args.k,  args.v,  args.out,           LogSums<A>(args.base, args.lse),
                        args.dq,        args.dk, args.dv, args.grad_grad_out, mean,
                        &args.grad_out, delta,   second,  args.shape,         args.scale,
                        args.options};
   const Status status = tangent<P>(along, elements, threads);
   if (status != Status::ok) return status;
   const KeyGradients grads{args.grad_q, args.grad_k, args.grad_v, args.shape, args.scale, args.options};
-  return over_keys<DoubleBackward<P, A>>(grads, elements, threads, [&](const Chunks& chunks, A* space, A* parts) {
-    return DoubleBackward<P, A>(args, grads, elements, mean, delta, second, chunks, Arrays<A>(space), parts);
-  });
+  return over_keys<DoubleBackward<P, A>>(grads, elements, threads,
+                                         [&](const Groups<A>& groups, const Chunks& chunks, A* space, A* parts) {
+                                           return DoubleBackward<P, A>(args, grads, elements, mean, delta, second,
+                                                                       groups, chunks, Arrays<A>(space), parts);
+                                         });
 }
 
 }  // namespace

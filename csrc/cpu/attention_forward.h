@@ -9,11 +9,36 @@
 namespace gencore::cpu::GENCORE_SIMD {
 namespace {
 
-// The logarithm of a softmax's denominator, from the sum relative to the largest score.
+// Writes the logarithms of denominators from query `first` on, from sums relative to the largest scores.
 template <class A>
-inline A log_of_sum(double scale, A most, A sum) {
-  return static_cast<A>(scale * static_cast<double>(most) + std::log(static_cast<double>(sum)));
+inline void write_log_sums(const Attention& args, std::int64_t first, std::int64_t queries, double scale, const A* most,
+                           const A* sum) {
+  if (args.lse == nullptr) return;
+  A *const lse = static_cast<A*>(args.lse) + first, *const base = static_cast<A*>(args.base) + first;
+  for (std::int64_t i = 0; i < queries; ++i) {
+    const double top = scale * static_cast<double>(most[i]);
+    const A apart = args.base == nullptr || sum[i] == 0 ? A(0) : static_cast<A>(top);
+    lse[i] = static_cast<A>(top - static_cast<double>(apart) + std::log(static_cast<double>(sum[i])));
+    if (args.base != nullptr) base[i] = apart;
+  }
 }
+
+// Keys of a part: what parts add up to relative to their largest scores is joined in their order. Few queries have a
+// worker for each, many go from one to the next, and both have the same bits.
+constexpr std::int64_t part_keys = 1024;
+
+inline std::int64_t parts_of(std::int64_t keys) { return std::max<std::int64_t>(1, divide_up(keys, part_keys)); }
+
+// How a part is joined to those before it, for the queries of vectors.
+template <class P>
+struct Joint {
+  using F = typename P::F;
+  F most, of_whole, of_part;
+
+  Joint(const Exponential<P>& exponential, F whole, F part)
+      : most(P::max(part, whole)), of_whole(exponential.below(whole, most)), of_part(exponential.below(part, most)) {}
+  F operator()(F whole, F part) const { return P::fma(whole, of_whole, P::mul(part, of_part)); }
+};
 
 template <class Mode>
 class Forward {
@@ -27,7 +52,8 @@ class Forward {
   // Elements of A for one thread.
   static std::int64_t space(const Attention& args, const Plan& plan) {
     const AttentionShape& shape = args.shape;
-    const std::int64_t of_tile = (words(shape.size) + shape.value_size + 2) * tile_queries;
+    const std::int64_t of_sums = (shape.value_size + 2) * tile_queries * (parts_of(shape.keys) > 1 ? 2 : 1);
+    const std::int64_t of_tile = words(shape.size) * tile_queries + of_sums;
     return plan.tiles_per_item * of_tile + words(shape.size) * tile_keys + words(tile_keys) * row_of_values(shape) +
            (tile_keys + words(tile_keys)) * tile_queries + Seen<P, A>::space(args.options) + Arrays<A>::lost;
   }
@@ -47,6 +73,11 @@ class Forward {
     out_ = arrays.take(plan.tiles_per_item * value_size_ * tile_queries);
     most_ = arrays.take(plan.tiles_per_item * tile_queries);
     sum_ = arrays.take(plan.tiles_per_item * tile_queries);
+    if (parts_of(args.shape.keys) > 1) {
+      whole_out_ = arrays.take(plan.tiles_per_item * value_size_ * tile_queries);
+      whole_most_ = arrays.take(plan.tiles_per_item * tile_queries);
+      whole_sum_ = arrays.take(plan.tiles_per_item * tile_queries);
+    }
     k_ = arrays.take(words(size_) * tile_keys);
     v_ = arrays.take(words(tile_keys) * row_of_values(args.shape));
     scores_ = arrays.take(tile_keys * tile_queries);
@@ -63,6 +94,7 @@ class Forward {
     const std::int64_t all_keys = seen_.keys(head_.batch);
     const std::int64_t last_key = seen_.keys_before((first + tiles) * plan_.queries_per_tile, all_keys);
     for (std::int64_t key = 0; key < last_key; key += tile_keys) {
+      if (key > 0 && key % part_keys == 0) join(tiles, key == part_keys);
       const std::int64_t keys = std::min(tile_keys, all_keys - key);
       elements_.read(k_, tile_keys, key_head.at(args_.k, key, elements_.size), size_, keys, args_.k.channel,
                      args_.k.token, false);
@@ -78,6 +110,12 @@ class Forward {
           for_panels<P>(queries, [&](std::int64_t lane, auto vectors) { add<vectors, false>(tile, lane, keys); });
         }
       }
+    }
+    if (last_key > part_keys) {
+      join(tiles, false);
+      std::swap(out_, whole_out_);
+      std::swap(most_, whole_most_);
+      std::swap(sum_, whole_sum_);
     }
     for (std::int64_t tile = 0; tile < tiles; ++tile) finish(tile, (first + tile) * plan_.queries_per_tile);
   }
@@ -95,9 +133,36 @@ class Forward {
     // A negative scale turns the queries instead, so that a greater product is a greater logit.
     elements_.read(q_ + tile * words(size_) * tile_queries, tile_queries, at(args_.q, query), size_,
                    queries_from(query), args_.q.channel, args_.q.token, args_.scale < 0);
+    clear_sums(tile);
+  }
+
+  void clear_sums(std::int64_t tile) {
     std::fill_n(out_ + tile * value_size_ * tile_queries, value_size_ * tile_queries, A(0));
     std::fill_n(most_ + tile * tile_queries, tile_queries, seen_.least());
     std::fill_n(sum_ + tile * tile_queries, tile_queries, A(0));
+  }
+
+  // Joins the sums of a part to the whole, or begins it, and clears them.
+  void join(std::int64_t tiles, bool begins) {
+    constexpr std::int64_t width = P::width;
+    if (begins) {
+      std::swap(out_, whole_out_);
+      std::swap(most_, whole_most_);
+      std::swap(sum_, whole_sum_);
+    }
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      for (std::int64_t lane = 0; !begins && lane < tile_queries; lane += width) {
+        const std::int64_t i = tile * tile_queries + lane, of_values = tile * value_size_ * tile_queries + lane;
+        const Joint<P> joint(exponential_, P::load(whole_most_ + i), P::load(most_ + i));
+        P::store(whole_most_ + i, joint.most);
+        P::store(whole_sum_ + i, joint(P::load(whole_sum_ + i), P::load(sum_ + i)));
+        for (std::int64_t c = 0; c < value_size_; ++c) {
+          A* const to = whole_out_ + of_values + c * tile_queries;
+          P::store(to, joint(P::load(to), P::load(out_ + of_values + c * tile_queries)));
+        }
+      }
+      clear_sums(tile);
+    }
   }
 
   // Adds a tile of keys to the vectors of queries from `lane` on. `limited`: by what `seen_` has prepared.
@@ -220,12 +285,8 @@ class Forward {
       }
     }
     elements_.write(out, tile_queries, at(args_.out, query), value_size_, queries, args_.out.channel, args_.out.token);
-    if (args_.lse == nullptr) return;
-    A* const lse =
-        static_cast<A*>(args_.lse) + (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query;
-    for (std::int64_t i = 0; i < queries; ++i) {
-      lse[i] = log_of_sum(scale_, most[i], sum[i]);
-    }
+    write_log_sums(args_, (head_.batch * args_.shape.heads + head_.head) * args_.shape.queries + query, queries, scale_,
+                   most, sum);
   }
 
   const Attention& args_;
@@ -238,6 +299,8 @@ class Forward {
   const Exponential<P> exponential_;
   Head head_{};
   A *q_, *out_, *most_, *sum_, *k_, *v_, *scores_, *weights_;
+  // Of the parts before, where there are several.
+  A *whole_out_ = nullptr, *whole_most_ = nullptr, *whole_sum_ = nullptr;
 };
 
 template <class Mode, class A>

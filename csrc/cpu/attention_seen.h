@@ -29,6 +29,7 @@ class Seen {
   using F = typename P::F;
   static constexpr std::int64_t width = P::width;
   static constexpr std::int64_t tile = tile_keys * tile_queries;
+  static constexpr double least_scale = 1e-30;
 
  public:
   // Elements of A for one thread.
@@ -39,8 +40,9 @@ class Seen {
   Seen(const AttentionOptions& options, const AttentionShape& shape, double scale, Arrays<A>& arrays)
       : options_(options),
         shape_(shape),
-        // Minus infinity, as a logit, takes the scale's place where that would turn it or make it a NaN.
-        scaled_(options.mask.data != nullptr && !options.mask_is_boolean ? true : hides(options) && !(scale > 0)),
+        // Minus infinity, as a logit, takes the scale's place where that would turn it or, as 0 in A, make it a NaN.
+        scaled_(options.mask.data != nullptr && !options.mask_is_boolean ? true
+                                                                         : hides(options) && !(scale > least_scale)),
         factor_(P::set(static_cast<A>(scaled_ ? scale : 1))),
         noise_({shape.batch, 1, shape.heads * shape.queries * shape.keys, 0}, options.key) {
     if (hides(options)) {
@@ -65,6 +67,7 @@ class Seen {
   A divisor(A sum) const { return sum == 0 && may_see_none() ? std::numeric_limits<A>::infinity() : sum; }
   // What scores are multiplied by to be logits, once they have gone through factor() and bias.
   double scale_left(double scale) const { return scaled_ ? 1 : scale; }
+  bool gives_logits() const { return scaled_; }
   F factor() const { return factor_; }
 
   // The keys of a sample.

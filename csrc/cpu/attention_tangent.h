@@ -11,7 +11,7 @@ namespace {
 template <class A>
 struct Along {
   const HeadsTensor &q, &k, &v, &out;
-  const A* lse;
+  LogSums<A> lse;
   const HeadsTensor &dq, &dk, &dv, &d_out;
   A* d_lse;
   const HeadsTensor* grad_out;
@@ -31,7 +31,7 @@ class Tangent {
   // Elements of A for one thread.
   static std::int64_t space(const Along<A>& args, const Plan& plan) {
     const AttentionShape& shape = args.shape;
-    const std::int64_t of_tile = (2 * shape.size + 2 * shape.value_size + 6) * tile_queries;
+    const std::int64_t of_tile = (2 * shape.size + 2 * shape.value_size + 7) * tile_queries;
     return plan.tiles_per_item * of_tile + shape.value_size * tile_queries +
            2 * (shape.size + shape.value_size) * tile_keys + 2 * tile_keys * row_of(shape.value_size) +
            2 * tile_keys * tile_queries + Seen<P, A>::space(args.options) + Arrays<A>::lost;
@@ -52,7 +52,7 @@ class Tangent {
     for (A** tile : {&q_, &dq_}) *tile = arrays_.take(queries * size_);
     for (A** tile : {&sum_, &grad_}) *tile = arrays_.take(queries * value_size_);
     out_ = arrays_.take(value_size_ * tile_queries);
-    for (A** values : {&lse_, &shift_, &mean_, &delta_, &squares_, &others_}) *values = arrays_.take(queries);
+    for (A** values : {&base_, &lse_, &shift_, &mean_, &delta_, &squares_, &others_}) *values = arrays_.take(queries);
     for (A** tile : {&k_, &dk_}) *tile = arrays_.take(size_ * tile_keys);
     for (A** tile : {&v_columns_, &dv_columns_}) *tile = arrays_.take(value_size_ * tile_keys);
     v_ = arrays_.take(tile_keys * value_row_);
@@ -120,7 +120,8 @@ class Tangent {
     columns(q_ + of_tile, args_.q, head_, query, queries, size_);
     if (there(args_.dq)) columns(dq_ + of_tile, args_.dq, head_, query, queries, size_);
     if (has_second()) columns(grad_ + of_values, *args_.grad_out, head_, query, queries, value_size_);
-    read_lse<P>(lse_ + tile * tile_queries, args_.lse + place_of(query), queries, seen_.may_see_none());
+    args_.lse.template read<P>(base_ + tile * tile_queries, lse_ + tile * tile_queries, place_of(query), queries,
+                               seen_.may_see_none(), seen_.gives_logits());
     std::fill_n(sum_ + of_values, value_size_ * tile_queries, A(0));
     for (A* values : {shift_, mean_, delta_, squares_, others_}) {
       std::fill_n(values + tile * tile_queries, tile_queries, A(0));
@@ -171,8 +172,9 @@ class Tangent {
       mean[n] = P::load(mean_ + of_values + n * width);
     }
     products<vectors>(size_, {{k_, q}}, lane, keys, [&](std::int64_t i, int n, F score) {
-      if (bias != nullptr) score = P::fma(score, factor, P::load(bias + i));
-      P::store(weights_ + i, exponential_.normalized(score, lse[n]));
+      if (bias == nullptr) return P::store(weights_ + i, exponential_.normalized(score, lse[n]));
+      score = P::fma(score, factor, P::load(bias + i));
+      P::store(weights_ + i, exponential_.normalized(score, P::load(base_ + of_values + n * width), lse[n]));
     });
     const auto move = [&](std::int64_t i, int n, F t) {
       const F moved = P::mul(P::load(weights_ + i), P::sub(P::mul(scale_, t), shift[n]));
@@ -263,7 +265,11 @@ class Tangent {
     }
     for (std::int64_t i = 0; i < queries; ++i) {
       const std::int64_t at = tile * tile_queries + i;
-      if (args_.d_lse != nullptr) args_.d_lse[place_of(query) + i] = mean[i] + shift_[at];
+      if (args_.d_lse != nullptr) {
+        // Of a query that sees no key lse is large, and the sum of the probabilities 0.
+        const bool sees_none = lse_[at] >= std::numeric_limits<A>::max() / 4;
+        args_.d_lse[place_of(query) + i] = sees_none ? A(0) : mean[i] + shift_[at];
+      }
       if (has_second()) {
         args_.delta[place_of(query) + i] = delta_[at];
         args_.second[place_of(query) + i] = squares_[at] - delta_[at] * mean[i] + others_[at];
@@ -280,7 +286,7 @@ class Tangent {
   const F scale_;
   const Exponential<P> exponential_;
   Head head_{};
-  A *q_, *dq_, *sum_, *grad_, *out_, *lse_, *shift_, *mean_, *delta_, *squares_, *others_;
+  A *q_, *dq_, *sum_, *grad_, *out_, *base_, *lse_, *shift_, *mean_, *delta_, *squares_, *others_;
   A *k_, *dk_, *v_columns_, *dv_columns_, *v_, *dv_, *weights_, *moved_;
 };
 
@@ -296,7 +302,7 @@ Status tangent(const Along<A>& args, const Elements<A>& elements, int threads) {
 
 template <class P, class A>
 Status jvp(const AttentionJvp& args, const Elements<A>& elements, int threads) {
-  const Along<A> along{args.q,      args.k,  args.v,  args.out,   static_cast<const A*>(args.lse),
+  const Along<A> along{args.q,      args.k,  args.v,  args.out,   LogSums<A>(args.base, args.lse),
                        args.dq,     args.dk, args.dv, args.d_out, static_cast<A*>(args.d_lse),
                        nullptr,     nullptr, nullptr, args.shape, args.scale,
                        args.options};

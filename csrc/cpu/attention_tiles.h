@@ -41,6 +41,8 @@ struct Exponential {
   F below(F s, F most) const { return minus(P::mul(P::sub(most, s), scale)); }
   // e^(scale s - lse), of lse times `unit`.
   F normalized(F s, F lse) const { return minus(P::fma(s, minus_scale, lse)); }
+  // e^(scale (s - base) - lse): that difference is taken first.
+  F normalized(F s, F base, F lse) const { return minus(P::fma(P::sub(base, s), scale, lse)); }
 
  private:
   static F minus(F x) {
@@ -52,16 +54,28 @@ struct Exponential {
   }
 };
 
-// The logarithms of a tile of queries in the unit of exponentials, 0 where there is no query. Of a query that may
-// and does see no key it is large: its probabilities are 0.
-template <class P, class A>
-inline void read_lse(A* tile, const A* lse, std::int64_t queries, bool may_see_none) {
-  constexpr double nothing = -std::numeric_limits<double>::infinity(), large = std::numeric_limits<A>::max() / 4;
-  for (std::int64_t i = 0; i < tile_queries; ++i) {
-    const double value = i < queries ? static_cast<double>(lse[i]) : 0;
-    tile[i] = static_cast<A>(may_see_none && value == nothing ? large : value * Exponential<P>::unit);
+// The logarithms of all queries' denominators, as the forward pass has kept them.
+template <class A>
+struct LogSums {
+  const A *base, *rest;
+
+  LogSums(const void* base_, const void* lse) : base(static_cast<const A*>(base_)), rest(static_cast<const A*>(lse)) {}
+
+  // Those of a tile from query `first` on: of a query the base, if it is kept `apart`, and the rest in the unit of
+  // exponentials. 0 where there is no query. Of a query that may and does see no key the rest is large: its
+  // probabilities are 0.
+  template <class P>
+  void read(A* bases, A* rests, std::int64_t first, std::int64_t queries, bool may_see_none, bool apart) const {
+    constexpr double nothing = -std::numeric_limits<double>::infinity(), large = std::numeric_limits<A>::max() / 4;
+    for (std::int64_t i = 0; i < tile_queries; ++i) {
+      const double value = i < queries ? static_cast<double>(rest[first + i]) : 0;
+      const double of_base = i < queries && base != nullptr ? static_cast<double>(base[first + i]) : 0;
+      const bool sees_none = may_see_none && value == nothing;
+      bases[i] = static_cast<A>(apart ? of_base : 0);
+      rests[i] = static_cast<A>(sees_none ? large : (apart ? value : of_base + value) * Exponential<P>::unit);
+    }
   }
-}
+};
 
 // Takes arrays from a thread's slice of the workspace, each at the beginning of a cache line.
 template <class A>

@@ -164,7 +164,7 @@ class Dispatched:
     def __init__(self, op: str, device: torch.device):
         self._op, self._device, self._capability = op, device, dispatch.capability_of(device)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         for runner in self._order(args):
             reason = self._refusal(runner, args)
             if reason is not None:
@@ -172,7 +172,7 @@ class Dispatched:
                     raise ValueError(f"{runner} cannot run it: {reason}")
                 continue
             if runner != "cudnn" and runner != "flash":
-                return getattr(load(runner), self._op)(*args)
+                return getattr(load(runner), self._op)(*args, **options)
             done = handover.attention(runner, *args)
             if done is not None:
                 return done

@@ -16,9 +16,11 @@ from gencore.backends.activations import NUMBERS as ACTIVATION
 from gencore.backends.layout import (
     empty_draws,
     empty_gradients,
+    empty_parts_of_log_sums,
     empty_with_channels,
     in_format,
     kept_format,
+    log_sums,
     memory_format_of,
     suggested_format,
 )
@@ -35,6 +37,7 @@ from gencore.backends.structs import (
     group_norm_shape,
     heads,
     noise_shape,
+    repeated,
 )
 
 _CONTIGUOUS = torch.contiguous_format
@@ -347,12 +350,15 @@ class CompiledOps:
             out = self._empty_like(q)
         into = self._writable(out)
         q, k, v = self._readable(q), self._readable(k), self._readable(v)
-        lse = log_sums(q) if with_lse else None
+        lse = None
+        if with_lse:
+            lse = log_sums(q) if options is None else self._empty_log_sums(q)
         shape = attention_shape(q, k, v)
         workspace = self._workspace("attention", q, shape)
         self._module.attention(
             q=heads(q), k=heads(k), v=heads(v), out=heads(into), lse=None if lse is None else lse.data_ptr(),
-            dtype=DTYPE[q.dtype], shape=shape, scale=scale, options=options, place=self._place(q, workspace),
+            dtype=DTYPE[q.dtype], shape=shape, scale=scale, options=options, base=self._base(lse),
+            place=self._place(q, workspace),
         )  # fmt: skip
         return out if into is out else out.copy_(into), lse
 
@@ -368,18 +374,23 @@ class CompiledOps:
         wanted: Sequence[bool],
         grads: tuple[Tensor, Tensor, Tensor] | None = None,
         options: Any = None,
+        grad_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """``grads``: where to write to, with strides as those of readable tensors; all of them are then wanted."""
+        """``grads``: where to write to, with strides as those of readable tensors; all of them are then wanted.
+
+        ``grad_mask``: where kernels that make it add the gradient of the mask to: dense, of the type of ``lse``.
+        """
         results = grads or self._gradients((q, k, v), wanted)
         grad_q, grad_k, grad_v = into = [None if result is None else self._writable(result) for result in results]
         grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
-        lse = lse.contiguous()
+        lse = self._dense_log_sums(lse)
         shape = attention_shape(q, k, v)
         workspace = self._workspace("attention_backward", q, shape)
         self._module.attention_backward(
             grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
             grad_q=heads(grad_q), grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=shape,
-            scale=scale, options=options, place=self._place(q, workspace),
+            scale=scale, options=options, base=self._base(lse),
+            grad_mask=None if grad_mask is None else repeated(grad_mask), place=self._place(q, workspace),
         )  # fmt: skip
         copy_written(results, into)
         return results
@@ -402,6 +413,20 @@ class CompiledOps:
         del held
         return grads
 
+    def _empty_log_sums(self, q: Tensor) -> Tensor:
+        """Memory for the logarithms of denominators in two parts: the kernel leaves the second, which is 0."""
+        lse = empty_parts_of_log_sums(q)
+        lse[1].zero_()
+        return lse
+
+    def _dense_log_sums(self, lse: Tensor) -> Tensor:
+        """As the kernel takes them: it knows one part, which is then all."""
+        return lse.sum(0) if lse.dim() == 4 else lse.contiguous()
+
+    def _base(self, lse: Tensor | None) -> int | None:
+        """The address of the second part, for a kernel that knows it."""
+        return None
+
     def _gradients(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return tuple(self._empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True))
 
@@ -420,9 +445,7 @@ class CompiledOps:
         key = None if key is None else self._key(key, q)
         read, is_boolean = None, mask is not None and mask.dtype is torch.bool
         if mask is not None:
-            # Along a dimension of one element, the same is read again.
-            steps = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
-            read = (mask.data_ptr(), *steps)
+            read = repeated(mask)
         options = AttentionOptions(
             mask=read, mask_is_boolean=is_boolean, mask_dtype=0 if mask is None or is_boolean else DTYPE[mask.dtype],
             key_lengths=None if key_lengths is None else key_lengths.data_ptr(), causal=causal, dropout=dropout,
@@ -582,11 +605,6 @@ class CompiledOps:
         )  # fmt: skip
         del held, d_held
         return tuple(grads)
-
-
-def log_sums(q: Tensor) -> Tensor:
-    """An uninitialised tensor for the logarithms of attention's denominators."""
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def copy_written(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gencore.backends.compiled import CompiledOps, copy_written
-from gencore.backends.layout import empty_with_channels
+from gencore.backends.layout import empty_with_channels, log_sums
 from gencore.backends.structs import DTYPE, attention_shape, heads
 
 
@@ -35,8 +34,8 @@ class CompiledAttentionOps(CompiledOps):
         if d_out is None:
             d_out = self._empty_like(q)
         into = self._writable(d_out)
-        lse = lse.contiguous()
-        d_lse = torch.empty_like(lse)
+        lse = self._dense_log_sums(lse)
+        d_lse = log_sums(q)
         q, k, v, out = (self._readable(tensor) for tensor in (q, k, v, out))
         dq, dk, dv = self._readable_or_none(dq, dk, dv)
         shape = attention_shape(q, k, v)
@@ -44,7 +43,7 @@ class CompiledAttentionOps(CompiledOps):
         self._module.attention_jvp(
             q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(), dq=heads(dq), dk=heads(dk),
             dv=heads(dv), d_out=heads(into), d_lse=d_lse.data_ptr(), dtype=DTYPE[q.dtype], shape=shape, scale=scale,
-            options=options, place=self._place(q, workspace),
+            options=options, base=self._base(lse), place=self._place(q, workspace),
         )  # fmt: skip
         return d_out if into is d_out else d_out.copy_(into), d_lse
 
@@ -70,14 +69,14 @@ class CompiledAttentionOps(CompiledOps):
         grad_grad_out, grad_q, grad_k, grad_v = into
         grad_out, q, k, v, out = (self._readable(tensor) for tensor in (grad_out, q, k, v, out))
         dq, dk, dv = self._readable_or_none(dq, dk, dv)
-        lse = lse.contiguous()
+        lse = self._dense_log_sums(lse)
         shape = attention_shape(q, k, v)
         workspace = self._workspace("attention_double_backward", q, shape)
         self._module.attention_double_backward(
             grad_out=heads(grad_out), q=heads(q), k=heads(k), v=heads(v), out=heads(out), lse=lse.data_ptr(),
             dq=heads(dq), dk=heads(dk), dv=heads(dv), grad_grad_out=heads(grad_grad_out), grad_q=heads(grad_q),
             grad_k=heads(grad_k), grad_v=heads(grad_v), dtype=DTYPE[q.dtype], shape=shape, scale=scale,
-            options=options, place=self._place(q, workspace),
+            options=options, base=self._base(lse), place=self._place(q, workspace),
         )  # fmt: skip
         copy_written(results, into)
         return results

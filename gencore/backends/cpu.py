@@ -20,7 +20,7 @@ except ImportError as error:
 
 from gencore.backends.compiled_attention import CompiledAttentionOps
 from gencore.backends.compiled_bias_act import CompiledBiasActOps
-from gencore.backends.layout import kept_format
+from gencore.backends.layout import empty_parts_of_log_sums, kept_format
 from gencore.backends.structs import DTYPE, noise_shape
 
 # Bytes from which on a new tensor's pages take long to hand out: two huge pages at least lie within.
@@ -117,6 +117,29 @@ class CpuOps(CompiledAttentionOps, CompiledBiasActOps):
         )  # fmt: skip
         del held
         return error
+
+    def _empty_log_sums(self, q: Tensor) -> Tensor:
+        return empty_parts_of_log_sums(q)
+
+    def _dense_log_sums(self, lse: Tensor) -> Tensor:
+        return lse.contiguous()
+
+    def _base(self, lse: Tensor | None) -> int | None:
+        return None if lse is None or lse.dim() == 3 else lse.data_ptr() + lse.nbytes // 2
+
+    def general_attention_mask_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings_and_wanted: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of q, k, v and of the mask."""
+        *settings, wanted = settings_and_wanted
+        mask: Tensor = settings[0]
+        grad_mask = torch.zeros(mask.shape, dtype=lse.dtype)
+        held, scale, options = self._options(q, *settings)
+        grads = self.attention_backward(
+            grad_out, q, k, v, out, lse, scale, wanted[:3], options=options, grad_mask=grad_mask
+        )
+        del held
+        return *grads, grad_mask.to(mask.dtype)
 
 
 ops = CpuOps(_cpu)

@@ -59,6 +59,16 @@ def empty_with_channels(like: Tensor, channels: int) -> Tensor:
     return dense.permute([order.index(dim) for dim in range(like.dim())])
 
 
+def log_sums(q: Tensor) -> Tensor:
+    """An uninitialised tensor for the logarithms of attention's denominators."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def empty_parts_of_log_sums(q: Tensor) -> Tensor:
+    """For the logarithms of attention's denominators, in two parts whose sum they are: the second may be a logit."""
+    return q.new_empty((2, *q.shape[:3]), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
 def empty_draws(like: Tensor, num_samples: int | None) -> Tensor:
     """An uninitialised tensor like ``like`` in its kept format, or one of ``(num_samples, *like.shape)``."""
     memory_format = memory_format_of(like)

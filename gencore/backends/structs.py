@@ -63,6 +63,11 @@ def heads(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
 
 
+def repeated(mask: Tensor) -> tuple[int, ...]:
+    """The same of a mask: along a dimension of one element, the same is read again."""
+    return mask.data_ptr(), *(0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
+
+
 def attention_shape(q: Tensor, k: Tensor, v: Tensor) -> Any:
     batch, heads, queries, size = q.shape
     _, key_heads, keys, _ = k.shape

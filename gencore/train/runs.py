@@ -11,6 +11,7 @@ from gencore.config import ConfigError
 from gencore.data import MissingSplitError, NamedDataset, Split
 from gencore.models.base import GenerativeModel, ModelPlugin
 from gencore.plugins import MODELS, faults_with
+from gencore.text import counted
 from gencore.train import checkpoint as checkpoints
 from gencore.train.checkpoint import Checkpoint, Run
 from gencore.train.config import TrainConfig
@@ -127,6 +128,9 @@ def make_trainer(
     of_model = collect(plugin.config, settings.model, base, "", of_model_faults, known)
     of_data = data_settings(former, name, settings.data, [*of_model_faults, *faults])
     images = read(name, "train", of_data)
+    if start is not None and (theirs := start.run.spec["image_shape"][0]) != (ours := images.spec.image_shape[0]):
+        told = f"{start.directory} holds a model of images with {counted(theirs, 'channel')}"
+        raise TrainingError(f"{told}, but those of {images.name} have {ours}")
     if tell is not None:
         # A damaged file is to be found now, and not when the model is trained and measured.
         with data_sets.showing_progress():

@@ -151,9 +151,7 @@ class Trainer:
         for name in ("sample_every", "measure_every"):
             if getattr(config, name) is not None and not self.model.can_sample:
                 raise TrainingError(f"train.{name} needs a model that generates images, and {plugin.name} does not")
-        self._measuring: Measuring | None = None
-        if config.measure_every is not None:
-            self._measuring = Measuring(data, validation, config.measured_samples, config.seed, str(self.device))
+        self._measuring = Measuring.asked_for(config, data, validation, str(self.device))
         self.runners: list[PhaseRunner] = []
         self.descents: list[Descent] = []
         self.average: Average | None = None

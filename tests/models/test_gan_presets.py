@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
 from gencore import Key, ops
 from gencore import train as training
@@ -156,6 +157,18 @@ def test_what_is_not_finite_stops_with_the_step(tmp_path, name):
     rate = {f"{player}_optimizer.lr": 1e30 for player in ("generator", "discriminator")}
     with pytest.raises(TrainingError, match=r"of phase '(discriminator|generator)' is not finite at step \d;"):
         digits(name, tmp_path, steps=9, **rate)
+
+
+def test_grey_images_in_a_model_of_colors_are_refused_in_one_line(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (10 * i, 255 - 10 * i, 0)).save(tmp_path / "photos" / f"{i}.png")
+    settings = {**SMALL, "train.batch_size": 4, "data.size": 8}
+    common = {"steps": 1, "device": "cpu", "progress": False}
+    training.train("dcgan", out=tmp_path / "color", data=f"images:{tmp_path / 'photos'}", settings=settings, **common)
+    told = "color.* holds a model of images with 3 channels, but those of digits have 1"
+    with pytest.raises(TrainingError, match=told):
+        training.train("dcgan", out=tmp_path / "grey", data="digits", start=tmp_path / "color", **common)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -156,6 +157,47 @@ def test_few_queries_have_the_bits_of_many(kernels):
             close(dropped, defined(q[:, :, :7], k, v, dropout=0.3), dtype)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_few_queries_of_many_keys(dtype, threads):
+    """Parts of the keys are shared out to threads: the bits are those of one thread, and of many queries."""
+    generator = torch.Generator().manual_seed(0)
+    for heads, key_heads, queries, keys, size, size_v in (
+        (2, 1, 1, 2500, 32, 64),  # Read where they are, in three parts.
+        (1, 1, 3, 1025, 30, 24),
+        (9, 1, 8, 1100, 20, 33),  # More queries for a head of keys than a tile has.
+        (130, 1, 1, 1030, 16, 16),
+    ):
+        q = torch.randn(2, heads, 20, size, generator=generator).to(dtype)
+        k, v = (torch.randn(2, key_heads, keys, n, generator=generator).to(dtype) for n in (size, size_v))
+        mask = torch.randn(2, 1, 1, keys, generator=generator)
+        for options in ({}, {"mask": mask, "key_lengths": torch.tensor([keys, keys - 70])}, {"scale": -0.2}):
+            many = ops.attention(q, k, v, **options)
+            few = ops.attention(q[:, :, :queries], k, v, **options)
+            assert same_bits(few, many[:, :, :queries])
+            close(few, defined(q[:, :, :queries], k, v, **options), dtype)
+            torch.set_num_threads(1)
+            assert same_bits(ops.attention(q[:, :, :queries], k, v, **options), few)
+            torch.set_num_threads(threads)
+
+
+def test_a_call_like_one_before_is_the_same_call():
+    """Forms that were found right are remembered: views and bits are those of the first call, and so are errors."""
+    for name in ("one head, three dimensions", "all together", "shared heads", "dropout", "a dimension less"):
+        use = USES[name]
+        leaves, options = [x.requires_grad_() for x in use.tensors(torch.float32)], use.options()
+        first = ops.attention(*leaves, **options)
+        grads = torch.autograd.grad(first.sum(), leaves)
+        again = ops.attention(*leaves, **options)
+        assert same_bits(again.detach(), first.detach())
+        for a, b in zip(torch.autograd.grad(again.sum(), leaves), grads, strict=True):
+            assert same_bits(a, b)
+        assert same_bits(ops.attention(*(x.detach() for x in leaves), **options), first.detach())
+        if options["dropout"]:
+            assert not same_bits(ops.attention(*leaves, **{**options, "key": None}).detach(), first.detach())
+            with pytest.raises(TypeError, match=r"key must be a gencore\.Key or None, got int"):
+                ops.attention(*leaves, **{**options, "key": 3})
+
+
 def results(use: Use, dtype: torch.dtype, samples: slice = slice(None)) -> list[Tensor]:
     """The result, its gradients, those of the gradients, and the derivative along a direction."""
     leaves = [x[samples].requires_grad_() for x in use.tensors(dtype)]
@@ -221,6 +263,8 @@ def all_of(tokens):
     torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
     plain = tuple(x.detach() for x in leaves)
     torch.func.jvp(attend, plain, plain)
+    bias = torch.zeros(tokens, requires_grad=True)
+    ops.attention(*plain, mask=bias).sum().backward()
 
 all_of(64)
 before = peak()
@@ -250,24 +294,90 @@ def test_derivatives(use, kernels):
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_mask_has_a_gradient(dtype, kernels):
-    use = USES["mask of everything"]._replace(dropout=0.2)
+# The shapes of masks that are learned: what they are the same for, their gradient is summed over.
+MASKS = {
+    "everything": (3, 4, 70, 133),
+    "heads and pairs": (4, 70, 133),
+    "samples and pairs": (3, 1, 70, 133),
+    "pairs": (70, 133),
+    "heads and keys": (4, 1, 133),
+    "keys": (133,),
+    "heads and queries": (4, 70, 1),
+}
+
+
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
+def test_a_mask_has_a_gradient(shape, kernels):
+    use = Use((3, 4, 70, 20), (3, 2, 133, 20), 9, causal=True, key_lengths=(0, 70, 133), dropout=0.2, scale=-0.4)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    if kernels.emulated:
+        if shape != MASKS["heads and pairs"] and shape != MASKS["keys"]:
+            pytest.skip("the emulator and Triton's interpreter are slow")
+        use, shape, dtypes = small(use), tuple({70: 5, 133: 6}.get(n, n) for n in shape), dtypes[1:2]
     options = use.options(kernels.device)
-    mask = options.pop("mask").clamp_min(-30).to(dtype).requires_grad_()
-    tensors = use.tensors(dtype, kernels.device)
-    exact = mask.detach().cpu().double().requires_grad_()
-    want = defined(*(x.cpu() for x in tensors), mask=exact, **use._replace(mask=None).options())
-    out = ops.attention(*tensors, mask=mask, **options)
-    close(out, want, dtype)
-    close(torch.autograd.grad(out.sum(), mask)[0], torch.autograd.grad(want.sum(), exact)[0], dtype)
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.randn(shape, generator=generator)
+    drawn = drawn.masked_fill(drawn > (1 if shape[-1] > 1 else 9), -math.inf)
+    for dtype in dtypes:
+        tensors = [*use.tensors(dtype, kernels.device), drawn.to(kernels.device, dtype)]
+        leaves = [x.requires_grad_() for x in tensors]
+        exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
+        want = defined(*exact[:3], mask=exact[3], **use.options())
+        g = torch.randn(want.shape, generator=generator).to(dtype)
+        # No kernel of CUDA's has it.
+        kept = mock.patch.object(_general_attention._mask_backward_op, "_definition", side_effect=AssertionError)
+        with contextlib.nullcontext() if kernels.backend == "cuda" else kept:
+            out = ops.attention(*leaves[:3], mask=leaves[3], **options)
+            grads = torch.autograd.grad(out, leaves, g.to(kernels.device))
+        for name, got, of in zip("qkvm", grads, torch.autograd.grad(want, exact, g.double()), strict=True):
+            assert got.dtype == dtype
+            close(got, of, dtype, f"the gradient of {name}")
+        alone = ops.attention(*(x.detach() for x in leaves[:3]), mask=leaves[3], **options)
+        assert same_bits(torch.autograd.grad(alone, leaves[3], g.to(kernels.device))[0], grads[3])
+
+
+def test_bits_of_a_masks_gradient(threads):
+    """For any number of threads and SIMD level; of a mask for each sample, for any split of the batch."""
+    q, k, v = (torch.randn(7, 4, 70, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+    def grad(mask: Tensor, samples: slice = slice(None)) -> Tensor:
+        leaf = mask.clone().requires_grad_()
+        return torch.autograd.grad(ops.attention(q[samples], k[samples], v[samples], mask=leaf).sum(), leaf)[0]
+
+    for shape in ((4, 70, 70), (70, 70), (7, 1, 70, 70), (70,)):
+        mask = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        want = grad(mask)
+        torch.set_num_threads(1)
+        assert same_bits(grad(mask), want)
+        for level in _cpu.build_info()["simd_supported"]:
+            with running(f"cpu-{level}"):
+                assert same_bits(grad(mask), want)
+        torch.set_num_threads(threads)
+        if len(shape) == 4:
+            assert same_bits(grad(mask[2:5], slice(2, 5)), want[2:5])
+
+
+@each_backend
+def test_derivatives_of_a_mask(kernels):
+    """Second derivatives, and forward mode: the definition's."""
+    if kernels.interpreted:
+        pytest.skip("Triton's interpreter is slow")
+    use = small(USES["mask of everything"])._replace(dropout=0.2)
+    options = use.options(kernels.device)
+    mask = options.pop("mask").clamp_min(-30)[:1].double().requires_grad_()
+    leaves = [x.requires_grad_() for x in use.tensors(torch.float64, kernels.device)]
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return ops.attention(q, k, v, mask=mask, **options)
+
+    assert gradcheck(function, (*leaves, mask), fast_mode=True)
+    assert gradgradcheck(function, (*leaves, mask), fast_mode=True)
+    tensors, out = [x.detach() for x in leaves], function(*leaves, mask)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(mask.detach(), torch.ones_like(mask) * mask.detach())
-        tangent = forward_ad.unpack_dual(ops.attention(*tensors, mask=dual, **options)).tangent
-    leaf = mask.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(ops.attention(*tensors, mask=leaf, **options), leaf, torch.ones_like(out))
-    close((grad * leaf.detach()).sum(), tangent.cpu().double().sum(), torch.float32)
+        tangent = forward_ad.unpack_dual(function(*tensors, dual)).tangent
+    (grad,) = torch.autograd.grad(out, mask, torch.ones_like(out))
+    close((grad * mask.detach()).sum(), tangent.cpu().sum(), torch.float64)
 
 
 def test_a_query_that_sees_nothing_gets_nothing(kernels):
@@ -359,6 +469,8 @@ def test_opcheck(kernels):
         out, lse = gencore.general_attention(*heads, *some)
         direction, g = [torch.randn_like(x) for x in heads], torch.randn_like(out)
         check("general_attention_jvp", *heads, out, lse, *direction, *some)
+        if some[0] is not None and not kernels.interpreted:
+            check("general_attention_mask_backward", g, *heads, out, lse, *some, [True, False, True, True])
         for wanted in ([True] * 3, [False, True, False]):
             check("general_attention_backward", g, *heads, out, lse, *some, wanted)
             others = (None, *direction[1:], *some, [True, *wanted])
@@ -478,8 +590,44 @@ def test_a_constant_mask_is_the_kernels_under_transforms():
     with mock.patch.object(_general_attention._attend, "defined", side_effect=AssertionError):
         torch.func.jvp(lambda q: ops.attention(q, k, v, mask=mask), (q,), (q,))
         torch.func.grad(lambda q: ops.attention(q, k, v, mask=mask).sum())(q)
+        torch.func.grad(lambda mask: ops.attention(q, k, v, mask=mask).sum())(mask)
         with pytest.raises(AssertionError):
-            torch.func.grad(lambda mask: ops.attention(q, k, v, mask=mask).sum())(mask)
+            torch.func.jvp(lambda mask: ops.attention(q, k, v, mask=mask), (mask,), (mask,))
+
+
+@each_backend
+@pytest.mark.parametrize("added", [-1e4, -(2.0**25), 2.0**25])
+def test_a_large_number_added_to_a_row_costs_gradients_no_digits(added, kernels):
+    """Logits are multiples of 4, which float32 has beside those numbers: so all roundings are those of the softmax."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-1, 2, (1, 2, 5, 4), generator=generator).float()
+    k = 4.0 * torch.randint(-1, 2, (1, 2, 9, 4), generator=generator)
+    v, g = (torch.randn(1, 2, n, 3, generator=generator) for n in (9, 5))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    leaves = [x.to(kernels.device).requires_grad_() for x in (q, k, v)]
+    mask = torch.zeros(5, 9)
+    mask[1:3] = added
+    want = defined(*exact, mask=mask.double(), scale=1.0)
+    out = ops.attention(*leaves, mask=mask.to(kernels.device), scale=1.0)
+    close(out, want, torch.float32)
+    grads = torch.autograd.grad(want, exact, g.double(), create_graph=True)
+    found = torch.autograd.grad(out, leaves, g.to(kernels.device), create_graph=kernels.backend == "cpu")
+    # CUDA's kernels keep one number for each query.
+    if kernels.backend != "cuda":
+        for got, of in zip(found, grads, strict=True):
+            close(got, of, torch.float32)
+    if kernels.backend == "cpu":
+        twice = torch.autograd.grad(sum(x.sum() for x in found), leaves)
+        for got, of in zip(twice, torch.autograd.grad(sum(x.sum() for x in grads), exact), strict=True):
+            close(got, of, torch.float32)
+
+
+@each_backend
+def test_tiny_scales(kernels):
+    """A scale that float32 has for 0 makes a mean of the values that a query sees."""
+    q, k, v = (torch.randn(1, 2, 5, 8, device=kernels.device) for _ in range(3))
+    out = ops.attention(q, k, v, causal=True, scale=1e-60)
+    close(out, v.double().cpu().cumsum(2) / torch.arange(1, 6)[:, None], torch.float32)
 
 
 def test_a_mask_of_another_floating_dtype(kernels):

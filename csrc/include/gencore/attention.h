@@ -44,7 +44,9 @@ struct AttentionOptions {
 // Per sample and head, with s_ij = scale * sum_c q_ic k_jc:
 //   lse_i = log(sum_j exp(s_ij))      p_ij = exp(s_ij - lse_i)      out_ic = sum_j p_ij v_jc
 // Without a key, out is 0 and lse minus infinity. `lse` is dense, batch x heads x queries, of float32 (float64 for
-// float64), and may be null. Nothing of the size queries x keys is allocated. out may not overlap the others.
+// float64), and may be null. With `base`, which is as dense, the logarithm is kept as base_i + lse_i, base_i the
+// largest logit: of a large one, as masks make them, a single number would lose the digits of the sum. The derivatives
+// take both, or the one that was kept. Nothing of the size queries x keys is allocated. out may not overlap the others.
 // The options change s and p, here and below, as AttentionOptions says; gradients of p are those of what replaces it.
 struct Attention {
   HeadsTensor q, k, v, out;
@@ -53,12 +55,14 @@ struct Attention {
   AttentionShape shape;
   double scale;
   AttentionOptions options{};
+  void* base = nullptr;
 };
 
 // The gradients, from `out` and `lse` of the forward pass. With delta_i = sum_c grad_out_ic out_ic:
 //   ds_ij = p_ij (sum_c grad_out_ic v_jc - delta_i)
 //   grad_q_ic = scale sum_j ds_ij k_jc    grad_k_jc = scale sum_i ds_ij q_ic    grad_v_jc = sum_i p_ij grad_out_ic
-// Each may be null: it is then not wanted.
+// The gradient of an added mask is ds, summed over what the mask is the same for. Each may be null: it is then not
+// wanted.
 struct AttentionBackward {
   HeadsTensor grad_out, q, k, v, out;
   const void* lse;
@@ -67,6 +71,10 @@ struct AttentionBackward {
   AttentionShape shape;
   double scale;
   AttentionOptions options{};
+  const void* base = nullptr;
+  // On the CPU alone. Of the type of lse and dense, with strides of 0 along what it is summed over, and 0 before the
+  // call. Summed over keys it is 0 and left as it is: what all logits of a query change by alike changes no result.
+  HeadsTensor grad_mask{};
 };
 
 // The derivative along dq, dk, dv, each of which may be null: it is then 0. With the change of the logits
@@ -83,6 +91,7 @@ struct AttentionJvp {
   AttentionShape shape;
   double scale;
   AttentionOptions options{};
+  const void* base = nullptr;
 };
 
 // The gradient of sum (dq grad_q' + dk grad_k' + dv grad_v'), grad_q', grad_k', grad_v' what AttentionBackward gives
@@ -101,6 +110,7 @@ struct AttentionDoubleBackward {
   AttentionShape shape;
   double scale;
   AttentionOptions options{};
+  const void* base = nullptr;
 };
 
 // Whether the sizes are valid and indices of a dense tensor of them fit.

@@ -92,6 +92,18 @@ def keys_of(lengths, sample, keys):
     return keys
 
 
+def parts_of(lse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What kernels keep of denominators: what is left of the logarithm, and the largest logit, apart from it."""
+    return (None, None) if lse is None else (lse[0], lse[1])
+
+
+@triton.jit
+def log_sums(lse, base, at, exists):
+    """Both, of queries that exist; what is left is infinite of one that sees no key and has no probabilities."""
+    rest = tl.load(lse + at, exists, other=float("-inf"))
+    return tl.load(base + at, exists, other=0.0), tl.where(rest == float("-inf"), float("inf"), rest)
+
+
 @triton.jit
 def product(
     x, tiles_of_x, first_x, tokens_of_x, y, tiles_of_y, first_y, tokens_of_y, X: tl.constexpr, Y: tl.constexpr,

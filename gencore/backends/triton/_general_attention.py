@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gencore.backends.layout import empty_with_channels, readable, writable
+from gencore.backends.layout import empty_parts_of_log_sums, empty_with_channels, readable, writable
 from gencore.backends.triton._attention import Tiles, cut, described, has_warpgroups
 from gencore.backends.triton._attention_backward import place, steps
 from gencore.backends.triton._attention_products import add_weighted, both, store_both
-from gencore.backends.triton._attention_seen import SEEN, Plan, kept, keys_of, logits, product, seen
+from gencore.backends.triton._attention_seen import SEEN, Plan, kept, keys_of, logits, parts_of, product, seen
 from gencore.backends.triton._general_attention_backward import general_attention_backward as general_attention_backward
+from gencore.backends.triton._general_attention_backward import (
+    general_attention_mask_backward as general_attention_mask_backward,
+)
 from gencore.backends.triton._tiles import device_of
 from gencore.backends.triton.noise import words_of_rows
 
@@ -29,7 +32,7 @@ from gencore.backends.triton.noise import words_of_rows
     do_not_specialize=[*steps("q", "k", "v", "out"), "queries", "keys", "heads", "group", "scale", *SEEN]
 )  # fmt: skip
 def general_attention_kernel(
-    q, k, v, out, lse, mask, lengths, key,
+    q, k, v, out, lse, base, mask, lengths, key,
     q_batch: tl.int64, q_head: tl.int64, q_step: tl.int64, k_batch: tl.int64, k_head: tl.int64, k_step: tl.int64,
     v_batch: tl.int64, v_head: tl.int64, v_step: tl.int64, out_batch: tl.int64, out_head: tl.int64, out_step: tl.int64,
     queries: tl.int64, keys: tl.int64, heads: tl.int32, group: tl.int32, scale: tl.float64,
@@ -102,7 +105,9 @@ def general_attention_kernel(
     if lse is not None:
         query = first_query + tl.arange(0, M)
         # Every part of a head has found it.
-        tl.store(lse + number * queries + query, top + tl.log(total), query < tl.where(column == 0, queries, 0))
+        exists = query < tl.where(column == 0, queries, 0)
+        tl.store(base + number * queries + query, tl.where(total == 0, 0.0, top), exists)
+        tl.store(lse + number * queries + query, tl.log(total), exists)
 
 
 @functools.lru_cache(256)
@@ -130,8 +135,7 @@ def general_attention(
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     out = empty_with_channels(q, v.shape[3])
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[:3], dtype=dtype) if with_lse else None
+    lse = empty_parts_of_log_sums(q) if with_lse else None
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     if q.numel() == 0 or keys == 0:
@@ -143,7 +147,7 @@ def general_attention(
     parts = work.of_value.parts
     with device_of(q):
         general_attention_kernel[(batch * heads * parts * triton.cdiv(queries, work.tiles.queries),)](
-            q, k, v, into, lse, *hiding, *arguments, heads, heads // k.shape[1], scale, *numbers,
+            q, k, v, into, *parts_of(lse), *hiding, *arguments, heads, heads // k.shape[1], scale, *numbers,
             PARTS=parts, **work.constants, **constants, **kinds, enable_fp_fusion=False,
         )  # fmt: skip
     return out if into is out else out.copy_(into), lse

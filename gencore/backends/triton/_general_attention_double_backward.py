@@ -278,7 +278,7 @@ def general_attention_double_backward(
         return tuple(None if grad is None else grad.zero_() for grad in grads)
     of_grad, grad_q, grad_k, grad_v = into = tuple(None if grad is None else writable(grad) for grad in grads)
     grad_out, q, k, v, out = (readable(tensor) for tensor in (grad_out, q, k, v, out))
-    lse, direction = lse.contiguous(), readable_or_none(dq, dk, dv)
+    lse, direction = lse.sum(0), readable_or_none(dq, dk, dv)
     mean, delta, second = torch.empty_like(lse), None, None
     if grad_q is not None or grad_k is not None:
         delta, second = torch.empty_like(lse), torch.empty_like(lse)

@@ -166,7 +166,7 @@ def plan_of_queries(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool
     """How heads of those sizes are cut where programs have queries: here, and for their gradients' gradients.
 
     As without options, but that a mask or noise, which make it ``busy``, take the registers that a second tile in
-    flight would.
+    flight would, or the longer one of short heads.
     """
     if dtype == torch.float64:
         return Plan(cut(size, 16, 64), cut(size_v, 16, 64), Tiles(32, 16, 4, 1))
@@ -176,7 +176,7 @@ def plan_of_queries(size: int, size_v: int, dtype: torch.dtype, warpgroups: bool
     of_head, of_value = (cut(x, 64 if x > 128 else 0, 128) for x in (size, size_v))
     stages = 1 if busy else 2
     if warpgroups:
-        return Plan(of_head, of_value, Tiles(128, 64 if wide <= 64 else 32, 8, stages))
+        return Plan(of_head, of_value, Tiles(128, 64 if wide <= 64 and not busy else 32, 8, stages))
     return Plan(of_head, of_value, Tiles(128 if wide <= 64 else 64, 32, 8, stages))
 
 
@@ -225,7 +225,7 @@ def general_attention_jvp(
     causal: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    d_out, lse = empty_with_channels(q, v.shape[3]), lse.contiguous()
+    d_out, lse = empty_with_channels(q, v.shape[3]), lse.sum(0)
     d_lse = torch.empty_like(lse)
     if q.numel() == 0 or k.numel() == 0:
         return d_out.zero_(), d_lse.zero_()

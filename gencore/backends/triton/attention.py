@@ -32,6 +32,9 @@ from gencore.backends.triton._attention_double_backward import attention_double_
 from gencore.backends.triton._attention_tangent import attention_jvp as attention_jvp
 from gencore.backends.triton._general_attention import general_attention as general_attention
 from gencore.backends.triton._general_attention import general_attention_backward as general_attention_backward
+from gencore.backends.triton._general_attention import (
+    general_attention_mask_backward as general_attention_mask_backward,
+)
 from gencore.backends.triton._general_attention_double_backward import (
     general_attention_double_backward as general_attention_double_backward,
 )

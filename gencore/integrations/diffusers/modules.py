@@ -143,8 +143,10 @@ class Attention(attention_processor.Attention):
         # The result lies in memory as q does, so that the heads come back together without a copy.
         mask = None
         if attention_mask is not None:
-            # A row of tokens for each sample and head, or one for each query too.
-            mask = self.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), self.heads))
+            # A row of tokens for each sample, or sample and head, or one for each query too: what heads share is read
+            # where it is.
+            per_head = len(attention_mask) != len(k)
+            mask = attention_mask.unflatten(0, (len(k), self.heads)) if per_head else attention_mask.unsqueeze(1)
         mixed = ops.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         output = self.to_out[1](self.to_out[0](mixed))
         if is_image:

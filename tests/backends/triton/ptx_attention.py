@@ -44,6 +44,10 @@ def launch_all(size: int, layout: str, dtype: torch.dtype, warpgroups: bool) -> 
         for given in (causal, (mask, None, None, 0.1, False, 0.0), (None, None, KEY, 0.1, False, 0.1)):
             out, lse = ops.general_attention(x, x[:, :1], x[:, :1], *given)
             ops.general_attention_backward(x, x, x[:, :1], x[:, :1], out, lse, *given, [True] * 3)
+            if given[0] is not None:
+                ops.general_attention_mask_backward(
+                    x, x, x[:, :1], x[:, :1], out, lse, *given, [False, False, False, True]
+                )
         # All that takes registers.
         given = (mask, lengths, KEY, 0.1, True, 0.1)
         heads = (x, x[:, :1], x[:, :1])

@@ -268,7 +268,7 @@ def check_attention(found: dict[str, Any], capability: int, size: int, layout: s
 def test_instructions_of_attention(tmp_path):
     kernels = {"attention_kernel", "delta_kernel", "keys_kernel", "queries_kernel"}
     kernels |= {"tangent_kernel", "second_keys_kernel", "second_queries_kernel"}
-    kernels |= {"general_attention_kernel", "general_keys_kernel", "general_queries_kernel"}
+    kernels |= {"general_attention_kernel", "general_keys_kernel", "general_queries_kernel", "general_mask_kernel"}
     kernels |= {"general_tangent_kernel", "general_second_keys_kernel", "general_second_queries_kernel"}
     for variant, results in zip(ATTENTION, run("ptx_attention.py", ATTENTION, tmp_path), strict=True):
         assert {found["kernel"] for found in results} == kernels
