@@ -121,8 +121,8 @@ class Channelwise {
     F sum[vectors];
     for (F& each : sum) each = P::set(0);
     std::int64_t i = 0;
+    // No more are unrolled: the sixteen of one lane each would be as many copies of an activation.
     for (; i + lanes <= n; i += lanes) {
-// Not more: the sixteen of one lane each would be as many copies of an activation.
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[v] = P::add(sum[v], term(i + v * P::width, P::width));
     }

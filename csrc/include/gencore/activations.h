@@ -54,8 +54,8 @@ struct Silu {
   GENCORE_MEMBER F second(F t) const { return second(t, sigmoid(t)); }
 };
 
-// 1 / (1 + e^-t), with more digits than SiLU's at large -t. The derivatives are made of e^-|t|, which never overflows and
-// loses no digits at either end.
+// 1 / (1 + e^-t), with more digits than SiLU's at large -t. The derivatives are made of e^-|t|, which never overflows,
+// and lose no digits at either end.
 template <class P>
 struct Sigmoid {
   using F = typename P::F;
