@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gencore import ops
 from gencore.arguments import integer
 from gencore.nn._checks import check_features, check_images, number, odd
 from gencore.nn._convolution import BINOMIAL, check_factors, convolution, filter_of
-from gencore.nn._plain import bias_act
+from gencore.nn._precision import widened
+from gencore.ops.bias_act import Activation
 
-_ACTIVATIONS = ("linear", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "selu", "softplus", "silu", "gelu")
 # He's gain, by which these keep the variance.
 _HE = {"relu": math.sqrt(2), "leaky_relu": math.sqrt(2)}
 
@@ -26,14 +28,14 @@ class _Equalized(nn.Module):
         self,
         shape: Sequence[int],
         bias: bool,
-        activation: str,
+        activation: Activation,
         gain: float | None,
         lr_multiplier: float,
         bias_init: float,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
         self.activation = activation
         self.gain = _HE.get(activation, 1.0) if gain is None else number("gain", gain)
         self.lr_multiplier = number("lr_multiplier", lr_multiplier, above=0)
@@ -53,10 +55,11 @@ class _Equalized(nn.Module):
         return (self.weight * self.weight_scale).to(x.dtype)
 
     def _activated(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else (self.bias * self.lr_multiplier).to(x.dtype)
-        if bias is None and self.activation == "linear" and self.gain == 1:
+        if self.bias is None and self.activation == "linear" and self.gain == 1:
             return x
-        return bias_act(x, bias, self.activation, gain=self.gain)
+        # The op adds a bias as it is: in half precision, only what comes of it is rounded.
+        bias = None if self.bias is None else widened(self.bias) * self.lr_multiplier
+        return ops.bias_act(x, bias, self.activation, gain=self.gain)
 
     def _options(self) -> str:
         told = [] if self.bias is not None else ["bias=False"]
@@ -98,7 +101,7 @@ class EqualizedLinear(_Equalized):
         out_features: int,
         bias: bool = True,
         *,
-        activation: str = "linear",
+        activation: Activation = "linear",
         gain: float | None = None,
         lr_multiplier: float = 1.0,
         bias_init: float = 0.0,
@@ -152,7 +155,7 @@ class EqualizedConv2d(_Equalized):
         up: int = 1,
         down: int = 1,
         filter: Sequence[float] = BINOMIAL,
-        activation: str = "linear",
+        activation: Activation = "linear",
         gain: float | None = None,
         lr_multiplier: float = 1.0,
         bias_init: float = 0.0,

@@ -172,7 +172,7 @@ class Op:
         return run_kernel(self.name, args)
 
 
-class _Whole(list):  # type: ignore[type-arg]
+class _Whole(list):
     """A list that transforms of ``torch.func`` do not take for as many arguments."""
 
 

@@ -319,7 +319,7 @@ def test_compiles_whole_and_not_for_every_shape():
         return ops.downsample2d(ops.upsample2d(x, filter).sin(), filter).square().sum()
 
     compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-    for shape in ((2, 3, 6, 8), (3, 5, 10, 4), (4, 7, 8, 6)):
+    for shape in ((2, 3, 6, 8), (3, 5, 10, 4), (4, 7, 8, 6), (5, 9, 12, 8)):
         leaves = [torch.randn(shape, requires_grad=True), BINOMIAL.clone().requires_grad_()]
         got = torch.autograd.grad(compiled(*leaves), leaves)
         torch.testing.assert_close(got, torch.autograd.grad(block(*leaves), leaves))

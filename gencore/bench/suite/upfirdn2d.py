@@ -63,7 +63,7 @@ def _comparison(
     x, filter = _inputs(case, dtype, device), binomial(device, separable)
     ours = functools.partial(getattr(ops, name), x, filter)
     expected = functools.partial(getattr(plain, name), *double(x, filter))
-    calls = {"ours": ours, **on_backends(ours, device), **bound(_peers(name), x, filter)}
+    calls: dict[str, Callable[[], Any]] = {"ours": ours, **on_backends(ours, device), **bound(_peers(name), x, filter)}
     if name == "upsample2d" and not separable:
         calls["conv_transpose2d"] = functools.partial(_transposed, x, filter)
     outputs = {"upsample2d": 4 * x.numel(), "downsample2d": x.numel() // 4}.get(name, x.numel())
