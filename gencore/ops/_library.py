@@ -279,11 +279,29 @@ def _saving_for_forward(setup_context: Callable[..., None]) -> Callable[..., Non
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, inputs, output)
-        if is_forward_mode():
-            ctx.save_for_forward(*ctx.to_save)
+        setup_context(_SavingForBoth(ctx) if is_forward_mode() else ctx, inputs, output)
 
     return setup
+
+
+class _SavingForBoth:
+    """A context of a Function that saves tensors for forward mode too.
+
+    It is given them as they are under ``vmap``: what was saved no longer tells which dimension is mapped over.
+    """
+
+    def __init__(self, ctx: Any):
+        self.__dict__["_ctx"] = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self._ctx.save_for_backward(*tensors)
+        self._ctx.save_for_forward(*tensors)
 
 
 def widened(value: Any) -> Any:

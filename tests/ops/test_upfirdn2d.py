@@ -323,7 +323,7 @@ def test_compiles_whole_and_not_for_every_shape():
         leaves = [torch.randn(shape, requires_grad=True), BINOMIAL.clone().requires_grad_()]
         got = torch.autograd.grad(compiled(*leaves), leaves)
         torch.testing.assert_close(got, torch.autograd.grad(block(*leaves), leaves))
-    # Once more where the order of height and width is another, never for each shape.
+    # At most once more when the sizes change, not for each shape.
     assert counter.frame_count <= 2
 
 
