@@ -14,7 +14,6 @@ from gencore import ops
 from gencore.arguments import integer
 from gencore.nn._checks import check_features, check_images, number, odd
 from gencore.nn._convolution import BINOMIAL, check_factors, convolution, filter_of
-from gencore.nn._precision import widened
 from gencore.ops.bias_act import Activation
 
 # He's gain, by which these keep the variance.
@@ -57,8 +56,9 @@ class _Equalized(nn.Module):
     def _activated(self, x: Tensor) -> Tensor:
         if self.bias is None and self.activation == "linear" and self.gain == 1:
             return x
-        # The op adds a bias as it is: in half precision, only what comes of it is rounded.
-        bias = None if self.bias is None else widened(self.bias) * self.lr_multiplier
+        # The op adds a float32 bias to images in half precision as it is.
+        kind = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(kind) * self.lr_multiplier
         return ops.bias_act(x, bias, self.activation, gain=self.gain)
 
     def _options(self) -> str:
