@@ -213,7 +213,7 @@ struct DerivativeTensors {
 
 // first = f' w, with w = direction + shift; second = f'' grad w. The last of those that are made is summed.
 template <class T, bool wide, bool once, bool twice>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, 1)
     bias_act_derivative_kernel(const DerivativeTensors<T> tensors, typename Arithmetic<T>::F* sums,
                                const ChannelValues bias, const ChannelValues shift,
                                const __grid_constant__ DeviceForm<T> form, bool at_output,
