@@ -172,7 +172,7 @@ struct KnownAxis {
 
 // Contiguous rows of outputs, a multiple of what a thread makes; as many taps along both axes, a multiple of up.
 template <class T, bool separable, int up, int down, int taps, int first_tap>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, 1)
     upfirdn2d_rows_kernel(const __grid_constant__ Upfirdn2d args, const __grid_constant__ UpfirdnWork work) {
   using P = Arithmetic<T>;
   using F = typename P::F;

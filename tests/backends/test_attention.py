@@ -291,9 +291,9 @@ def test_the_module_refuses_what_is_no_attention():
     x, lse = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5)
     tensor = x.data_ptr(), *x.stride()
     shape = _cpu.AttentionShape(batch=2, heads=3, queries=5, keys=5, size=4, key_heads=0, value_size=0)
-    right = {"lse": lse.data_ptr(), "dtype": 0, "shape": shape, "scale": 0.5, "options": None, "place": 1}
+    right = {"lse": lse.data_ptr(), "dtype": 0, "shape": shape, "scale": 0.5, "options": None, "base": None, "place": 1}
     tensors = dict.fromkeys(("q", "k", "v", "out"), tensor)
-    gradients = dict.fromkeys(("grad_out", "grad_q", "grad_k", "grad_v"), tensor)
+    gradients = dict.fromkeys(("grad_out", "grad_q", "grad_k", "grad_v"), tensor) | {"grad_mask": None}
     for function, arguments in (
         (_cpu.attention, right | tensors), (_cpu.attention_backward, right | tensors | gradients),
     ):  # fmt: skip

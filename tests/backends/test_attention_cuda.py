@@ -90,11 +90,13 @@ def test_what_is_not_there_is_refused(emulator):
     def heads(tensor: Tensor, *strides: int) -> tuple[int, ...]:
         return tensor.data_ptr(), *(strides or tensor.stride())
 
-    sizes = 0, (1, 1, 4, 4, 8)
-    scattered, nothing = heads(x, 32, 32, 2, 2), (0, 32, 32, 8, 1)
-    for q, shape in ((scattered, sizes), (nothing, sizes), (heads(x), (0, (1, 1, 4, 4, 0))), (heads(x), (9, sizes[1]))):
+    right = dict.fromkeys(("q", "k", "v"), heads(x)) | {"out": heads(out), "lse": None, "dtype": 0, "base": None}
+    right |= {"shape": (1, 1, 4, 4, 8, 0, 0), "scale": 0.5, "options": None, "place": (0, None, None)}
+    scattered, nothing = heads(x, 32, 32, 2, 2), (None, 32, 32, 8, 1)
+    for wrong in ({"q": scattered}, {"q": nothing}, {"shape": (1, 1, 4, 4, 0, 0, 0)}, {"dtype": 9}):
         with pytest.raises(ValueError, match=r"_cuda\.attention of 1 x 1 heads of \d \w+"):
-            module.attention(q, heads(x), heads(x), heads(out), 0, *shape, 0.5, 0, 0)
+            module.attention(**right | wrong)
+    grads = dict.fromkeys(("grad_q", "grad_k", "grad_v"), heads(out)) | {"grad_out": heads(x), "grad_mask": None}
     with pytest.raises(ValueError, match=r"_cuda\.attention_backward of 1 x 1 heads of 8 float32 channels, 4 queries"):
-        module.attention_backward([heads(x)] * 5, x.data_ptr(), [heads(out)] * 3, *sizes, 0.5, 0, 0)
+        module.attention_backward(**right | grads | {"out": heads(x), "lse": x.data_ptr()})
     assert bool((out == 5).all())

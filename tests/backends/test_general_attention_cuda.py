@@ -168,17 +168,19 @@ def test_what_makes_no_sense_is_refused(kernels):
         return tensor.data_ptr(), *tensor.stride()
 
     rows = torch.zeros(1, 3, dtype=torch.int64)
-    fine, sizes = (None, -1, 0, True, 0.0, 0, 0, False), (1, 2, 4, 4, 8, 1, 8)
+    # mask, whether it is boolean, its dtype, key lengths, causal, dropout, key
+    fine, sizes = (None, False, 0, None, True, 0.0, None), (1, 2, 4, 4, 8, 1, 8)
     for shape, options in (
         ((1, 2, 4, 4, 8, 3, 8), fine),
         ((1, 2, 4, 4, 8, 1, -8), fine),
-        (sizes, (*fine[:4], math.nan, *fine[5:])),
-        (sizes, (*fine[:4], 1.5, *fine[5:])),
-        (sizes, (*fine[:4], 0.5, 0, 0, False)),
-        (sizes, (*fine[:4], 0.5, rows.data_ptr(), 1, False)),
+        (sizes, (*fine[:5], math.nan, None)),
+        (sizes, (*fine[:5], 1.5, None)),
+        (sizes, (*fine[:5], 0.5, None)),
+        (sizes, (*fine[:5], 0.5, (rows.data_ptr(), 1, False))),
     ):
-        with pytest.raises(ValueError, match=r"_cuda\.general_attention of 1 x 2 heads of 8 float32 .*: invalid"):
-            module.general_attention(
-                heads(x), heads(x), heads(x), heads(out), 0, 0, shape, 1.0, options, *cuda.load()._place(x)
-            )
+        with pytest.raises(ValueError, match=r"_cuda\.attention of 1 x 2 heads of 8 float32 .*: invalid"):
+            module.attention(
+                q=heads(x), k=heads(x), v=heads(x), out=heads(out), lse=None, dtype=0, shape=shape, scale=1.0,
+                options=options, base=None, place=cuda.load()._place(x),
+            )  # fmt: skip
     assert bool((out == 5).all())

@@ -230,7 +230,10 @@ class _Everything(torch.nn.Module):
         z, kl = ops.reparameterize_kl(x, noised, Key(3).stream(1))
         y = ops.diffusion_step(x, eps, ROWS, key.stream(2), history=(z,))
         y = y + ops.normal((x.shape[0], 3, 4), key) + ops.uniform(x.shape, Key(1)) + ops.reparameterize(x, x, key)
-        y = ops.group_norm(y, 3, activation="silu") + ops.attention(y[None], y[None], y[None])[0]
+        y = (
+            ops.bias_act(ops.group_norm(y, 3, activation="silu"), activation="silu")
+            + ops.attention(y[None], y[None], y[None])[0]
+        )
         losses = ops.denoising_loss(y, x, t, self.schedule, key) + ops.variational_bound(
             y, x, t, diffusion.linear(10), key
         )

@@ -271,7 +271,8 @@ def test_compiles_with_dynamic_shapes():
         torch.testing.assert_close(y, want)
         grads = [torch.autograd.grad(one.sum(), leaves) for one in (y, want)]
         torch.testing.assert_close(*grads)
-    assert counter.frame_count == 1
+    # Once more where a size is 1 or equal to another, never for each shape.
+    assert counter.frame_count <= 2
 
 
 def test_autocast():

@@ -28,7 +28,8 @@ def _zero(t: Tensor, slope: float) -> Tensor:
 
 
 def _steps(positive: float, t: Tensor, negative: float) -> Tensor:
-    return torch.where(t > 0, positive, negative).to(t.dtype)
+    # Numbers alone would make float32 of them, whatever t is.
+    return torch.full_like(t, negative).masked_fill(t > 0, positive)
 
 
 def _density(t: Tensor) -> Tensor:
