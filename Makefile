@@ -77,6 +77,8 @@ wheel: $(VENV)/.dev  ## build the source distribution, and from it the wheel, in
 # the two apart in one folder, where pip takes the higher. libgomp keeps its name and stays outside, so
 # that the kernels use the threads that torch uses; the CUDA driver is the machine's.
 WHEELHOUSE ?= wheelhouse
+# Empty: no wheel with CUDA.
+CUDA_WHEEL ?= $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null))
 BUILD_WHEEL = $(BIN)/python -m build --wheel --outdir build/wheels build/sdist -C--build-option=--build-number
 wheels: $(VENV)/.dev  ## build wheels for other machines, without and (given nvcc) with CUDA, into wheelhouse/
 	rm -rf build/wheels build/sdist
@@ -84,7 +86,7 @@ wheels: $(VENV)/.dev  ## build wheels for other machines, without and (given nvc
 	mkdir build/sdist
 	tar -xzf build/wheels/*.tar.gz -C build/sdist --strip-components=1
 	GENCORE_CUDA=off $(BUILD_WHEEL)=0cpu
-	$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda)
+	$(if $(CUDA_WHEEL),GENCORE_CUDA=on $(BUILD_WHEEL)=1cuda)
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --exclude libcuda.so.1 \
 	  --wheel-dir '$(WHEELHOUSE)' build/wheels/*.whl
 
